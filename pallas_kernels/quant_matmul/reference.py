@@ -1,0 +1,35 @@
+"""The block-scaled matrix product in plain jax.numpy: the specification."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize import quantize
+
+BLOCK = 128
+
+
+def dequantize_blocks(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """values [..., N, K] times the scale of their 128 x 128 block [..., ceil(N/128), ceil(K/128)]; edges may be ragged."""
+    rows, columns = values.shape[-2:]
+    full = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :], BLOCK, axis=-1)[..., :columns]
+    return (values.astype(jnp.float32) * full).astype(dtype)
+
+
+def quant_matmul(
+    x: jax.Array, values: jax.Array, scales: jax.Array, quantize_input: bool, scale_fmt: str | None
+) -> jax.Array:
+    if not quantize_input:
+        weight = dequantize_blocks(values, scales, x.dtype)
+        return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
+    xq, xs = quantize(x, scale_fmt)
+    row_scales = jnp.repeat(scales, BLOCK, axis=0)[: values.shape[0]]  # [N, K / 128]
+
+    def add_block(block, total):
+        """One 128-wide slice of K: the exact product of FP8 values, then both scales, added in float32."""
+        left = jax.lax.dynamic_slice_in_dim(xq, block * BLOCK, BLOCK, axis=1).astype(jnp.bfloat16)
+        right = jax.lax.dynamic_slice_in_dim(values, block * BLOCK, BLOCK, axis=1).astype(jnp.bfloat16)
+        partial = jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
+        return total + partial * (xs[:, block, None] * row_scales[None, :, block])
+
+    total = jnp.zeros((x.shape[0], values.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, x.shape[1] // BLOCK, add_block, total).astype(x.dtype)

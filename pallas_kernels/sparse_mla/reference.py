@@ -1,0 +1,85 @@
+"""Latent attention in plain jax.numpy, sparse and dense: the specification."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cache_write import unpack_latents
+from pallas_kernels.chunking import map_tokens
+from pallas_kernels.paging import BLOCK_SIZE
+
+
+def attend(query: jax.Array, rows: jax.Array, valid: jax.Array, scale: float, value_dim: int):
+    """One token: query [H, D] over rows [K, D] where `valid` [K] -> out [H, value_dim], lse [H], probabilities [H, K].
+
+    Scores and softmax in float32; probabilities are rounded to the query's dtype for the second product.
+    """
+    scores = jnp.einsum("hd,kd->hk", query, rows, precision="highest", preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(valid, scores, -jnp.inf)
+    # The maximum of a row without keys is -inf; 0 in its place keeps every exponent finite.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
+    total = weights.sum(-1, keepdims=True)
+    probabilities = weights / jnp.where(total == 0, 1, total)
+    out = jnp.einsum(
+        "hk,kd->hd",
+        probabilities.astype(query.dtype),
+        rows[:, :value_dim],
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(query.dtype), (top + jnp.log(total))[:, 0], probabilities
+
+
+def sparse_mla(queries, kv, layer, slots, scale, rope_dim, chunk_bytes):
+    value_dim = queries.shape[-1] - rope_dim
+
+    def one_token(token):
+        query, chosen = token
+        valid = chosen >= 0
+        at = jnp.maximum(chosen, 0)
+        rows = unpack_latents(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
+        # Absent rows are zeroed too: slot 0 may hold anything, and 0 * NaN is NaN.
+        return attend(query, jnp.where(valid[:, None], rows, 0), valid, scale, value_dim)[:2]
+
+    largest = slots.shape[1] * max(queries.shape[2], queries.shape[1]) * 4
+    return map_tokens(one_token, (queries, slots), bytes_per_token=largest, chunk_bytes=chunk_bytes)
+
+
+def dense_mla(
+    queries: jax.Array,
+    context: jax.Array,
+    sequence: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+    rope_dim: int,
+    chunk_bytes: int,
+    mean_probabilities: bool = False,
+):
+    """Causal attention over the whole context: what sparse attention replaces, in chunks of tokens.
+
+    Args:
+      queries: [T, H, latent + rope].
+      context: [S, L, latent + rope], finite everywhere.
+      sequence: int32 [T], row of the context.
+      positions: int32 [T]; keys at or before it are seen, none for -1.
+      scale: of the scores.
+      rope_dim: width of the rope part.
+      chunk_bytes: budget for the scores [tokens, H, L] of a chunk.
+      mean_probabilities: return the probabilities' mean over heads instead, float32 [T, L].
+
+    Returns:
+      out [T, H, latent] (or the mean probabilities).
+    """
+    value_dim = queries.shape[-1] - rope_dim
+
+    def one_token(token):
+        query, row, position = token
+        rows = context[0 if context.shape[0] == 1 else row]
+        out, _, probabilities = attend(query, rows, jnp.arange(rows.shape[0]) <= position, scale, value_dim)
+        return probabilities.mean(0) if mean_probabilities else out
+
+    largest = 4 * context.shape[1] * max(queries.shape[1], context.shape[2])
+    return map_tokens(
+        one_token, (queries, sequence, positions), bytes_per_token=largest, chunk_bytes=chunk_bytes
+    )
