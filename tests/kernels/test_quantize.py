@@ -1,0 +1,99 @@
+"""FP8 quantisation: bit for bit what ml_dtypes' cast and an exact power-of-two rule give."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize.reference import round_up_to_power_of_two
+from tests import numpy_model
+
+
+def rows(seed: int, scale: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, 256)) * scale * np.exp(rng.standard_normal((3, 256)) * 3)
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-20, 20))
+def test_power_of_two_scales_match_numpy_bit_for_bit(seed, exponent):
+    x = rows(seed, 2.0**exponent)
+    values, scales = quantize(jnp.asarray(x), "ue8m0")
+    expected, expected_scales = numpy_model.quantise_rows(x, "ue8m0")
+    np.testing.assert_array_equal(np.asarray(scales, np.float64), expected_scales)
+    np.testing.assert_array_equal(
+        np.asarray(values).view(np.uint8) & 0x7F,
+        (expected.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8) & 0x7F),
+    )
+    np.testing.assert_array_equal(np.asarray(values, np.float64), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_plain_scales_are_amax_over_448(seed):
+    x = rows(seed, 1.0)
+    values, scales = quantize(jnp.asarray(x), None)
+    amax = np.abs(x.reshape(3, 2, 128)).max(-1)
+    np.testing.assert_array_equal(np.asarray(scales), amax * np.float32(1 / 448))
+    relative = np.abs(np.asarray(dequantize(values, scales)) - x) / np.repeat(amax, 128, -1)
+    assert relative.max() <= 2**-4  # half a step of 3 mantissa bits at the top of the range
+
+
+def test_every_e4m3_value_survives_and_halfway_cases_round_to_even():
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values = np.unique(values[np.isfinite(values)])
+    middle = (values[1:] + values[:-1]) / 2
+    for points in (values, middle):
+        x = np.zeros((-(-len(points) // 127), 128), np.float32)
+        x[:, 0] = 448  # makes the scale exactly 1
+        x[:, 1:].flat[: len(points)] = points
+        quantised, scales = quantize(jnp.asarray(x), "ue8m0")
+        assert (np.asarray(scales) == 1).all()
+        np.testing.assert_array_equal(np.asarray(quantised, np.float32), numpy_model.round_e4m3(x))
+        np.testing.assert_array_equal(
+            np.asarray(quantised, np.float32), x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        )
+
+
+def test_zeros_have_the_smallest_scale_and_no_nan():
+    values, scales = quantize(jnp.zeros((1, 128)), "ue8m0")
+    assert float(scales[0, 0]) == 2.0**-22
+    assert not np.asarray(values, np.float32).any()
+
+
+def test_quantising_twice_changes_nothing():
+    once = dequantize(*quantize(jnp.asarray(rows(0, 1.0)), "ue8m0"))
+    np.testing.assert_array_equal(dequantize(*quantize(once, "ue8m0")), once)
+
+
+def test_largest_value_never_overflows():
+    """amax just above a power of two times 448 is where a scale that is too small would clip or give NaN."""
+    amax = np.nextafter(np.float32(448) * np.ldexp(np.float32(1), np.arange(-20, 20)), np.float32(np.inf))
+    values, scales = quantize(jnp.asarray(np.repeat(amax[:, None], 128, 1)), "ue8m0")
+    assert np.isfinite(np.asarray(values, np.float32)).all()
+    top = np.asarray(values, np.float32)[:, 0]
+    assert (top >= 224).all() and (top <= 448).all()
+    np.testing.assert_allclose(np.asarray(dequantize(values, scales))[:, 0], amax, rtol=2**-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(mantissa=st.integers(0, 2**23 - 1), exponent=st.integers(-100, 100))
+def test_power_of_two_is_exact_where_a_float_logarithm_may_not_be(mantissa, exponent):
+    x = np.float32(np.ldexp(1 + mantissa / 2**23, exponent))
+    expected = np.ldexp(1.0, exponent + (mantissa != 0))
+    assert float(round_up_to_power_of_two(jnp.float32(x))) == expected
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="multiple of 128"):
+        quantize(jnp.zeros((2, 100)))
+    with pytest.raises(ValueError, match="scale_fmt 'e5m2'"):
+        quantize(jnp.zeros((2, 128)), "e5m2")
+    with pytest.raises(ValueError, match="no 'mosaic_gpu' backend"):
+        quantize(jnp.zeros((2, 128)), backend="mosaic_gpu")
+    with pytest.raises(ValueError, match="'cuda' is unknown"):
+        quantize(jnp.zeros((2, 128)), backend="cuda")
