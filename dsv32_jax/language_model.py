@@ -1,0 +1,400 @@
+"""What `load` returns: a model with its config and tokenizer, and the calls a notebook or script makes of it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.model import Batch, DeepseekV32, Options, step
+from dsv32_jax.sampling import row_keys, sample
+from dsv32_jax.tokenizer import Tokenizer
+
+# A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
+
+Prompts = str | Sequence[Any] | np.ndarray | Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    tokens: int32 [B, N], N = `max_new_tokens`; -1 after a row's end-of-sentence token.
+    texts: one text a row (special tokens left out), or None without a tokenizer.
+    finish_reasons: "stop" (end of sentence) or "length", one a row.
+    """
+
+    tokens: np.ndarray
+    texts: list[str] | None
+    finish_reasons: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What `score` returns.
+
+    log_likelihoods: float32 [B, T - 1]; entry t is log p(ids[t + 1] | ids[: t + 1]), 0 where that token is absent.
+    tokens: how many tokens were scored (each row's first has nothing before it).
+    log_likelihood: their sum. perplexity: exp(-log_likelihood / tokens).
+    """
+
+    log_likelihoods: np.ndarray
+    tokens: int
+    log_likelihood: float
+    perplexity: float
+
+
+class Piece(NamedTuple):
+    """One newly generated token of one row; `text` is what it completes (None without a tokenizer)."""
+
+    row: int
+    token: int
+    text: str | None
+
+
+class LanguageModel:
+    """A model ready to use. `model`, `config`, `tokenizer` and `options` are plain attributes, free to be replaced.
+
+    generation_config: the checkpoint's `generation_config.json` as a dict; its `eos_token_id` goes before the config's.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV32,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None = None,
+        options: Options | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ):
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.options = options or Options.default(config)
+        self.generation_config = generation_config or {}
+        eos = self.generation_config.get("eos_token_id", config.eos_token_id)
+        self.eos_ids: tuple[int, ...] = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+
+    # Passing a module to a jitted function costs the host some microseconds a leaf at every call; a flat list costs far
+    # less. Replacing `self.model` flattens anew.
+    def _flat_model(self) -> tuple[list[Any], Any]:
+        if getattr(self, "_flattened", (None,))[0] is not self.model:
+            self._flattened = (self.model, *jax.tree.flatten(self.model))
+        return self._flattened[1:]
+
+    def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
+        leaves, structure = self._flat_model()
+        return _flat_step(leaves, structure, batch, cache, self.options)
+
+    # ---- forward ----
+
+    def logits(self, ids: Prompts, *, out: np.ndarray | None = None) -> np.ndarray:
+        """Logits at every position.
+
+        Args:
+          ids: [T] or [B, T] integers; -1 marks absent positions at the right.
+          out: float32 [B, T, V] to write into, for instance a memory-mapped file.
+
+        Returns:
+          float32 [B, T, V] in host memory (`out` where given); 0 at absent positions.
+
+        Raises:
+          UserError: an id outside the vocabulary, a -1 in the middle, an empty or too long row.
+        """
+        rows = self._rows(ids)
+        out = self._output(rows, out)
+        for row, start, stop, logits in self._forward(rows):
+            out[row, start:stop] = np.asarray(logits)[: stop - start]
+        return out
+
+    def score(self, ids: Prompts, *, out: np.ndarray | None = None) -> Score:
+        """Log-likelihood of every token given those before it.
+
+        Args:
+          ids: [T] or [B, T] integers, or texts (with the beginning-of-sentence token in front); at least 2 tokens a row.
+          out: float32 [B, T, V], filled as `logits` fills it, in the same pass.
+        """
+        rows = self._rows(ids)
+        for number, row in enumerate(rows):
+            if len(row) < 2:
+                raise UserError(f"row {number}: 1 token; a score needs at least 2, the first has nothing before it")
+        if out is not None:
+            out = self._output(rows, out)
+        found = np.zeros((len(rows), max(map(len, rows)) - 1), np.float32)
+        for row, start, stop, logits in self._forward(rows):
+            targets = np.zeros(logits.shape[0], np.int32)
+            known = rows[row][start + 1 : stop + 1]
+            targets[: len(known)] = known
+            found[row, start : start + len(known)] = np.asarray(_log_likelihood(logits, targets))[: len(known)]
+            if out is not None:
+                out[row, start:stop] = np.asarray(logits)[: stop - start]
+        count = sum(len(row) - 1 for row in rows)
+        total = float(found.sum(dtype=np.float64))
+        return Score(found, count, total, _exp(-total / count))
+
+    def trace(self, ids: Prompts) -> Any:
+        """What every layer chose and computed for one sequence; see `dsv32_jax.fidelity.trace`."""
+        from dsv32_jax import fidelity
+
+        (row,) = self._rows(ids)
+        return fidelity.trace(self.model, np.asarray(row, np.int32), self.options)
+
+    # ---- generation ----
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Continues each prompt by up to `max_new_tokens` tokens; all rows are decoded together.
+
+        Args:
+          prompts: ids [T] or [B, T] (-1 absent at the right), a text, or a list of texts or id lists. A text gets the
+            beginning-of-sentence token in front. What a row receives does not depend on the other rows.
+          max_new_tokens: at least 1; the longest prompt plus this must fit in `max_position_embeddings`. Default: that of
+            the generation config, or 256, or what fits.
+          temperature, top_p, seed: see `sampling.sample`; temperature 0 is greedy and the same for every seed.
+          ignore_eos: go on after an end-of-sentence token.
+
+        Raises:
+          UserError: naming the argument, or the prompt and position, that is wrong.
+        """
+        rows = self._rows(prompts)
+        max_new_tokens = self._new_tokens(rows, max_new_tokens)
+        tokens = np.full((len(rows), max_new_tokens), -1, np.int32)
+        for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
+            tokens[:, n] = ids
+        texts = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in tokens]
+        stopped = np.isin(tokens, self.eos_ids).any(axis=1) & (not ignore_eos)
+        return Generation(tokens, texts, ["stop" if stop else "length" for stop in stopped])
+
+    def stream(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Iterator[Piece]:
+        """`generate`, token by token: one `Piece` for each row that is still running, in step order.
+
+        A character's bytes are held back until all have come; what a row still holds at its end comes with its last piece.
+        """
+        rows = self._rows(prompts)
+        max_new_tokens = self._new_tokens(rows, max_new_tokens)
+        decoders = None if self.tokenizer is None else [self.tokenizer.stream_decoder() for _ in rows]
+        for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
+            for row, token in enumerate(ids.tolist()):
+                if token < 0:
+                    continue
+                text = None
+                if decoders is not None:
+                    text = decoders[row].add(token)
+                    if n + 1 == max_new_tokens or (token in self.eos_ids and not ignore_eos):
+                        text += decoders[row].finish()
+                yield Piece(row, token, text)
+
+    def _decode(
+        self,
+        rows: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        ignore_eos: bool,
+    ) -> Iterator[np.ndarray]:
+        """int32 [B] a step, -1 for rows that have ended; stops when all have."""
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise UserError(f"temperature: {temperature}; must be 0 (greedy) or above")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p: {top_p}; must be above 0 and at most 1")
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seed: {seed}; must be in 0..{2**31 - 1}")
+        lengths = np.array([len(row) for row in rows], np.int32)
+        batch = len(rows)
+        tables = self._block_tables(batch, int(lengths.max()) + max_new_tokens)
+        cache = KVCache.create(self.config, tables.size, self.options)
+        first = []
+        for row, table in zip(rows, tables, strict=True):
+            for start, stop, size in _chunks(len(row)):
+                # Only the logits after the last prompt token are wanted; -1 asks for none and keeps the shape.
+                wanted = np.array([stop - start - 1 if stop == len(row) else -1], np.int32)
+                logits, cache = self._step(_prompt_batch(row, start, stop, size, table, wanted), cache)
+            first.append(logits)
+        logits = jnp.concatenate(first)
+        numbers = np.arange(batch, dtype=np.int32)
+        running = np.ones(batch, bool)
+        positions = lengths
+        for n in range(max_new_tokens):
+            ids = np.asarray(sample(logits, row_keys(seed, numbers, positions), temperature, top_p))
+            ids = np.where(running, ids, -1).astype(np.int32)
+            yield ids
+            if not ignore_eos:
+                running = running & ~np.isin(ids, self.eos_ids)
+            if not running.any() or n + 1 == max_new_tokens:
+                return
+            slots = tables[numbers, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            flat = Batch(
+                ids=np.where(running, ids, 0).astype(np.int32),
+                positions=np.where(running, positions, -1).astype(np.int32),
+                slots=np.where(running, slots, -1).astype(np.int32),
+                sequence=np.where(running, numbers, 0).astype(np.int32),
+                block_tables=tables,
+                logit_rows=numbers,
+            )
+            logits, cache = self._step(flat, cache)
+            positions = positions + running
+
+    # ---- helpers ----
+
+    def _forward(self, rows: list[list[int]]) -> Iterator[tuple[int, int, int, Array]]:
+        """(row, start, stop, logits [T >= stop - start, V]) for each chunk of each row, one row after the other.
+
+        The cache is used again for the next row: what an earlier row left lies at positions that causality hides until
+        they are written anew.
+        """
+        tables = self._block_tables(1, max(map(len, rows)))
+        cache = KVCache.create(self.config, tables.size, self.options)
+        for number, row in enumerate(rows):
+            for start, stop, size in _chunks(len(row)):
+                wanted = np.where(np.arange(size) < stop - start, np.arange(size), -1).astype(np.int32)
+                logits, cache = self._step(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
+                yield number, start, stop, logits
+
+    def _new_tokens(self, rows: list[list[int]], max_new_tokens: int | None) -> int:
+        longest = max(map(len, rows))
+        room = self.config.max_position_embeddings - longest
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(self.generation_config.get("max_new_tokens") or 256, room))
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens}; must be at least 1")
+        if max_new_tokens > room:
+            raise UserError(
+                f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is longer than the cache can be; "
+                f"together at most max_position_embeddings = {longest + room}"
+            )
+        return max_new_tokens
+
+    def _block_tables(self, rows: int, tokens: int) -> np.ndarray:
+        """int32 [rows, N]: row r owns blocks r*N .. (r+1)*N - 1. N is a power of two, so that few shapes are compiled."""
+        blocks = 1 << (-(-tokens // BLOCK_SIZE) - 1).bit_length()
+        blocks = min(blocks, -(-self.config.max_position_embeddings // BLOCK_SIZE))
+        return np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+
+    def _output(self, rows: list[list[int]], out: np.ndarray | None) -> np.ndarray:
+        shape = (len(rows), max(map(len, rows)), self.config.vocab_size)
+        if out is None:
+            return np.zeros(shape, np.float32)
+        if out.ndim != 3 or out.dtype != np.float32 or out.shape[1] < shape[1] or out.shape[::2] != shape[::2]:
+            raise UserError(f"out: {out.dtype} {list(out.shape)}; must be float32 {list(shape)}")
+        out[...] = 0
+        return out
+
+    def _rows(self, prompts: Prompts) -> list[list[int]]:
+        """Prompts in any accepted form as checked lists of ids, without the absent positions at the right."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, np.ndarray | Array):
+            array = np.asarray(prompts)
+            if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+                raise UserError(f"token ids: {array.dtype} {list(array.shape)}; must be int32 [T] or [B, T]")
+            prompts = list(np.atleast_2d(array))
+        elif prompts and all(isinstance(item, int | np.integer) for item in prompts):
+            prompts = [prompts]
+        if not len(prompts):
+            raise UserError("prompt: none given")
+        return [self._row(number, prompt) for number, prompt in enumerate(prompts)]
+
+    def _row(self, number: int, prompt: str | Sequence[int] | np.ndarray | Array) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("prompt: the checkpoint has no tokenizer.json; give token ids instead of text")
+            if not prompt:
+                raise UserError(f"prompt {number}: empty; it must have at least one character")
+            ids = self.tokenizer.encode(prompt, bos=True)
+        else:
+            array = np.asarray(prompt)
+            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+                raise UserError(f"prompt {number}: must be a text or a flat list of integer token ids")
+            ids = array.tolist()
+            while ids and ids[-1] == -1:
+                ids.pop()
+        if not ids:
+            raise UserError(f"prompt {number}: empty; it must have at least one token")
+        for position, id in enumerate(ids):
+            if id == -1:
+                raise UserError(f"prompt {number}, position {position}: -1 in the middle; absent positions are at the right")
+            if not 0 <= id < self.config.vocab_size:
+                raise UserError(
+                    f"prompt {number}, position {position}: token {id} is not in 0..{self.config.vocab_size - 1} "
+                    f"(vocab_size {self.config.vocab_size})"
+                )
+        if len(ids) > self.config.max_position_embeddings:
+            raise UserError(
+                f"prompt {number}: {len(ids)} tokens is longer than the cache can be; "
+                f"at most max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+        return ids
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))
+def _flat_step(
+    leaves: list[Any], structure: Any, batch: Batch, cache: KVCache, options: Options
+) -> tuple[Array, KVCache]:
+    # On a GPU "float32" would otherwise mean TF32, whose 10 mantissa bits flip near-ties of the indexer and the router.
+    precision = "highest" if options.compute_dtype == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        return step(jax.tree.unflatten(structure, leaves), batch, cache, options)
+
+
+@jax.jit
+def _log_likelihood(logits: Array, targets: Array) -> Array:
+    """float32 [T]: log softmax of `logits` [T, V] at `targets` [T]."""
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=1)
+
+
+def _chunks(length: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
+    for start in range(0, length, LARGEST_CHUNK):
+        stop = min(start + LARGEST_CHUNK, length)
+        yield start, stop, max(SMALLEST_CHUNK, 1 << (stop - start - 1).bit_length())
+
+
+def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.ndarray, wanted: np.ndarray) -> Batch:
+    """Tokens start..stop of one row as a flat batch of `size` tokens; padding has position and slot -1."""
+    present = np.arange(size) < stop - start
+    positions = np.where(present, np.arange(start, start + size), 0)
+    ids = np.zeros(size, np.int32)
+    ids[: stop - start] = row[start:stop]
+    slots = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    return Batch(
+        ids=ids,
+        positions=np.where(present, positions, -1).astype(np.int32),
+        slots=np.where(present, slots, -1).astype(np.int32),
+        sequence=np.zeros(size, np.int32),
+        block_tables=table[None],
+        logit_rows=wanted,
+    )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

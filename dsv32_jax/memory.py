@@ -1,0 +1,80 @@
+"""What fits: bytes of parameters and caches against the memory that is there."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+from dsv32_jax.config import ModelConfig
+
+GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
+# Left to XLA's temporary buffers and the runtime when memory is planned.
+USABLE = 0.9
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, dict[str, int]]:
+    """(number of parameters, bytes of each dtype) of the whole model as it is stored; allocates nothing.
+
+    The scales of quantised weights count as bytes but not as parameters.
+    """
+    from dsv32_jax.model import abstract_model
+    from dsv32_jax.params import named_parameters
+    from dsv32_jax.quant import QTensor
+
+    count, by_dtype = 0, Counter[str]()
+    for leaf in named_parameters(abstract_model(config)).values():
+        arrays = (leaf.values, leaf.scales) if isinstance(leaf, QTensor) else (leaf,)
+        count += math.prod(arrays[0].shape)
+        for array in arrays:
+            by_dtype[str(array.dtype)] += math.prod(array.shape) * array.dtype.itemsize
+    return count, dict(by_dtype)
+
+
+def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
+    """Bytes that one token takes in the cache, all layers together, for each form that the cache has."""
+    from dsv32_jax.cache import KVCache
+    from dsv32_jax.model import Options
+
+    forms = {
+        "float32": Options(compute_dtype="float32", act_quant=False),
+        "bfloat16": Options(compute_dtype="bfloat16", act_quant=False),
+        "bfloat16, fp8 index keys": Options(compute_dtype="bfloat16", act_quant=True),
+    }
+    return {name: KVCache.bytes_per_token(config, options) for name, options in forms.items()}
+
+
+def available_bytes() -> tuple[float, str]:
+    """(free bytes where JAX will put the parameters, what that place is)."""
+    device = jax.devices()[0]
+    statistics = device.memory_stats() if device.platform != "cpu" else None
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0), device.device_kind
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1]), "host memory"
+    except OSError:
+        pass
+    return math.inf, "unknown memory"
+
+
+def checkpoint_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's tensor files: parameters keep in memory the dtype that they have in the file."""
+    files = list(directory.glob("*.safetensors")) or [path for path in directory.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def tokens_that_fit(parameter_bytes: int, bytes_per_token: int, memory: float) -> int | None:
+    """Cache tokens beside the parameters in `memory` bytes; None when the parameters alone do not fit."""
+    rest = memory * USABLE - parameter_bytes
+    return None if rest < 0 else int(min(rest, 1e18) // bytes_per_token)
+
+
+def human(size: float) -> str:
+    """`size` bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

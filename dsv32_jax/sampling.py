@@ -1,0 +1,65 @@
+"""The next token from logits: greedy, temperature and top-p, with one random stream a row."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@jax.jit
+def row_keys(seed: Array | int, rows: Array, positions: Array) -> Array:
+    """One PRNG key for each row and position, so that what a row draws does not depend on its neighbours.
+
+    Args:
+      seed: the run's seed, a scalar.
+      rows: int32 [B], the row's number within the run.
+      positions: int32 [B], position of the token to be drawn.
+
+    Returns:
+      Keys [B] for `sample`.
+    """
+    key = jax.random.key(seed)
+    return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
+
+
+@jax.jit
+def sample(logits: Array, keys: Array, temperature: Array | float, top_p: Array | float) -> Array:
+    """Draws one token a row.
+
+    Args:
+      logits: [B, V], any float dtype; computed in float32.
+      keys: PRNG keys [B] (`row_keys`).
+      temperature: scalar or [B]. 0 means greedy: the largest logit, ties to the lowest id.
+      top_p: scalar or [B] in (0, 1]. Only the nucleus is drawn from: the shortest run of tokens, by falling probability
+        (ties by id), whose probability reaches `top_p`. 1 keeps every token.
+
+    Returns:
+      int32 [B].
+    """
+    rows = logits.shape[0]
+    logits = logits.astype(jnp.float32)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
+    top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (rows,))
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        allowed = lax.cond(jnp.any(top_p < 1), lambda: _nucleus(scaled, top_p), lambda: jnp.ones(logits.shape, bool))
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        # argmax of log-probability plus Gumbel noise is a draw from the distribution (Gumbel-max trick).
+        return jnp.argmax(jnp.where(allowed, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+    # Sorting a vocabulary costs more than the rest of sampling: not done when every row is greedy.
+    drawn = lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    return jnp.where(temperature > 0, drawn, greedy)
+
+
+def _nucleus(logits: Array, top_p: Array) -> Array:
+    """bool [B, V]: tokens whose more probable predecessors sum to less than `top_p`; the first always belongs."""
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape)
+    descending, order = lax.sort_key_val(-logits, ids, dimension=1, is_stable=True)
+    probabilities = jax.nn.softmax(-descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The rounded sum may reach 1 early: a row with top_p 1 keeps everything.
+    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep = keep.at[:, 0].set(True)
+    return jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set(keep)
