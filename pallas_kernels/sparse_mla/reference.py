@@ -8,12 +8,12 @@ from pallas_kernels.chunking import map_tokens
 from pallas_kernels.paging import BLOCK_SIZE
 
 
-def attend(query: jax.Array, rows: jax.Array, valid: jax.Array, scale: float, value_dim: int):
-    """One token: query [H, D] over rows [K, D] where `valid` [K] -> out [H, value_dim], lse [H], probabilities [H, K].
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, scale: float):
+    """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K] -> out [H, V], lse [H], weights [H, K].
 
     Scores and softmax in float32; probabilities are rounded to the query's dtype for the second product.
     """
-    scores = jnp.einsum("hd,kd->hk", query, rows, precision="highest", preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("hd,kd->hk", query, keys, precision="highest", preferred_element_type=jnp.float32) * scale
     scores = jnp.where(valid, scores, -jnp.inf)
     # The maximum of a row without keys is -inf; 0 in its place keeps every exponent finite.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -23,7 +23,7 @@ def attend(query: jax.Array, rows: jax.Array, valid: jax.Array, scale: float, va
     out = jnp.einsum(
         "hk,kd->hd",
         probabilities.astype(query.dtype),
-        rows[:, :value_dim],
+        values,
         precision="highest",
         preferred_element_type=jnp.float32,
     )
@@ -39,7 +39,8 @@ def sparse_mla(queries, kv, layer, slots, scale, rope_dim, chunk_bytes):
         at = jnp.maximum(chosen, 0)
         rows = unpack_latents(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
         # Absent rows are zeroed too: slot 0 may hold anything, and 0 * NaN is NaN.
-        return attend(query, jnp.where(valid[:, None], rows, 0), valid, scale, value_dim)[:2]
+        rows = jnp.where(valid[:, None], rows, 0)
+        return attend(query, rows, rows[:, :value_dim], valid, scale)[:2]
 
     largest = slots.shape[1] * max(queries.shape[2], queries.shape[1]) * 4
     return map_tokens(one_token, (queries, slots), bytes_per_token=largest, chunk_bytes=chunk_bytes)
@@ -76,7 +77,8 @@ def dense_mla(
     def one_token(token):
         query, row, position = token
         rows = context[0 if context.shape[0] == 1 else row]
-        out, _, probabilities = attend(query, rows, jnp.arange(rows.shape[0]) <= position, scale, value_dim)
+        seen = jnp.arange(rows.shape[0]) <= position
+        out, _, probabilities = attend(query, rows, rows[:, :value_dim], seen, scale)
         return probabilities.mean(0) if mean_probabilities else out
 
     largest = 4 * context.shape[1] * max(queries.shape[1], context.shape[2])

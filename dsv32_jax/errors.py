@@ -1,0 +1,5 @@
+"""Errors that a person can act on."""
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the field, file, tensor or flag and says what would be right."""

@@ -1,0 +1,80 @@
+"""The lightning indexer: which keys each token attends to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.layers.norm import layer_norm
+from dsv32_jax.layers.rope import rope_half_split
+from dsv32_jax.params import Init
+from dsv32_jax.quant import Numerics, float32_matmul
+from pallas_kernels.quantize import quantize
+
+LAYER_NORM_EPS = 1e-6
+
+
+def hadamard_matrix(dim: int) -> np.ndarray:
+    """Sylvester's matrix H[i, j] = (-1)^popcount(i & j) over sqrt(dim), float32 [dim, dim]: symmetric, orthonormal."""
+    bits = np.arange(dim)[:, None] & np.arange(dim)
+    signs = 1 - 2 * (np.bitwise_count(bits) % 2).astype(np.float32)
+    return signs / np.sqrt(np.float32(dim))
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """x [..., D] rotated: changes no dot product, but spreads outliers before FP8; float32 inside, x's dtype out."""
+    rotated = jnp.matmul(
+        x, hadamard_matrix(x.shape[-1]).astype(x.dtype), precision="highest", preferred_element_type=jnp.float32
+    )
+    return rotated.astype(x.dtype)
+
+
+class Indexer(nnx.Module):
+    """Projections of the indexer (official `Indexer`; DeepSeek-V3.2-Exp report, equation 1)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self.q_b = init.linear(heads * dim, config.q_lora_rank)
+        self.k = init.linear(dim, config.hidden_size)
+        self.k_norm_weight = init.constant(1.0, dim)
+        self.k_norm_bias = init.constant(0.0, dim)
+        self.head_weights = init.matrix(heads, config.hidden_size)
+
+    def queries(
+        self, x: jax.Array, q_latent: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries and head weights.
+
+        Args:
+          x: [T, D], the attention's input.
+          q_latent: [T, q_lora_rank], normalised.
+          angles: cos and sin of the tokens' positions.
+          config: the model's.
+          numerics: FP8 queries where activations are quantised.
+
+        Returns:
+          queries [T, heads, dim] (e4m3 values if quantised) and head weights float32 [T, heads] with every factor of
+          the query side: heads^-0.5, dim^-0.5 and the queries' FP8 scales. YaRN's factor has no place here.
+        """
+        heads, dim = config.index_n_heads, config.index_head_dim
+        q = numerics.matmul(q_latent, self.q_b).reshape(-1, heads, dim)
+        q = hadamard(self.rotate(q, angles, config))
+        weights = float32_matmul(x, self.head_weights) * (heads**-0.5 * dim**-0.5)
+        if not numerics.act_quant:
+            return q, weights
+        values, scales = quantize(q, numerics.scale_fmt, group=dim, backend=numerics.backend)
+        return values, weights * scales[..., 0]
+
+    def keys(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+    ) -> jax.Array:
+        """Index keys [T, dim], one for all heads, before the cache quantises them."""
+        k = layer_norm(numerics.matmul(x, self.k), self.k_norm_weight, self.k_norm_bias, LAYER_NORM_EPS)
+        return hadamard(self.rotate(k, angles, config))
+
+    @staticmethod
+    def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig) -> jax.Array:
+        """RoPE on the first qk_rope_head_dim features: half-split, and in front, where MLA has it behind."""
+        rope, rest = jnp.split(x, [config.qk_rope_head_dim], axis=-1)
+        return jnp.concatenate([rope_half_split(rope, *angles), rest], axis=-1)

@@ -1,0 +1,62 @@
+"""Mixture of experts: group-limited sigmoid routing, routed experts, one shared expert."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.layers.mlp import MLP, swiglu
+from dsv32_jax.params import Init
+from dsv32_jax.quant import Numerics, float32_matmul
+from pallas_kernels import moe_dispatch
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, stacked: gate and up [E, width, hidden], down [E, hidden, width]."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        count, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate = init.linear(count, width, hidden)
+        self.up = init.linear(count, width, hidden)
+        self.down = init.linear(count, hidden, width)
+
+    def __call__(self, rows: jax.Array, plan: moe_dispatch.RoutingPlan, numerics: Numerics) -> jax.Array:
+        """Rows [P, D] in the plan's order -> [P, D], each by its own expert."""
+        gate = numerics.grouped_matmul(rows, self.gate, plan)
+        up = numerics.grouped_matmul(rows, self.up, plan)
+        return numerics.grouped_matmul(swiglu(gate, up), self.down, plan)
+
+
+class MoE(nnx.Module):
+    """sum of w_e * expert_e(x) over the chosen experts, plus shared(x) (official `MoE`; V3 report, section 2.1.2)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        self.router = init.matrix(config.n_routed_experts, config.hidden_size)
+        self.router_bias = init.constant(0.0, config.n_routed_experts)
+        self.experts = Experts(config, init)
+        self.shared = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, init)
+
+    def route(self, x: jax.Array, config: ModelConfig, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
+        """Chosen experts int32 [T, K] and their weights float32 [T, K] of x [T, D]."""
+        return moe_dispatch.route(
+            float32_matmul(x, self.router),
+            self.router_bias.astype(jnp.float32),
+            num_groups=config.n_group,
+            groups_kept=config.topk_group,
+            experts_per_token=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scaling_factor=config.routed_scaling_factor,
+            backend=backend,
+        )
+
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, config: ModelConfig, numerics: Numerics, record: dict | None = None
+    ) -> jax.Array:
+        """[T, D] -> [T, D]; tokens that are not `valid` (bool [T]) reach no routed expert."""
+        experts, weights = self.route(x, config, numerics.backend)
+        if record is not None:
+            record.update(experts=experts, expert_weights=weights)
+        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts)
+        rows = self.experts(moe_dispatch.gather_rows(x, plan), plan, numerics)
+        routed = moe_dispatch.combine(rows, weights, plan)
+        return (routed + self.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,250 @@
+"""DeepSeek-V3.2: embedding, decoder layers, head, and the one step that prefills and decodes.
+
+The step takes a flat batch of tokens, each with its position, its slot in the block cache and its sequence. A prompt, one
+new token of many sequences, and any mixture of the two are shapes of one function.
+"""
+
+import dataclasses
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv32_jax.cache import FORMS, KVCache
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.layers.mla import MLA
+from dsv32_jax.layers.mlp import MLP
+from dsv32_jax.layers.moe import MoE
+from dsv32_jax.layers.mtp import MTP
+from dsv32_jax.layers.norm import add_rms_norm
+from dsv32_jax.layers.rope import rope_angles
+from dsv32_jax.params import Init
+from dsv32_jax.quant import Numerics, float32_matmul
+from pallas_kernels.backend import BACKENDS
+from pallas_kernels.paging import BLOCK_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be chosen at run time; hashable, a static argument of the jitted step.
+
+    Attributes:
+      compute_dtype: "float32" or "bfloat16", of activations.
+      act_quant: quantise activations, index keys and latents to FP8 as the official code does.
+      attention: "sparse" (DSA) or "dense".
+      index_topk: keys a token attends to; the config's where None.
+      backend: of every op, see `pallas_kernels`.
+      absorb: attention in the latent space; False expands every head's keys and values (slow: the specification).
+      cache_dtype: form of the cache's latent rows, "float32", "bfloat16" or "fp8"; the compute dtype where None.
+    """
+
+    compute_dtype: str = "float32"
+    act_quant: bool = False
+    attention: str = "sparse"
+    index_topk: int | None = None
+    backend: str = "auto"
+    absorb: bool = True
+    cache_dtype: str | None = None
+
+    def __post_init__(self):
+        for field, allowed in {
+            "compute_dtype": ("float32", "bfloat16"),
+            "attention": ("sparse", "dense"),
+            "backend": BACKENDS,
+            "cache_dtype": (None, *FORMS),
+        }.items():
+            if getattr(self, field) not in allowed:
+                raise UserError(f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}")
+        if self.index_topk is not None and self.index_topk < 1:
+            raise UserError(f"index_topk must be at least 1, not {self.index_topk}")
+
+    @staticmethod
+    def default(config: ModelConfig, **chosen: Any) -> "Options":
+        """float32 on a CPU, bfloat16 elsewhere; activations quantised where the checkpoint is FP8; then `chosen`."""
+        defaults = {
+            "compute_dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+            "act_quant": config.quantization_config is not None,
+        }
+        return Options(**{**defaults, **{name: value for name, value in chosen.items() if value is not None}})
+
+    @property
+    def cache_form(self) -> str:
+        """The form of the cache's latent rows."""
+        return self.cache_dtype or self.compute_dtype
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "positions", "slots", "sequence", "block_tables", "logit_rows"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The tokens of one step; all arrays int32.
+
+    Attributes:
+      ids: [T], token ids.
+      positions: [T], position in the token's sequence; -1 for padding.
+      slots: [T], where the token's keys are written, block * 64 + offset; -1 for padding.
+      sequence: [T], row of `block_tables`.
+      block_tables: [S, N], physical block of each logical block of each sequence; -1 where there is none.
+      logit_rows: [R], rows of the flat batch whose logits are wanted; -1 gives a row of zeros.
+    """
+
+    ids: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    sequence: jax.Array
+    block_tables: jax.Array
+    logit_rows: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What every layer of a step needs to know."""
+
+    config: ModelConfig
+    options: Options
+    batch: Batch
+
+    @cached_property
+    def angles(self) -> tuple[jax.Array, jax.Array]:
+        """RoPE's cos and sin, float32 [T, rope / 2]."""
+        return rope_angles(self.config, self.batch.positions)
+
+    @cached_property
+    def numerics(self) -> Numerics:
+        """How products are computed."""
+        quantization = self.config.quantization_config
+        scale_fmt = quantization.scale_fmt if quantization else "ue8m0"
+        return Numerics(self.options.act_quant, scale_fmt, self.options.backend)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return jnp.dtype(self.options.compute_dtype)
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the block tables reach."""
+        return self.batch.block_tables.shape[1] * BLOCK_SIZE
+
+    def einsum(self, formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """A product accumulated in float32, in the compute dtype."""
+        out = jnp.einsum(formula, x, y, precision="highest", preferred_element_type=jnp.float32)
+        return out.astype(self.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm of the residual stream."""
+
+    def __init__(self, config: ModelConfig, init: Init, moe: bool):
+        self.attn_norm = init.constant(1.0, config.hidden_size)
+        self.attn = MLA(config, init)
+        self.ffn_norm = init.constant(1.0, config.hidden_size)
+        self.ffn = MoE(config, init) if moe else MLP(config.hidden_size, config.intermediate_size, init)
+
+    def __call__(
+        self,
+        residual: jax.Array,
+        update: jax.Array | None,
+        layer: int,
+        cache: KVCache,
+        ctx: StepContext,
+        record: dict | None = None,
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """One layer over the residual stream.
+
+        Args:
+          residual: [T, D].
+          update: [T, D], still to be added to it: what the layer before computed; None before the first.
+          layer: index into the cache.
+          cache: the block cache.
+          ctx: of the step.
+          record: takes what a trace holds of this layer.
+
+        Returns:
+          residual [T, D], this layer's own update [T, D], and the cache.
+        """
+        eps = ctx.config.rms_norm_eps
+        residual, x = add_rms_norm(residual, update, self.attn_norm, eps)
+        update, cache = self.attn(x, layer, cache, ctx, record)
+        residual, x = add_rms_norm(residual, update, self.ffn_norm, eps)
+        if isinstance(self.ffn, MoE):
+            return residual, self.ffn(x, ctx.batch.positions >= 0, ctx.config, ctx.numerics, record), cache
+        return residual, self.ffn(x, ctx.numerics), cache
+
+
+class DeepseekV32(nnx.Module):
+    """The parameters of the whole model; a pytree without other state.
+
+    Paths are attribute paths ("layers.3.attn.q_a"); linear weights are [out, in], arrays or `QTensor`s.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        init = Init(config, rngs)
+        self.config = config
+        self.embed = init.matrix(config.vocab_size, config.hidden_size)
+        self.layers = nnx.List(
+            [DecoderLayer(config, init, config.is_moe(layer)) for layer in range(config.num_hidden_layers)]
+        )
+        self.norm = init.constant(1.0, config.hidden_size)
+        self.head = init.matrix(config.vocab_size, config.hidden_size)
+        self.mtp = MTP(config, init, DecoderLayer(config, init, moe=True)) if config.has_mtp else nnx.data(None)
+
+    def __call__(
+        self, batch: Batch, cache: KVCache, options: Options, trace: dict | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits float32 [R, V] of `batch.logit_rows`, and the cache. `trace` takes a list of records, one a layer."""
+        ctx = StepContext(self.config, options, batch)
+        residual, update = self.embed[batch.ids].astype(ctx.dtype), None
+        records = []
+        for index, layer in enumerate(self.layers):
+            record: dict | None = None if trace is None else {}
+            residual, update, cache = layer(residual, update, index, cache, ctx, record)
+            if record is not None:
+                records.append(record | {"hidden": residual + update})
+        if trace is not None:
+            trace.update(embedded=self.embed[batch.ids].astype(ctx.dtype), layers=records)
+        _, x = add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
+        logits = float32_matmul(x[batch.logit_rows], self.head)
+        return jnp.where(batch.logit_rows[:, None] >= 0, logits, 0), cache
+
+
+def abstract_model(config: ModelConfig) -> DeepseekV32:
+    """The model with `jax.ShapeDtypeStruct`s in place of parameters, in the checkpoint's storage types; takes no memory."""
+    return jax.eval_shape(lambda: DeepseekV32(config, nnx.Rngs(0)))
+
+
+@partial(jax.jit, static_argnames="options", donate_argnames="cache")
+def step(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[jax.Array, KVCache]:
+    """One step of the model, jitted; the cache is donated, that is updated in place.
+
+    Returns:
+      logits float32 [R, V] of `batch.logit_rows`, and the cache.
+    """
+    return model(batch, cache, options)
+
+
+@partial(jax.jit, static_argnames="options", donate_argnames="cache")
+def step_with_trace(
+    model: DeepseekV32, batch: Batch, cache: KVCache, options: Options
+) -> tuple[jax.Array, KVCache, dict]:
+    """`step` that also returns what every layer did: see `dsv32_jax.fidelity`."""
+    trace: dict = {}
+    logits, cache = model(batch, cache, options, trace)
+    return logits, cache, trace
+
+
+@partial(jax.jit, static_argnames=("layer", "options"), donate_argnames="cache")
+def run_layer(
+    model: DeepseekV32, layer: int, hidden: jax.Array, batch: Batch, cache: KVCache, options: Options
+) -> tuple[jax.Array, KVCache, dict]:
+    """One layer alone, on a given residual stream [T, D]: the stream after it, the cache, the layer's record."""
+    ctx = StepContext(model.config, options, batch)
+    record: dict = {}
+    residual, update, cache = model.layers[layer](hidden.astype(ctx.dtype), None, layer, cache, ctx, record)
+    return residual + update, cache, record | {"hidden": residual + update}

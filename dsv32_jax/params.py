@@ -1,0 +1,57 @@
+"""Parameters by path: the one description that loading, sharding and conversion read."""
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.quant import is_qtensor, quantize_weight
+
+Model = TypeVar("Model")
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as attribute names: "layers.3.attn.q_a"."""
+    return ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path)
+
+
+def named_parameters(model: Any) -> dict[str, Any]:
+    """Every parameter of a module by its path: arrays, QTensors, or their abstract descriptions."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_qtensor)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def replace_parameters(model: Model, parameters: dict[str, Any]) -> Model:
+    """`model` with other leaves; `parameters` must name exactly the parameters it has.
+
+    Raises:
+      KeyError: a path is missing or unknown.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_qtensor)
+    names = [path_name(path) for path, _ in leaves]
+    if different := set(names) ^ set(parameters):
+        raise KeyError(f"parameters missing or unknown: {', '.join(sorted(different)[:10])}")
+    return jax.tree.unflatten(treedef, [parameters[name] for name in names])
+
+
+class Init:
+    """Random parameters of a model in the checkpoint's storage types (norms float32, matrices bfloat16 or FP8)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.fp8 = config.quantization_config is not None
+        self.std = config.initializer_range
+        self.rngs = rngs
+
+    def matrix(self, *shape: int):
+        """bfloat16 [..., N, K], never quantised: embedding, head, router."""
+        return nnx.data((self.std * jax.random.normal(self.rngs.params(), shape)).astype("bfloat16"))
+
+    def linear(self, *shape: int):
+        """[..., N, K]: a QTensor where the checkpoint is FP8."""
+        weight = self.matrix(*shape)
+        return nnx.data(quantize_weight(weight)) if self.fp8 else weight
+
+    def constant(self, value: float, *shape: int):
+        """float32: norms and biases."""
+        return nnx.data(jax.numpy.full(shape, value, jax.numpy.float32))
