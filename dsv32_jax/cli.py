@@ -340,24 +340,28 @@ def fidelity(
 
     Example: dsv32 fidelity original quantised --token-ids ids.npy
     """
-    from dsv32_jax.fidelity import compare
-
     if token_ids is None:
         raise UserError("--token-ids: an .npy file of int32 [B, T] must be given")
     ids = _read_token_ids(token_ids)
+    from dsv32_jax.fidelity import compare
+
     traces = []
     for name in (first, second):  # one after the other: both need not fit at once
         m = _load(name, compute_dtype, no_act_quant, attention, index_topk, backend)
         traces.append([m.trace(row) for row in ids])
         del m
-    rows = [compare(a, b) for a, b in zip(*traces, strict=True)]
+    try:
+        rows = [compare(a, b) for a, b in zip(*traces, strict=True)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if as_json:
         _print_json(rows=rows)
         return
     for number, row in enumerate(rows):
-        typer.echo(f"--- {number}")
-        for name, value in row.items():
-            typer.echo(f"{name:<25} {_show(value)}")
+        typer.echo(f"--- sequence {number}: {row['tokens']} tokens")
+        for layer in row["layers"]:
+            typer.echo("  ".join(f"{name} {value:.4g}" for name, value in layer.items()))
+        typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -508,12 +512,6 @@ def _print_json(**fields: Any) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
 
     typer.echo(json.dumps(plain(fields), ensure_ascii=False))
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return " ".join(map(_show, value)) if isinstance(value, list | tuple) else str(value)
 
 
 if __name__ == "__main__":

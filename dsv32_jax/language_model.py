@@ -14,7 +14,8 @@ from jax import Array
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import Batch, DeepseekV32, Options, step
+from dsv32_jax.fidelity import Trace
+from dsv32_jax.model import Batch, DeepseekV32, Options, step, step_with_trace
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
 
@@ -140,12 +141,21 @@ class LanguageModel:
         total = float(found.sum(dtype=np.float64))
         return Score(found, count, total, _exp(-total / count))
 
-    def trace(self, ids: Prompts) -> Any:
-        """What every layer chose and computed for one sequence; see `dsv32_jax.fidelity.trace`."""
-        from dsv32_jax import fidelity
+    def trace(self, ids: Prompts) -> Trace:
+        """What every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
 
-        (row,) = self._rows(ids)
-        return fidelity.trace(self.model, np.asarray(row, np.int32), self.options)
+        The whole sequence is one step: memory grows with its square.
+        """
+        rows = self._rows(ids)
+        if len(rows) != 1:
+            raise UserError(f"trace: {len(rows)} sequences; give one")
+        (row,) = rows
+        size = _padded(len(row))
+        tables = self._block_tables(1, len(row))
+        cache = KVCache.create(self.config, tables.size, self.options)
+        batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
+        logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
+        return Trace.from_step(logits, recorded, len(row))
 
     # ---- generation ----
 
@@ -356,10 +366,7 @@ class LanguageModel:
 def _flat_step(
     leaves: list[Any], structure: Any, batch: Batch, cache: KVCache, options: Options
 ) -> tuple[Array, KVCache]:
-    # On a GPU "float32" would otherwise mean TF32, whose 10 mantissa bits flip near-ties of the indexer and the router.
-    precision = "highest" if options.compute_dtype == "float32" else "default"
-    with jax.default_matmul_precision(precision):
-        return step(jax.tree.unflatten(structure, leaves), batch, cache, options)
+    return step(jax.tree.unflatten(structure, leaves), batch, cache, options)
 
 
 @jax.jit
@@ -373,7 +380,11 @@ def _chunks(length: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
     for start in range(0, length, LARGEST_CHUNK):
         stop = min(start + LARGEST_CHUNK, length)
-        yield start, stop, max(SMALLEST_CHUNK, 1 << (stop - start - 1).bit_length())
+        yield start, stop, _padded(stop - start)
+
+
+def _padded(length: int) -> int:
+    return max(SMALLEST_CHUNK, 1 << (length - 1).bit_length())
 
 
 def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.ndarray, wanted: np.ndarray) -> Batch:

@@ -46,7 +46,14 @@ def load(
     """
     directory = find(name_or_path)
     config = ModelConfig.from_hf(directory / "config.json")
-    options = make_options(config, compute_dtype, act_quant, attention, index_topk, backend)
+    options = Options.default(
+        config,
+        compute_dtype=compute_dtype,
+        act_quant=act_quant,
+        attention=attention,
+        index_topk=index_topk,
+        backend=backend,
+    )
     tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
     generation_config = read_generation_config(directory)
     if memory_check:
@@ -88,29 +95,6 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def make_options(
-    config: ModelConfig,
-    compute_dtype: str | None = None,
-    act_quant: bool | None = None,
-    attention: str = "sparse",
-    index_topk: int | None = None,
-    backend: str = "auto",
-) -> Options:
-    """`Options` with the defaults of this machine and checkpoint, each choice checked."""
-    if compute_dtype is None:
-        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    _choice("compute_dtype", compute_dtype, ("bfloat16", "float32"))
-    _choice("attention", attention, ("sparse", "dense"))
-    _choice("backend", backend, ("auto", "mosaic_gpu", "reference", "interpret"))
-    if index_topk is not None and index_topk < 1:
-        raise UserError(f"index_topk: {index_topk}; must be at least 1")
-    if act_quant is None:
-        act_quant = config.quantization_config is not None
-    return Options(
-        compute_dtype=compute_dtype, act_quant=act_quant, attention=attention, index_topk=index_topk, backend=backend
-    )
-
-
 def read_generation_config(directory: Path) -> dict[str, Any]:
     """`generation_config.json` as a dict, empty where there is none."""
     path = directory / "generation_config.json"
@@ -129,8 +113,3 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, in ~/.cache/dsv32-jax or where JAX_COMPILATION_CACHE_DIR says."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv32-jax"))
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}: {value!r}; must be one of {', '.join(allowed)}")

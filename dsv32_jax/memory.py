@@ -6,7 +6,11 @@ from pathlib import Path
 
 import jax
 
+from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import abstract_model
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import QTensor
 
 GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
 # Left to XLA's temporary buffers and the runtime when memory is planned.
@@ -18,10 +22,6 @@ def parameter_counts(config: ModelConfig) -> tuple[int, dict[str, int]]:
 
     The scales of quantised weights count as bytes but not as parameters.
     """
-    from dsv32_jax.model import abstract_model
-    from dsv32_jax.params import named_parameters
-    from dsv32_jax.quant import QTensor
-
     count, by_dtype = 0, Counter[str]()
     for leaf in named_parameters(abstract_model(config)).values():
         arrays = (leaf.values, leaf.scales) if isinstance(leaf, QTensor) else (leaf,)
@@ -33,15 +33,13 @@ def parameter_counts(config: ModelConfig) -> tuple[int, dict[str, int]]:
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
     """Bytes that one token takes in the cache, all layers together, for each form that the cache has."""
-    from dsv32_jax.cache import KVCache
-    from dsv32_jax.model import Options
-
     forms = {
-        "float32": Options(compute_dtype="float32", act_quant=False),
-        "bfloat16": Options(compute_dtype="bfloat16", act_quant=False),
-        "bfloat16, fp8 index keys": Options(compute_dtype="bfloat16", act_quant=True),
+        "float32": ("float32", False),
+        "bfloat16": ("bfloat16", False),
+        "bfloat16, fp8 index keys": ("bfloat16", True),
+        "fp8 records, fp8 index keys": ("fp8", True),
     }
-    return {name: KVCache.bytes_per_token(config, options) for name, options in forms.items()}
+    return {name: KVCache.bytes_per_token(config, *form) for name, form in forms.items()}
 
 
 def available_bytes() -> tuple[float, str]:
