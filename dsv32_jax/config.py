@@ -1,19 +1,73 @@
-"""The model's configuration: the fields of the Hugging Face config.json, checked."""
+"""ModelConfig: the fields of a Hugging Face `config.json` of model type `deepseek_v32`, checked.
+
+Attribute names are the file's names and the defaults are the values of the 671B model. Unknown fields are kept and
+written back by `to_hf`; a field that is one typing slip away from a known one is refused, because silently ignoring it
+would run another model than the one the file describes.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
 
+# Fields that other tools write, that this model does not read, and that look like fields it does read.
+_HARMLESS = frozenset({"dtype", "head_dim", "qk_head_dim", "pad_token_id", "decoder_start_token_id", "rope_interleave"})
+# Below this similarity two names are taken to be different words (`n_group` for `num_group` scores 0.88).
+_NEAR_MISS = 0.86
 
-@dataclasses.dataclass(frozen=True)
+
+def _near_miss(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, if any."""
+    plain = {k.lower().replace("_", "").replace("-", ""): k for k in known}
+    short = name.lower().replace("_", "").replace("-", "")
+    if short in plain:
+        return plain[short]
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=_NEAR_MISS)
+    return close[0] if close else None
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{name} is {value!r}; it must be a finite number above 0")
+
+
+def _integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} is {value!r}; it must be an integer of at least {least}")
+
+
+def _only(name: str, value: object, *supported: object) -> None:
+    # Types are compared too: JSON's 1 is not true, and 0.0 is not false.
+    if not any(type(value) is type(s) and value == s for s in supported):
+        words = " or ".join("absent" if s is None else json.dumps(s) for s in supported)
+        raise UserError(f"{name} is {value!r}; the only supported value is {words}")
+
+
+def _check_keys(where: str, raw: object, known: frozenset[str], required: frozenset[str]) -> Mapping[str, Any]:
+    """Refuse a nested block with a field that is missing or that nobody reads: it would change the arithmetic."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where} is {raw!r}; it must be an object or absent")
+    for name in raw:
+        if name not in known:
+            meant = _near_miss(name, known)
+            hint = f"did you mean {where}.{meant}?" if meant else f"supported fields: {', '.join(sorted(known))}"
+            raise UserError(f"{where}.{name} is not a field this model knows; {hint}")
+    if missing := sorted(required - raw.keys()):
+        raise UserError(f"{where}.{missing[0]} is missing; the config must give it")
+    return raw
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """YaRN's parameters (`rope_scaling`; arXiv 2309.00071)."""
+    """YaRN: rotation frequencies interpolated by `factor`, and the constants of the softmax scale."""
 
     type: str = "yarn"
     factor: float = 40
@@ -22,14 +76,46 @@ class RopeScaling:
     beta_slow: float = 1
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+    type_keys: tuple[str, ...] = ("type",)  # how the file spells the type: "type", "rope_type" or both
+
+    def __post_init__(self) -> None:
+        _only("rope_scaling.type", self.type, "yarn")
+        _integer("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
+        for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            _number(f"rope_scaling.{name}", getattr(self, name))
+        if self.factor < 1:
+            raise UserError(f"rope_scaling.factor is {self.factor!r}; it must be at least 1")
+        if self.beta_fast < self.beta_slow:
+            raise UserError(
+                f"rope_scaling.beta_fast {self.beta_fast!r} is below rope_scaling.beta_slow {self.beta_slow!r}; "
+                "beta_fast must be the larger one"
+            )
+        if self.mscale != self.mscale_all_dim:
+            raise UserError(
+                f"rope_scaling.mscale {self.mscale!r} differs from rope_scaling.mscale_all_dim "
+                f"{self.mscale_all_dim!r}; only equal values are supported (cos and sin are not scaled)"
+            )
+
+    @classmethod
+    def from_hf(cls, raw: object, where: str = "rope_scaling") -> RopeScaling:
+        names = frozenset(f.name for f in dataclasses.fields(cls)) - {"type", "type_keys"}
+        block = dict(_check_keys(where, raw, names | {"type", "rope_type"}, names))
+        spelled = tuple(key for key in ("type", "rope_type") if key in block)
+        kinds = [block.pop(key) for key in spelled]
+        if not kinds:
+            raise UserError(f"{where}.type is missing; the only supported value is 'yarn'")
+        for key, kind in zip(spelled, kinds, strict=True):
+            _only(f"{where}.{key}", kind, "yarn")
+        return cls(type="yarn", type_keys=spelled, **block)
+
+    def to_hf(self) -> dict[str, Any]:
+        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("type", "type_keys")}
+        return dict(sorted((block | dict.fromkeys(self.type_keys, self.type)).items()))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How the checkpoint's linear weights are stored (`quantization_config`).
-
-    `scale_fmt` "ue8m0" rounds the scales of activations up to powers of two; None keeps them as they are.
-    """
+    """How the checkpoint's linears are stored: e4m3 values with one scale for each 128x128 block."""
 
     quant_method: str = "fp8"
     fmt: str = "e4m3"
@@ -37,313 +123,332 @@ class QuantizationConfig:
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = "ue8m0"
 
+    def __post_init__(self) -> None:
+        _only("quantization_config.quant_method", self.quant_method, "fp8")
+        _only("quantization_config.fmt", self.fmt, "e4m3")
+        _only("quantization_config.activation_scheme", self.activation_scheme, "dynamic")
+        _only("quantization_config.scale_fmt", self.scale_fmt, "ue8m0", None)
+        size = self.weight_block_size
+        if not isinstance(size, tuple) or size != (128, 128):
+            shown = list(size) if isinstance(size, tuple) else size
+            raise UserError(
+                f"quantization_config.weight_block_size is {shown!r}; the only supported value is [128, 128]"
+            )
 
-@dataclasses.dataclass(frozen=True)
+    @classmethod
+    def from_hf(cls, raw: object) -> QuantizationConfig:
+        known = frozenset(f.name for f in dataclasses.fields(cls))
+        block = dict(_check_keys("quantization_config", raw, known, known - {"scale_fmt"}))
+        if isinstance(block["weight_block_size"], list):
+            block["weight_block_size"] = tuple(block["weight_block_size"])
+        return cls(**{"scale_fmt": None} | block)
+
+    def to_hf(self) -> dict[str, Any]:
+        block = dataclasses.asdict(self) | {"weight_block_size": list(self.weight_block_size)}
+        if self.scale_fmt is None:
+            del block["scale_fmt"]
+        return dict(sorted(block.items()))
+
+
+# Must be in the file: a default would silently be another model's size.
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim",
+    "index_topk", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+    "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings",
+)  # fmt: skip
+_REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
+# Attributes that are not fields of the file under their own name.
+_INTERNAL = frozenset({"unknown", "rope_in_parameters"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Every field of DeepSeek-V3.2-Exp's config.json under its own name; defaults are the 671B model's values.
+    """A checked, hashable config. Construct it directly, by a preset, or with `from_hf`.
 
-    Frozen and hashable, so that it can be static data of a jitted function. Fields that this project does not know are
-    kept in `unknown` as (name, JSON text) and written back by `to_hf`.
+    Raises `UserError` (naming the field, its value and what is supported) for any value or combination that this
+    implementation does not compute exactly.
     """
 
-    architectures: tuple[str, ...] = ("DeepseekV32ForCausalLM",)
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
-    ep_size: int = 1
-    first_k_dense_replace: int = 3
-    hidden_act: str = "silu"
-    hidden_size: int = 7168
-    index_head_dim: int = 128
-    index_n_heads: int = 64
-    index_topk: int = 2048
-    initializer_range: float = 0.02
-    intermediate_size: int = 18432
-    kv_lora_rank: int = 512
-    max_position_embeddings: int = 163840
     model_type: str = "deepseek_v32"
-    moe_intermediate_size: int = 2048
-    moe_layer_freq: int = 1
-    n_group: int = 8
-    n_routed_experts: int = 256
-    n_shared_experts: int = 1
-    norm_topk_prob: bool = True
-    num_attention_heads: int = 128
-    num_experts_per_tok: int = 8
+    architectures: tuple[str, ...] | None = ("DeepseekV32ForCausalLM",)
+    # Sizes.
+    vocab_size: int = 129280
+    hidden_size: int = 7168
     num_hidden_layers: int = 61
+    max_position_embeddings: int = 163840
+    # Attention (MLA) and the lightning indexer.
+    num_attention_heads: int = 128
     num_key_value_heads: int = 128
-    num_nextn_predict_layers: int = 1
     q_lora_rank: int = 1536
+    kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
-    quantization_config: QuantizationConfig | None = QuantizationConfig()
-    rms_norm_eps: float = 1e-6
-    rope_scaling: RopeScaling | None = RopeScaling()
-    rope_theta: float = 10000
+    v_head_dim: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
+    # Feed-forward.
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    first_k_dense_replace: int = 3
     routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    # Multi-token prediction modules in the checkpoint: 0 or 1.
+    num_nextn_predict_layers: int = 1
+    # Positions and norms.
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000
+    rope_scaling: RopeScaling | None = RopeScaling()
+    quantization_config: QuantizationConfig | None = QuantizationConfig()
+    # One supported value each.
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    moe_layer_freq: int = 1
     scoring_func: str = "sigmoid"
     tie_word_embeddings: bool = False
-    topk_group: int = 4
     topk_method: str = "noaux_tc"
-    torch_dtype: str = "bfloat16"
-    transformers_version: str = "4.44.2"
+    # Token ids.
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+    # No effect on inference.
+    attention_dropout: float = 0.0
+    ep_size: int = 1
+    initializer_range: float = 0.02
+    torch_dtype: str | None = "bfloat16"
+    transformers_version: str | None = "4.44.2"
     use_cache: bool = True
-    v_head_dim: int = 128
-    vocab_size: int = 129280
+    # Kept only to be written back: (name, JSON text) of fields nobody reads; rope fields as transformers 5 nests them.
     unknown: tuple[tuple[str, str], ...] = ()
+    rope_in_parameters: bool = False
 
-    def __post_init__(self):
-        check(self)
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        _only("model_type", self.model_type, "deepseek_v32")
+        _only("scoring_func", self.scoring_func, "sigmoid")
+        _only("topk_method", self.topk_method, "noaux_tc")
+        _only("hidden_act", self.hidden_act, "silu")
+        _only("attention_bias", self.attention_bias, False)
+        _only("moe_layer_freq", self.moe_layer_freq, 1)
+        _only("tie_word_embeddings", self.tie_word_embeddings, False)
+        _only("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, 1)
+        _only("norm_topk_prob", self.norm_topk_prob, True, False)
+        for name in _SIZES:
+            _integer(name, getattr(self, name), 1)
+        _integer("first_k_dense_replace", self.first_k_dense_replace, 0)
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            _number(name, getattr(self, name))
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise UserError(f"rope_scaling is {self.rope_scaling!r}; it must be a RopeScaling or None")
+        if self.quantization_config is not None and not isinstance(self.quantization_config, QuantizationConfig):
+            raise UserError(
+                f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig or None"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else () if value is None else (value,):
+                _integer(name, token, 0)
+                if token >= self.vocab_size:
+                    raise UserError(f"{name} {token} is outside vocab_size {self.vocab_size}")
+
+    def _check_combinations(self) -> None:
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise UserError(
+                f"num_key_value_heads {self.num_key_value_heads} differs from num_attention_heads "
+                f"{self.num_attention_heads}; MLA needs them equal"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise UserError(
+                f"first_k_dense_replace {self.first_k_dense_replace} exceeds num_hidden_layers {self.num_hidden_layers}"
+            )
+        if self.n_routed_experts % self.n_group:
+            raise UserError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+        per_group = self.n_routed_experts // self.n_group
+        if per_group < 2:
+            raise UserError(
+                f"n_routed_experts {self.n_routed_experts} and n_group {self.n_group} leave {per_group} expert a group; "
+                "groups are scored by their two best, so each needs at least 2"
+            )
+        if self.topk_group > self.n_group:
+            raise UserError(f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
+        if self.num_experts_per_tok > self.topk_group * per_group:
+            raise UserError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the {self.topk_group * per_group} experts of "
+                f"the topk_group {self.topk_group} groups that stay"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise UserError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even (it is rotated in pairs)")
+        if self.qk_rope_head_dim > self.index_head_dim:
+            raise UserError(
+                f"qk_rope_head_dim {self.qk_rope_head_dim} exceeds index_head_dim {self.index_head_dim}; the indexer "
+                "rotates its first qk_rope_head_dim features"
+            )
+        if self.index_head_dim & (self.index_head_dim - 1):
+            raise UserError(f"index_head_dim is {self.index_head_dim}; it must be a power of two (Hadamard transform)")
+        if self.quantization_config is not None:
+            self._check_fp8_widths()
+
+    def _check_fp8_widths(self) -> None:
+        # Activations are quantised in groups of 128 along the input width of every FP8 linear (DeepSeek-V3, section 3.3).
+        widths = {
+            "hidden_size": self.hidden_size,
+            "q_lora_rank": self.q_lora_rank,
+            "kv_lora_rank": self.kv_lora_rank,
+            "num_attention_heads * v_head_dim": self.num_attention_heads * self.v_head_dim,
+            "intermediate_size": self.intermediate_size,
+            "moe_intermediate_size": self.moe_intermediate_size,
+            "index_head_dim": self.index_head_dim,
+        }
+        for name, width in widths.items():
+            if width % 128:
+                raise UserError(
+                    f"{name} {width} contradicts quantization_config.weight_block_size [128, 128]: "
+                    "the input width of a quantised linear must be a multiple of 128"
+                )
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key of one head: 192."""
+        """Width of one query or key head: nope and rope features."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def latent_dim(self) -> int:
-        """Width of a token's latent row with its rope key: 576."""
+        """Features cached for a token and layer by MLA: the latent and the shared rope key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """Scale of attention scores with YaRN's temperature: 0.1352337788608801 for the 671B model.
-
-        Source: `MLA.__init__` in the official `inference/model.py`; the indexer's scores do not take it.
-        """
+        """Scale of the attention scores: `qk_head_dim ** -0.5`, times YaRN's `m ** 2` (arXiv 2309.00071, eq. 22)."""
         scale = self.qk_head_dim**-0.5
-        if self.rope_scaling is None:
-            return scale
-        return scale * (0.1 * self.rope_scaling.mscale_all_dim * math.log(self.rope_scaling.factor) + 1) ** 2
+        if self.rope_scaling is not None:
+            m = 0.1 * self.rope_scaling.mscale_all_dim * math.log(self.rope_scaling.factor) + 1.0
+            scale *= m * m
+        return scale
 
     @property
     def has_mtp(self) -> bool:
-        """Whether the checkpoint has a multi-token-prediction layer after the last."""
+        """Whether the checkpoint holds a multi-token prediction module."""
         return self.num_nextn_predict_layers > 0
 
     def is_moe(self, layer: int) -> bool:
-        """Whether this layer has experts; the first `first_k_dense_replace` do not."""
+        """Whether decoder layer `layer` has routed experts (the MTP layer, index `num_hidden_layers`, always has)."""
         return layer >= self.first_k_dense_replace
 
-    def replace(self, **fields: Any) -> "ModelConfig":
-        """A copy with other values, checked again."""
-        return dataclasses.replace(self, **fields)
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
+        """Read a `config.json`, a directory that holds one, or its parsed content.
 
-    @staticmethod
-    def deepseek_v32() -> "ModelConfig":
-        """The full DeepSeek-V3.2-Exp, 671B parameters."""
-        return ModelConfig()
-
-    @staticmethod
-    def full_width(num_layers: int, **fields: Any) -> "ModelConfig":
-        """The real widths with fewer layers (and no MTP layer unless asked for)."""
-        dense = min(3, max(0, num_layers - 1))
-        return ModelConfig(
-            **{"num_hidden_layers": num_layers, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0, **fields}
-        )
-
-    @staticmethod
-    def tiny(**fields: Any) -> "ModelConfig":
-        """Every part of the model at the least size that FP8 blocks allow; for tests."""
-        return ModelConfig(**{**TINY, **fields})
-
-    @staticmethod
-    def from_hf(source: str | Path | Mapping[str, Any]) -> "ModelConfig":
-        """From a config.json, a directory that has one, or its content.
-
-        Raises:
-          UserError: unreadable, a wrong or misspelt field, or fields that contradict each other.
+        Raises `UserError` for a file that is missing or not JSON, for a size that is missing, for a name that is nearly
+        a known one, and for everything the constructor refuses.
         """
-        if not isinstance(source, Mapping):
-            source = read_json(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
-        known = {field.name for field in dataclasses.fields(ModelConfig)} - {"unknown"}
-        source = dict(source)
-        source.pop("qk_head_dim", None)  # derived; some writers store it
-        values: dict[str, Any] = {}
+        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
+        rope_in_parameters = "rope_parameters" in raw
+        if rope_in_parameters:
+            _unnest_rope(raw)
         unknown = []
-        for name, value in source.items():
-            if name in known:
-                values[name] = nested(name, value)
-            else:
-                refuse_near_miss(name, known - set(source), "config field")
-                unknown.append((name, json.dumps(value)))
-        # A checkpoint without this field is not quantised; the default is the 671B model's.
-        values.setdefault("quantization_config", None)
-        values.setdefault("num_nextn_predict_layers", 0)
-        return ModelConfig(**values, unknown=tuple(unknown))
+        for name in [name for name in raw if name not in known]:
+            if name not in _HARMLESS and (meant := _near_miss(name, known | {"rope_parameters"})):
+                raise UserError(f"{name} is not a field of this config; did you mean {meant}?")
+            unknown.append((name, json.dumps(raw.pop(name), ensure_ascii=False)))
+        if "model_type" in raw:  # first: of another model's config nothing else is worth reporting
+            _only("model_type", raw["model_type"], "deepseek_v32")
+        if missing := sorted(_REQUIRED - raw.keys()):
+            raise UserError(f"{missing[0]} is missing from the config; it has no default")
+        if raw.setdefault("rope_scaling", None) is not None:
+            where = "rope_parameters" if rope_in_parameters else "rope_scaling"
+            raw["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], where)
+        if raw.setdefault("quantization_config", None) is not None:
+            raw["quantization_config"] = QuantizationConfig.from_hf(raw["quantization_config"])
+        raw.setdefault("num_nextn_predict_layers", 0)
+        for name, value in raw.items():
+            if isinstance(value, list):
+                raw[name] = tuple(value)
+        return cls(**raw, unknown=tuple(unknown), rope_in_parameters=rope_in_parameters)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of config.json; `quantization_config` is left out where there is none."""
-        out: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "unknown":
-                continue
-            if dataclasses.is_dataclass(value):
-                value = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}  # type: ignore[arg-type]
-                value = {k: v for k, v in value.items() if v is not None}
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+        """The content of a `config.json`, sorted by name: every field, and the unknown ones as they were read."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _INTERNAL}
+        out = {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
+        out["rope_scaling"] = self.rope_scaling.to_hf() if self.rope_scaling else None
+        if self.rope_in_parameters:
+            block = out.pop("rope_scaling") or {"rope_type": "default"}
+            out["rope_parameters"] = dict(sorted((block | {"rope_theta": out.pop("rope_theta")}).items()))
         if self.quantization_config is None:
             del out["quantization_config"]
-        return dict(sorted({**out, **{name: json.loads(text) for name, text in self.unknown}}.items()))
+        else:
+            out["quantization_config"] = self.quantization_config.to_hf()
+        out |= {name: json.loads(text) for name, text in self.unknown}
+        return dict(sorted(out.items()))
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with other values, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def deepseek_v32(cls) -> ModelConfig:
+        """The 671B model of DeepSeek-V3.2-Exp."""
+        return cls()
+
+    @classmethod
+    def full_width(cls, num_layers: int, **overrides: Any) -> ModelConfig:
+        """The real widths with fewer layers, at least one of them with experts, and no MTP module unless asked for."""
+        dense = min(3, max(0, num_layers - 1))
+        sizes = {"num_hidden_layers": num_layers, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+        return cls(**sizes | overrides)
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> ModelConfig:
+        """Every part of the model (FP8 and MTP too) at the least size that FP8 groups allow; any field may be overridden."""
+        sizes: dict[str, Any] = {
+            "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 1280,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 128, "kv_lora_rank": 128,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "index_n_heads": 2, "index_topk": 16,
+            "intermediate_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+            "rope_scaling": RopeScaling(original_max_position_embeddings=32),
+        }  # fmt: skip
+        return cls(**sizes | overrides)
 
 
-TINY: dict[str, Any] = {
-    "first_k_dense_replace": 1,
-    "hidden_size": 128,
-    "index_head_dim": 128,
-    "index_n_heads": 2,
-    "index_topk": 16,
-    "intermediate_size": 256,
-    "kv_lora_rank": 128,
-    "max_position_embeddings": 1280,
-    "moe_intermediate_size": 128,
-    "n_group": 4,
-    "n_routed_experts": 8,
-    "num_attention_heads": 2,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 128,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "rope_scaling": RopeScaling(original_max_position_embeddings=32),
-    "topk_group": 2,
-    "v_head_dim": 64,
-    "vocab_size": 512,
-}
-
-PRESETS = {"671b": ModelConfig.deepseek_v32, "tiny": ModelConfig.tiny}
-"""Configurations by name, as `dsv32 info --config` takes them."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        path = path / "config.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; a config.json is needed") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a checkpoint directory has one") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}; a config is a JSON object")
+    return raw
 
 
-def refuse_near_miss(name: str, known: set[str], what: str) -> None:
-    """An unknown name that is almost a known one is a slip, not an extension."""
-    if close := difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.85):
-        raise UserError(f"{what} {name!r} is unknown; did you mean {close[0]!r}?")
+def _unnest_rope(raw: dict[str, Any]) -> None:
+    """Turn transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
+    block = raw.pop("rope_parameters")
+    if not isinstance(block, Mapping):
+        raise UserError(f"rope_parameters is {block!r}; it must be an object")
+    for name in ("rope_scaling", "rope_theta"):
+        if raw.get(name) is not None:
+            raise UserError(f"{name} and rope_parameters are both given; keep one of them")
+    block = dict(block)
+    if "rope_theta" not in block:
+        raise UserError("rope_parameters.rope_theta is missing; the config must give it")
+    raw["rope_theta"] = block.pop("rope_theta")
+    raw["rope_scaling"] = None if block == {"rope_type": "default"} else block
 
 
-def nested(name: str, value: Any) -> Any:
-    """A config field's JSON value as this module holds it."""
-    kinds = {"rope_scaling": RopeScaling, "quantization_config": QuantizationConfig}
-    if name not in kinds or value is None:
-        return tuple(value) if isinstance(value, list) else value
-    if not isinstance(value, Mapping):
-        raise UserError(f"{name} must be an object or null, not {value!r}")
-    fields = {field.name for field in dataclasses.fields(kinds[name])}
-    value = dict(value)
-    if name == "rope_scaling" and "rope_type" in value:  # newer name of the same field
-        value.setdefault("type", value.pop("rope_type"))
-        value.pop("rope_type", None)
-    if name == "quantization_config":
-        value.setdefault("scale_fmt", None)
-    for key in value:
-        if key not in fields:
-            refuse_near_miss(key, fields - set(value), f"{name} field")
-            raise UserError(f"{name} field {key!r} is not supported; known are {', '.join(sorted(fields))}")
-    return kinds[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
-
-
-ONLY = {
-    "model_type": ("deepseek_v32",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "moe_layer_freq": (1,),
-    "tie_word_embeddings": (False,),
-    "num_nextn_predict_layers": (0, 1),
-}
-"""Fields that select behaviour, and the values that this model implements."""
-
-MAY_BE_ZERO = {"first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "attention_dropout"}
-
-
-def check(config: ModelConfig) -> None:
-    """Types, ranges and contradictions, each refused with the names of its fields."""
-    for field in dataclasses.fields(config):
-        check_type(field.name, field.type, getattr(config, field.name))
-    for name, allowed in ONLY.items():
-        if getattr(config, name) not in allowed:
-            supported = " or ".join(map(repr, allowed))
-            raise UserError(f"{name} is {getattr(config, name)!r}; this model supports {supported}")
-    c = config
-    rules = [
-        (c.num_key_value_heads == c.num_attention_heads, "num_key_value_heads must equal num_attention_heads"),
-        (c.n_routed_experts % c.n_group == 0, "n_routed_experts must be a multiple of n_group"),
-        (c.topk_group <= c.n_group, "topk_group must not exceed n_group"),
-        (
-            c.num_experts_per_tok * c.n_group <= c.n_routed_experts * c.topk_group,
-            "num_experts_per_tok must not exceed the experts of topk_group groups (n_routed_experts / n_group each)",
-        ),
-        (c.first_k_dense_replace <= c.num_hidden_layers, "first_k_dense_replace must not exceed num_hidden_layers"),
-        (c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even"),
-        (c.qk_rope_head_dim <= c.index_head_dim, "qk_rope_head_dim must not exceed index_head_dim"),
-        (c.index_head_dim & (c.index_head_dim - 1) == 0, "index_head_dim must be a power of two (Hadamard rotation)"),
-    ]
-    if c.rope_scaling is not None:
-        rules.append((c.rope_scaling.type == "yarn", f"rope_scaling type {c.rope_scaling.type!r} must be 'yarn'"))
-        rules.append((c.rope_scaling.factor >= 1, "rope_scaling factor must be at least 1"))
-    for holds, rule in rules:
-        if not holds:
-            names = [name for name in vars(c) if name in rule.replace("(", " ").split() and name != "rope_scaling"]
-            raise UserError(f"{rule}: {', '.join(f'{name} is {getattr(c, name)}' for name in names)}".rstrip(": "))
-    if c.quantization_config is not None:
-        check_quantization(c, c.quantization_config)
-
-
-def check_type(name: str, kind: Any, value: Any) -> None:
-    """Numbers must be finite and positive (or 0 where that means something); bools are no numbers."""
-    if name in ("rope_scaling", "quantization_config", "unknown", "architectures"):
-        if name in ("rope_scaling", "quantization_config") and value is not None:
-            for field in dataclasses.fields(value):
-                check_type(f"{name}.{field.name}", field.type, getattr(value, field.name))
-        return
-    if kind in (int, float, int | None):
-        if value is None and kind == int | None:
-            return
-        numeric = isinstance(value, int) if kind is not float else isinstance(value, int | float)
-        if isinstance(value, bool) or not numeric or not math.isfinite(value):
-            raise UserError(f"{name} must be {'a number' if kind is float else 'an integer'}, not {value!r}")
-        if value < 0 or (value == 0 and name not in MAY_BE_ZERO and "mscale" not in name):
-            raise UserError(f"{name} must be positive, not {value!r}")
-    elif kind in (bool, str) and not isinstance(value, kind):
-        raise UserError(f"{name} must be {'true or false' if kind is bool else 'a string'}, not {value!r}")
-
-
-def check_quantization(config: ModelConfig, quantization: QuantizationConfig) -> None:
-    """Only the checkpoint's own scheme, and widths that its groups of 128 divide."""
-    supported = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3",),
-        "activation_scheme": ("dynamic",),
-        "weight_block_size": ((128, 128),),
-        "scale_fmt": ("ue8m0", None),
-    }
-    for name, allowed in supported.items():
-        value = getattr(quantization, name)
-        if value not in allowed:
-            raise UserError(f"quantization_config.{name} is {value!r}; supported is {' or '.join(map(repr, allowed))}")
-    widths = {
-        name: getattr(config, name)
-        for name in ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
-    }
-    widths["num_attention_heads * v_head_dim"] = config.num_attention_heads * config.v_head_dim
-    widths["index_head_dim"] = config.index_head_dim
-    for name, width in widths.items():
-        if width % 128:
-            raise UserError(f"{name} is {width}, but quantization_config needs multiples of 128 (FP8 groups)")
+PRESETS = {"671b": ModelConfig.deepseek_v32(), "tiny": ModelConfig.tiny()}
+"""Configurations by name, as `dsv32 info --config` takes them."""
