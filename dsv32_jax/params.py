@@ -43,14 +43,18 @@ class Init:
         self.std = config.initializer_range
         self.rngs = rngs
 
+    def normal(self, shape: tuple[int, ...]) -> jax.Array:
+        """bfloat16 normal values of the config's standard deviation."""
+        return (self.std * jax.random.normal(self.rngs.params(), shape)).astype("bfloat16")
+
     def matrix(self, *shape: int):
         """bfloat16 [..., N, K], never quantised: embedding, head, router."""
-        return nnx.data((self.std * jax.random.normal(self.rngs.params(), shape)).astype("bfloat16"))
+        return nnx.data(self.normal(shape))
 
     def linear(self, *shape: int):
         """[..., N, K]: a QTensor where the checkpoint is FP8."""
-        weight = self.matrix(*shape)
-        return nnx.data(quantize_weight(weight)) if self.fp8 else weight
+        weight = self.normal(shape)
+        return nnx.data(quantize_weight(weight) if self.fp8 else weight)
 
     def constant(self, value: float, *shape: int):
         """float32: norms and biases."""
