@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up by themselves, in .venv; nothing outside this folder is changed.
+PYTHON := .venv/bin/python
+STAMP := .venv/.setup-done
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(STAMP)
+
+# The first interpreter that is new enough; otherwise say which one was found.
+$(STAMP): requirements.lock pyproject.toml
+	@found=; seen=; \
+	for python in python3.13 python3.12 python3; do \
+	  command -v $$python >/dev/null 2>&1 || continue; \
+	  seen="$$($$python --version 2>&1)"; \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: Python 3.12 or newer is needed; found $${seen:-none}" >&2; exit 1; \
+	fi; \
+	[ -x $(PYTHON) ] || $$found -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements.lock
+	$(PYTHON) -m pip install --quiet --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(PYTHON) -m experiments.demo
+
+test: setup
+	$(PYTHON) -m pytest -n 2
+
+test-slow: setup
+	$(PYTHON) -m pytest -n 2 -m "slow or not slow"
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
