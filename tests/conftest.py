@@ -1,0 +1,28 @@
+"""Settings of every test run, made before JAX is imported, and the golden files."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Tests are for the CPU, also on a machine with a GPU, except when tests/gpu is what was asked for.
+if not any("tests/gpu" in argument for argument in sys.argv):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+# A test must not pass because of a program that an earlier version of the code compiled.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], Path]:
+    """`golden("tiny/model")`: the path of a golden file or directory, which must exist."""
+
+    def path(name: str) -> Path:
+        found = GOLDEN / name
+        assert found.exists(), f"{found} is missing"
+        return found
+
+    return path
