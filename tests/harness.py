@@ -1,0 +1,134 @@
+"""Running the model in tests: flat batches of whole or partial sequences, and the golden checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import Batch, DeepseekV32, Options
+from tests import numpy_model
+
+DATA = Path(__file__).parent / "data" / "golden"
+EXACT = Options(compute_dtype="float32", act_quant=False)
+"""Arithmetic of the float32 oracles."""
+
+
+def golden_directory(name: str) -> Path:
+    """The folder of a golden checkpoint, in the tests' data or under $DSV32_GOLDEN; skips the test where it is absent."""
+    places = [DATA, Path(os.environ.get("DSV32_GOLDEN", DATA.parents[3] / "shared" / "golden"))]
+    for place in places:
+        if (place / name / "model" / "config.json").is_file():
+            return place / name
+    pytest.skip(f"golden/{name} is not here; set DSV32_GOLDEN to the folder that has it")
+
+
+@functools.cache
+def load_golden(name: str) -> DeepseekV32:
+    """The model of a golden checkpoint, read by the converter's own HF reader."""
+    import convert
+
+    directory = golden_directory(name) / "model"
+    return convert.load_hf(directory, ModelConfig.from_hf(directory))
+
+
+@functools.cache
+def load_oracle(name: str, file: str = "oracle.npz") -> SimpleNamespace:
+    """Arrays of an oracle file as attributes."""
+    with np.load(golden_directory(name) / file) as arrays:
+        return SimpleNamespace(**{key: arrays[key] for key in arrays})
+
+
+@functools.cache
+def numpy_golden(name: str, act_quant: bool = False) -> numpy_model.Model:
+    """The float64 NumPy model of a golden checkpoint."""
+    directory = golden_directory(name) / "model"
+    return numpy_model.Model(
+        numpy_model.read_config(directory), numpy_model.read_weights(directory), act_quant=act_quant
+    )
+
+
+class Piece(NamedTuple):
+    """Tokens start..start+len(ids) of one sequence, and that sequence's row of the block tables."""
+
+    ids: Sequence[int]
+    start: int = 0
+    sequence: int = 0
+
+
+def flat_batch(pieces: Sequence[Piece], tables: np.ndarray, *, padding: int = 0, spread: bool = False) -> Batch:
+    """One batch of several pieces, every token's logits wanted.
+
+    Args:
+      pieces: what to run.
+      tables: int32 [S, N], block tables.
+      padding: rows of padding at the end, or with `spread` one after every token.
+      spread: mix padding into the batch.
+    """
+    columns = []
+    for piece in pieces:
+        positions = np.arange(piece.start, piece.start + len(piece.ids))
+        slots = tables[piece.sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        columns.append(np.stack([np.asarray(piece.ids), positions, slots, np.full(len(positions), piece.sequence)]))
+    flat = np.concatenate(columns, 1)
+    blank = np.array([[0], [-1], [-1], [0]])
+    if spread:
+        flat = np.stack([flat, np.repeat(blank, flat.shape[1], 1)], -1).reshape(4, -1)
+    flat = np.concatenate([flat, np.repeat(blank, padding, 1)], 1).astype(np.int32)
+    wanted = np.where(flat[1] >= 0, np.arange(flat.shape[1]), -1)
+    return Batch(*map(jnp.asarray, flat), jnp.asarray(tables, jnp.int32), jnp.asarray(wanted, jnp.int32))
+
+
+def tables_of(sequences: int, blocks: int, *, spare: int = 0, seed: int | None = None) -> np.ndarray:
+    """[S, N] block tables over S * N + spare physical blocks: in order, or with a seed scattered over all of them."""
+    count = sequences * blocks
+    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count + spare)[:count]
+    return order.reshape(sequences, blocks).astype(np.int32)
+
+
+def fresh_jit(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[Any, KVCache, dict]:
+    """The model's own forward with a trace, compiled anew, so that a monkeypatched part is really used."""
+
+    @jax.jit
+    def run(model, batch, cache):
+        trace: dict = {}
+        logits, cache = model(batch, cache, options, trace)
+        return logits, cache, trace
+
+    return run(model, batch, cache)
+
+
+def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options = EXACT) -> list[SimpleNamespace]:
+    """Whole sequences in one batch. For each: logits [T, V], hidden [L + 1, T, D], layers (dicts of NumPy arrays)."""
+    blocks = -(-max(map(len, rows)) // BLOCK_SIZE)
+    tables = tables_of(len(rows), blocks)
+    batch = flat_batch([Piece(row, 0, n) for n, row in enumerate(rows)], tables)
+    cache = KVCache.create(model.config, tables.size, options)
+    logits, _, trace = jax.tree.map(np.asarray, fresh_jit(model, batch, cache, options))
+    ends = np.cumsum([len(row) for row in rows])
+    results = []
+    for end, row in zip(ends, rows, strict=True):
+        own = slice(end - len(row), end)
+        results.append(
+            SimpleNamespace(
+                logits=logits[own],
+                hidden=np.stack([trace["embedded"][own], *(layer["hidden"][own] for layer in trace["layers"])]),
+                layers=[{key: value[own] for key, value in layer.items()} for layer in trace["layers"]],
+            )
+        )
+    return results
+
+
+def as_sets(rows: np.ndarray) -> list[set[int]]:
+    """[T, K] indices -> a set for each row, -1 left out."""
+    return [{int(i) for i in row if i >= 0} for row in rows]
