@@ -297,7 +297,7 @@ class ModelConfig:
             self._check_fp8_widths()
 
     def _check_fp8_widths(self) -> None:
-        # Activations are quantised in groups of 128 along the input width of every FP8 linear (arXiv 2412.19437, 3.3.2).
+        # Activations are quantised in groups of 128 along the input of every FP8 linear (arXiv 2412.19437, 3.3.2).
         widths = {
             "hidden_size": self.hidden_size,
             "q_lora_rank": self.q_lora_rank,
@@ -407,7 +407,7 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls, **overrides: Any) -> ModelConfig:
-        """Every part of the model (FP8 and MTP too) at the least size that FP8 groups allow; any field can be changed."""
+        """Every part of the model (FP8 and MTP too) at the least size FP8 groups allow; any field can be changed."""
         sizes: dict[str, Any] = {
             "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 1280,
             "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 128, "kv_lora_rank": 128,
