@@ -1,0 +1,212 @@
+"""The facade: golden tokens, batches of different lengths, chunked prompts, scores, and what it refuses."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv32_jax import fidelity, language_model
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.model import DeepseekV32
+from dsv32_jax.tokenizer import Tokenizer
+from tests.harness import EXACT, golden_directory, load_golden, load_oracle
+
+
+def golden(name):
+    directory = golden_directory(name) / "model"
+    model = load_golden(name)
+    tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+    return LanguageModel(model, model.config, tokenizer, EXACT)
+
+
+def prompts(oracle):
+    return [row[:length].tolist() for row, length in zip(oracle.ids, oracle.lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The golden tiny checkpoint: with a tokenizer, context 256."""
+    return golden("tiny")
+
+
+@pytest.fixture(scope="module")
+def random():
+    """Random weights large enough that tokens differ."""
+    config = ModelConfig.tiny(initializer_range=0.3)
+    return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny128_bf16", "tiny128_fp8"])
+def test_golden_tokens_and_logits(name):
+    m, oracle = golden(name), load_oracle(name)
+    generated = m.generate(prompts(oracle), oracle.gen.shape[1], temperature=0.0, ignore_eos=True)
+    np.testing.assert_array_equal(generated.tokens, oracle.gen)
+    ids = np.full(oracle.ids.shape, -1, np.int32)
+    for row, prompt in zip(ids, prompts(oracle), strict=True):
+        row[: len(prompt)] = prompt
+    logits = m.logits(ids)
+    present = ids >= 0
+    worst = np.abs(logits - oracle.logits)[present].max()
+    assert worst <= 1e-3 * oracle.logits[present].std()
+    assert (logits[~present] == 0).all() and logits.dtype == np.float32
+
+
+def test_rows_of_a_batch_are_as_alone(random):
+    rows = [[1, 2, 3], list(range(10, 80)), [7] * 20]
+    settings = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3, "ignore_eos": True}
+    together = random.generate(rows, **settings).tokens
+    assert together.shape == (3, 6)
+    np.testing.assert_array_equal(random.generate(rows[:1], **settings).tokens, together[:1])
+    np.testing.assert_array_equal(random.generate(rows[:2], **settings).tokens, together[:2])
+    greedy = random.generate(rows, 6, ignore_eos=True).tokens
+    for row, tokens in zip(rows, greedy, strict=True):  # greedy does not depend on the row's number either
+        np.testing.assert_array_equal(random.generate([row], 6, ignore_eos=True).tokens[0], tokens)
+    padded = np.full((3, 70), -1, np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    np.testing.assert_array_equal(random.generate(padded, **settings).tokens, together)
+    np.testing.assert_array_equal(random.generate(jnp.asarray(padded), **settings).tokens, together)
+
+
+def test_seed_and_temperature(random):
+    def tokens(**settings):
+        return random.generate([1, 2, 3], 12, ignore_eos=True, **settings).tokens.tolist()
+
+    assert tokens(temperature=1.0, seed=5) == tokens(temperature=1.0, seed=5)
+    assert tokens(temperature=1.0, seed=5) != tokens(temperature=1.0, seed=6)
+    assert tokens(seed=5) == tokens(seed=6)
+    assert tokens(temperature=1.0, top_p=1e-6) == tokens()  # a nucleus of one token is greedy
+
+
+def test_a_row_ends_at_eos_and_the_others_go_on(random):
+    rows = [[1, 2, 3], [9, 8, 7, 6]]
+    free = random.generate(rows, 10, ignore_eos=True).tokens
+    eos = next(int(token) for token in free[0][1:] if token not in free[1])
+    m = LanguageModel(random.model, dataclasses.replace(random.config, eos_token_id=eos), options=EXACT)
+    stopped = m.generate(rows, 10)
+    end = free[0].tolist().index(eos) + 1
+    assert stopped.tokens[0].tolist() == free[0][:end].tolist() + [-1] * (10 - end)
+    np.testing.assert_array_equal(stopped.tokens[1], free[1])
+    assert stopped.finish_reasons == ["stop", "length"]
+    np.testing.assert_array_equal(m.generate(rows, 10, ignore_eos=True).tokens, free)
+    several = LanguageModel(random.model, random.config, options=EXACT, generation_config={"eos_token_id": [500, eos]})
+    np.testing.assert_array_equal(several.generate(rows, 10).tokens, stopped.tokens)
+
+
+def test_stream_gives_what_generate_gives(tiny):
+    rows = ["The keeper", "灯塔 and the sea"]
+    whole = tiny.generate(rows, 8, ignore_eos=True)
+    tokens, texts = [[], []], ["", ""]
+    for piece in tiny.stream(rows, 8, ignore_eos=True):
+        tokens[piece.row].append(piece.token)
+        texts[piece.row] += piece.text
+    assert tokens == whole.tokens.tolist()
+    assert texts == whole.texts
+
+
+def test_generation_continues_what_a_full_forward_says(random):
+    prompt = list(range(3, 43))
+    tokens = random.generate(prompt, 30, ignore_eos=True).tokens[0].tolist()  # crosses the first block's end
+    logits = random.logits(prompt + tokens)[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 512, (2, 90)).astype(np.int32)
+    ids[1, 61:] = -1
+    whole, tokens = random.logits(ids), random.generate(ids, 5, ignore_eos=True).tokens
+    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
+    np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
+    np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
+
+
+def test_an_earlier_row_leaves_nothing_behind(random):
+    rows = np.random.default_rng(1).integers(0, 512, (2, 40)).astype(np.int32)
+    rows[1, 17:] = -1
+    np.testing.assert_array_equal(random.logits(rows)[1, :17], random.logits(rows[1, :17])[0])
+
+
+def test_score_is_the_log_softmax(random):
+    ids = np.random.default_rng(2).integers(0, 512, (2, 25)).astype(np.int32)
+    ids[1, 20:] = -1
+    out = np.full((2, 25, 512), np.nan, np.float32)
+    result = random.score(ids, out=out)
+    logits = random.logits(ids)
+    np.testing.assert_array_equal(out, logits)
+    wide = logits.astype(np.float64)
+    log_softmax = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    expected = np.take_along_axis(log_softmax[:, :-1], np.maximum(ids[:, 1:], 0)[..., None], -1)[..., 0]
+    expected[1, 19:] = 0
+    np.testing.assert_allclose(result.log_likelihoods, expected, atol=1e-4)
+    assert result.tokens == 24 + 19
+    assert result.log_likelihood == pytest.approx(expected.sum(), abs=1e-2)
+    assert result.perplexity == pytest.approx(np.exp(-expected.sum() / 43), rel=1e-3)
+
+
+def test_trace_is_of_the_same_forward(random):
+    ids = np.arange(5, 35, dtype=np.int32)
+    trace = random.trace(ids)
+    np.testing.assert_allclose(trace.logits, random.logits(ids)[0], atol=1e-4)
+    assert trace.topk.shape[:2] == (random.config.num_hidden_layers, 30)
+    assert json.dumps(fidelity.compare(trace, trace)["kl"]) == "0.0"
+
+
+def test_forms_of_a_prompt(tiny):
+    ids = tiny.tokenizer.encode("The keeper", bos=True)
+    assert ids[0] == tiny.tokenizer.bos_id
+    expected = tiny.generate(ids, 3).tokens.tolist()
+    for form in ("The keeper", ["The keeper"], [ids], np.array(ids), np.array([ids], np.int32)):
+        assert tiny.generate(form, 3).tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1, 512], r"prompt 0, position 1: token 512 is not in 0\.\.511 \(vocab_size 512\)"),
+        ([[1], [2, -5]], "prompt 1, position 1: token -5"),
+        (np.array([[1, -1, 2]]), "prompt 0, position 1: -1 in the middle"),
+        (np.array([[1, 2], [-1, -1]]), "prompt 1: empty"),
+        ([], "none given"),
+        ([[]], "prompt 0: empty"),
+        (np.ones((1, 2), np.float32), r"float32 \[1, 2\]; must be int32"),
+        (np.ones((1, 2, 3), np.int32), r"int32 \[1, 2, 3\]"),
+        ("text", "no tokenizer.json"),
+        ([[1.5]], "prompt 0: must be a text or a flat list"),
+        ([[1] * 100000], "longer than the cache.*max_position_embeddings"),
+    ],
+)
+def test_refused_prompts(random, prompt, message):
+    for call in (random.logits, random.score, random.generate):
+        with pytest.raises(UserError, match=message):
+            call(prompt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"max_new_tokens": 10**6}, "max_position_embeddings"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_refused_settings(random, settings, message):
+    with pytest.raises(UserError, match=message):
+        random.generate([1, 2], **settings)
+
+
+def test_refused_text_and_single_tokens(tiny, random):
+    with pytest.raises(UserError, match="prompt 0: empty"):
+        tiny.generate("")
+    with pytest.raises(UserError, match="row 0: 1 token"):
+        random.score([3])
+    with pytest.raises(UserError, match=r"out: float32 \[1, 2, 3\]; must be float32 \[1, 2, 512\]"):
+        random.logits([1, 2], out=np.zeros((1, 2, 3), np.float32))
