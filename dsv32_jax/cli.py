@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv32_jax import __version__
 from dsv32_jax.errors import UserError
 
 if TYPE_CHECKING:  # JAX is imported when a verb runs, so that --help answers at once
@@ -64,9 +65,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"dsv32-jax {installed('dsv32-jax')}")
+        typer.echo(f"dsv32-jax {__version__}")
         raise typer.Exit
 
 

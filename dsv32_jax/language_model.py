@@ -229,12 +229,7 @@ class LanguageModel:
         ignore_eos: bool,
     ) -> Iterator[np.ndarray]:
         """int32 [B] a step, -1 for rows that have ended; stops when all have."""
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise UserError(f"temperature: {temperature}; must be 0 (greedy) or above")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p: {top_p}; must be above 0 and at most 1")
-        if not 0 <= seed < 2**31:
-            raise UserError(f"seed: {seed}; must be in 0..{2**31 - 1}")
+        check_sampling(temperature, top_p, seed)
         lengths = np.array([len(row) for row in rows], np.int32)
         batch = len(rows)
         tables = self._block_tables(batch, int(lengths.max()) + max_new_tokens)
@@ -360,6 +355,16 @@ class LanguageModel:
                 f"at most max_position_embeddings = {self.config.max_position_embeddings}"
             )
         return ids
+
+
+def check_sampling(temperature: float, top_p: float, seed: int) -> None:
+    """Raises `UserError` for values that `generate` does not take."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature: {temperature}; must be 0 (greedy) or above")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p}; must be above 0 and at most 1")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed: {seed}; must be in 0..{2**31 - 1}")
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))
