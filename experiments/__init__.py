@@ -1,0 +1,1 @@
+"""What a researcher runs: today the demo; measurements and ablations come later."""

@@ -1,0 +1,70 @@
+"""The arrows of the house: experiments -> convert -> dsv32_jax -> pallas_kernels, read from the import statements."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pallas_kernels", "dsv32_jax", "convert", "experiments")
+# These two may reach up, inside functions.
+REACH_UP = {Path("dsv32_jax/loading.py"), Path("dsv32_jax/cli.py")}
+
+
+def imports(tree: ast.AST, inside: bool = False) -> list[tuple[str, bool]]:
+    """(imported module, whether inside a function) of every import statement."""
+    found: list[tuple[str, bool]] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((("." * node.level) + (node.module or ""), inside))
+        found += imports(node, inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return found
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"{package} has no files"
+    return found
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """Imports of a package above the one that `path` (relative to the root) is in."""
+    rank = PACKAGES.index(path.parts[0])
+    bad = []
+    for module, inside in imports(ast.parse(source)):
+        top = module.partition(".")[0]
+        if top in PACKAGES and PACKAGES.index(top) > rank and not (inside and path in REACH_UP):
+            bad.append(f"{path} imports {module}")
+        if path.parts[0] == "pallas_kernels" and top == "flax":
+            bad.append(f"{path} imports {module}")
+    return bad
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_arrow_points_up(package):
+    assert [bad for path in files(package) for bad in violations(path.relative_to(ROOT), path.read_text())] == []
+
+
+def test_the_rule_itself():
+    model, loading = Path("dsv32_jax/model.py"), Path("dsv32_jax/loading.py")
+    assert violations(model, "def f():\n    import convert.hf") and violations(loading, "from convert import hf")
+    assert not violations(loading, "def f():\n    import convert")
+    assert violations(Path("pallas_kernels/top_k/x.py"), "from flax import nnx")
+
+
+def test_kernels_stand_alone():
+    names = sorted(p.parent.name for p in (ROOT / "pallas_kernels").glob("*/__init__.py"))
+    code = "import sys\n" + "".join(f"import pallas_kernels.{name}\n" for name in names)
+    code += "print([m for m in ('flax', 'dsv32_jax', 'convert', 'experiments') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_config_needs_no_jax():
+    code = "import sys, dsv32_jax.config\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
