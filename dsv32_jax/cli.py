@@ -33,7 +33,7 @@ PromptFile = Annotated[
     list[Path] | None, typer.Option("--prompt-file", help="A UTF-8 file that is one prompt; repeat it for a batch.")
 ]
 TokenIds = Annotated[
-    Path | None, typer.Option("--token-ids", help="An .npy file of int32 [B, T]; -1 marks absent positions at the right.")
+    Path | None, typer.Option("--token-ids", help="An .npy file of int32 [B, T]; -1: absent, at the right.")
 ]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="Default: of generation_config.json, or 256, or what fits.")
@@ -52,7 +52,7 @@ IndexTopk = Annotated[
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto | mosaic_gpu | reference | interpret")]
 ComputeDtype = Annotated[
-    str | None, typer.Option("--compute-dtype", help="bfloat16 | float32. Default: bfloat16 on a GPU, float32 on a CPU.")
+    str | None, typer.Option("--compute-dtype", help="bfloat16 | float32. Default: bfloat16 on a GPU, else float32.")
 ]
 NoActQuant = Annotated[
     bool, typer.Option("--no-act-quant", help="Quantise no activation, index key or latent: weights only.")
@@ -89,7 +89,7 @@ def generate(
     no_act_quant: NoActQuant = False,
     as_json: Json = False,
     save_tokens: Annotated[
-        Path | None, typer.Option("--save-tokens", help="Write int32 [B, max-new-tokens] here (.npy), -1 after the end.")
+        Path | None, typer.Option("--save-tokens", help="Write int32 [B, N] here (.npy), -1 after a row's end.")
     ] = None,
 ) -> None:
     """Continue prompts.
@@ -99,6 +99,7 @@ def generate(
     Example: dsv32 generate --model DIR --prompt "The lighthouse" --max-new-tokens 32 --temperature 0
     """
     prompts = _prompts(prompt, prompt_file, token_ids)
+    _check_sampling(temperature, top_p, seed)
     with _replacing(save_tokens, "--save-tokens") as tokens_file:
         m = _load(model, compute_dtype, no_act_quant, attention, index_topk, backend)
         if isinstance(prompts, list) and (system is not None or thinking):
@@ -106,7 +107,7 @@ def generate(
         settings = _sampling(m, temperature, top_p, seed, ignore_eos)
         if len(prompts) == 1 and m.tokenizer is not None and not as_json:
             tokens = [[]]
-            room = m._new_tokens(m._rows(prompts), max_new_tokens)
+            room = m.new_tokens(m.rows(prompts), max_new_tokens)
             for piece in m.stream(prompts, room, **settings):
                 tokens[0].append(piece.token)
                 typer.echo(piece.text, nl=False)
@@ -124,7 +125,7 @@ def generate(
                 tokens=tokens,
                 texts=result.texts,
                 finish_reasons=result.finish_reasons,
-                prompt_tokens=[len(row) for row in m._rows(prompts)],
+                prompt_tokens=[len(row) for row in m.rows(prompts)],
                 **settings,
             )
             return
@@ -155,6 +156,7 @@ def chat(
 
     Example: dsv32 chat --model DIR --system "Answer in one sentence."
     """
+    _check_sampling(temperature, top_p, seed)
     m = _load(model, compute_dtype, no_act_quant, attention, index_topk, backend)
     settings = _sampling(m, temperature, top_p, seed, ignore_eos)
     messages = _chat(system)
@@ -205,7 +207,7 @@ def score(
         out = None
         if logits_file is not None:
             # The file has the token file's own width, also where every row ends before it.
-            width = inputs.shape[1] if text_file is None else max(len(row) for row in m._rows(inputs))
+            width = inputs.shape[1] if text_file is None else max(len(row) for row in m.rows(inputs))
             shape = (len(inputs), width, m.config.vocab_size)
             out = np.lib.format.open_memmap(logits_file, mode="w+", dtype=np.float32, shape=shape)
         result = m.score(inputs, out=out)
@@ -217,7 +219,7 @@ def score(
     summary = {"perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
     summary["log_likelihood"] = result.log_likelihood
     if as_json:
-        lengths = [len(row) - 1 for row in m._rows(inputs)]
+        lengths = [len(row) - 1 for row in m.rows(inputs)]
         rows = [row[:length].tolist() for row, length in zip(result.log_likelihoods, lengths, strict=True)]
         _print_json(**summary, log_likelihoods=rows)
         return
@@ -241,6 +243,7 @@ def info(
     from dsv32_jax.config import PRESETS, ModelConfig
     from dsv32_jax.memory import (
         GPU_BYTES,
+        USABLE,
         available_bytes,
         cache_bytes_per_token,
         human,
@@ -273,7 +276,7 @@ def info(
         result["memory"] = {
             name: {
                 "bytes": size,
-                "gpus_for_weights": math.ceil(total / (size * 0.9)) if size else None,
+                "gpus_for_weights": math.ceil(total / (size * USABLE)) if size else None,
                 "cache_tokens": {form: tokens_that_fit(total, each, size) for form, each in cache.items()},
             }
             for name, size in places.items()
@@ -395,13 +398,22 @@ def _load(
     )
 
 
+def _check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
+    """Wrong values show before a model is loaded, which can take minutes."""
+    from dsv32_jax.language_model import check_sampling
+
+    check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
+
+
 def _sampling(
     m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
 ) -> dict[str, Any]:
     """Flags first, then generation_config.json (greedy unless it says `do_sample`), then greedy."""
-    defaults = m.generation_config if m.generation_config.get("do_sample") else {}
+    defaults = {"temperature": 0.0}
+    if m.generation_config.get("do_sample"):
+        defaults = {"temperature": 1.0, **m.generation_config}
     return {
-        "temperature": float(defaults.get("temperature", 1.0 if defaults else 0.0)) if temperature is None else temperature,
+        "temperature": float(defaults["temperature"]) if temperature is None else temperature,
         "top_p": float(defaults.get("top_p", 1.0)) if top_p is None else top_p,
         "seed": seed,
         "ignore_eos": ignore_eos,
@@ -476,8 +488,10 @@ def _read_token_ids(path: Path) -> "np.ndarray":
 
 @contextlib.contextmanager
 def _replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
-    """A file beside `path` to write, made at once (so that a wrong target shows before the model runs); it becomes `path`
-    when all went well and is removed otherwise."""
+    """A file beside `path` to write; it becomes `path` when all went well and is removed otherwise.
+
+    It is made at once, so that a wrong target shows before the model runs.
+    """
     if path is None:
         yield None
         return

@@ -110,7 +110,7 @@ class LanguageModel:
         Raises:
           UserError: an id outside the vocabulary, a -1 in the middle, an empty or too long row.
         """
-        rows = self._rows(ids)
+        rows = self.rows(ids)
         out = self._output(rows, out)
         for row, start, stop, logits in self._forward(rows):
             out[row, start:stop] = np.asarray(logits)[: stop - start]
@@ -120,10 +120,10 @@ class LanguageModel:
         """Log-likelihood of every token given those before it.
 
         Args:
-          ids: [T] or [B, T] integers, or texts (with the beginning-of-sentence token in front); at least 2 tokens a row.
+          ids: [T] or [B, T] integers, or texts (beginning-of-sentence token put in front); at least 2 tokens a row.
           out: float32 [B, T, V], filled as `logits` fills it, in the same pass.
         """
-        rows = self._rows(ids)
+        rows = self.rows(ids)
         for number, row in enumerate(rows):
             if len(row) < 2:
                 raise UserError(f"row {number}: 1 token; a score needs at least 2, the first has nothing before it")
@@ -146,7 +146,7 @@ class LanguageModel:
 
         The whole sequence is one step: memory grows with its square.
         """
-        rows = self._rows(ids)
+        rows = self.rows(ids)
         if len(rows) != 1:
             raise UserError(f"trace: {len(rows)} sequences; give one")
         (row,) = rows
@@ -174,16 +174,16 @@ class LanguageModel:
         Args:
           prompts: ids [T] or [B, T] (-1 absent at the right), a text, or a list of texts or id lists. A text gets the
             beginning-of-sentence token in front. What a row receives does not depend on the other rows.
-          max_new_tokens: at least 1; the longest prompt plus this must fit in `max_position_embeddings`. Default: that of
-            the generation config, or 256, or what fits.
+          max_new_tokens: at least 1; the longest prompt plus this must fit in `max_position_embeddings`. Default:
+            that of the generation config, or 256, or what fits.
           temperature, top_p, seed: see `sampling.sample`; temperature 0 is greedy and the same for every seed.
           ignore_eos: go on after an end-of-sentence token.
 
         Raises:
           UserError: naming the argument, or the prompt and position, that is wrong.
         """
-        rows = self._rows(prompts)
-        max_new_tokens = self._new_tokens(rows, max_new_tokens)
+        rows = self.rows(prompts)
+        max_new_tokens = self.new_tokens(rows, max_new_tokens)
         tokens = np.full((len(rows), max_new_tokens), -1, np.int32)
         for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
             tokens[:, n] = ids
@@ -203,10 +203,10 @@ class LanguageModel:
     ) -> Iterator[Piece]:
         """`generate`, token by token: one `Piece` for each row that is still running, in step order.
 
-        A character's bytes are held back until all have come; what a row still holds at its end comes with its last piece.
+        A character's bytes are held back until all have come; a row's last piece has what was still held.
         """
-        rows = self._rows(prompts)
-        max_new_tokens = self._new_tokens(rows, max_new_tokens)
+        rows = self.rows(prompts)
+        max_new_tokens = self.new_tokens(rows, max_new_tokens)
         decoders = None if self.tokenizer is None else [self.tokenizer.stream_decoder() for _ in rows]
         for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
             for row, token in enumerate(ids.tolist()):
@@ -281,7 +281,8 @@ class LanguageModel:
                 logits, cache = self._step(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
                 yield number, start, stop, logits
 
-    def _new_tokens(self, rows: list[list[int]], max_new_tokens: int | None) -> int:
+    def new_tokens(self, rows: list[list[int]], max_new_tokens: int | None) -> int:
+        """How many tokens `generate` makes of these rows; `UserError` where they do not fit."""
         longest = max(map(len, rows))
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
@@ -296,7 +297,7 @@ class LanguageModel:
         return max_new_tokens
 
     def _block_tables(self, rows: int, tokens: int) -> np.ndarray:
-        """int32 [rows, N]: row r owns blocks r*N .. (r+1)*N - 1. N is a power of two, so that few shapes are compiled."""
+        """int32 [rows, N]: row r owns blocks r*N .. (r+1)*N - 1. N is a power of two: few shapes to compile."""
         blocks = 1 << (-(-tokens // BLOCK_SIZE) - 1).bit_length()
         blocks = min(blocks, -(-self.config.max_position_embeddings // BLOCK_SIZE))
         return np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
@@ -310,7 +311,7 @@ class LanguageModel:
         out[...] = 0
         return out
 
-    def _rows(self, prompts: Prompts) -> list[list[int]]:
+    def rows(self, prompts: Prompts) -> list[list[int]]:
         """Prompts in any accepted form as checked lists of ids, without the absent positions at the right."""
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -343,7 +344,9 @@ class LanguageModel:
             raise UserError(f"prompt {number}: empty; it must have at least one token")
         for position, id in enumerate(ids):
             if id == -1:
-                raise UserError(f"prompt {number}, position {position}: -1 in the middle; absent positions are at the right")
+                raise UserError(
+                    f"prompt {number}, position {position}: -1 in the middle; absent positions are at the right"
+                )
             if not 0 <= id < self.config.vocab_size:
                 raise UserError(
                     f"prompt {number}, position {position}: token {id} is not in 0..{self.config.vocab_size - 1} "

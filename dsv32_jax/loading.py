@@ -31,8 +31,8 @@ def load(
     """Loads a checkpoint.
 
     Args:
-      name_or_path: a directory in the Hugging Face layout or converted by `dsv32 convert`; "org/name" on the Hugging Face
-        hub; or "demo".
+      name_or_path: a directory in the Hugging Face layout or written by `dsv32 convert`; "org/name" on the Hugging
+        Face hub; or "demo".
       compute_dtype: "bfloat16" (default on a GPU) or "float32" (default on a CPU).
       act_quant: quantise activations, index keys and latents as the official FP8 code does; default: where the
         checkpoint is FP8.
@@ -90,8 +90,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # no network, no such repository, no permission, no package: the way out is the same
         raise UserError(
-            f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); where "
-            f"there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
+            f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
+            f"where there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
         ) from error
 
 

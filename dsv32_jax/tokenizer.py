@@ -17,8 +17,8 @@ from dsv32_jax.errors import UserError
 
 Message = Mapping[str, Any]
 
-# The turns of DeepSeek-V3.2-Exp (the family of V3.1-Terminus), for checkpoints that come without a template. Tool calls are
-# left to templates that a checkpoint brings itself.
+# The turns of DeepSeek-V3.2-Exp (the family of V3.1-Terminus), for checkpoints that come without a template. Tool
+# calls are left to templates that a checkpoint brings itself.
 BUILT_IN_TEMPLATE = """\
 {%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') -%}
 {{- bos_token + system -}}
@@ -59,9 +59,7 @@ class Tokenizer:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if settings.get(name) is not None
         }
-        self._specials = {
-            id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        self._specials = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._find_template(directory, settings)
 
     @property
@@ -80,9 +78,9 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of `text`, as it stands: special tokens written in it are recognised and none is added.
 
-        `bos=True` puts the beginning-of-sentence token in front, unless the text already begins with it or the tokenizer
-        has none. The model was trained with it at the start of every sequence, so plain prompts and scored texts use it;
-        chat templates write it themselves.
+        `bos=True` puts the beginning-of-sentence token in front, unless the text already begins with it or the
+        tokenizer has none. The model was trained with it at the start of every sequence, so plain prompts and scored
+        texts use it; chat templates write it themselves.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
@@ -118,9 +116,7 @@ class Tokenizer:
         self, messages: Sequence[Message], *, thinking: bool = False, add_generation_prompt: bool = True
     ) -> list[int]:
         """Ids of the rendered chat."""
-        return self.encode(
-            self.render_chat(messages, thinking=thinking, add_generation_prompt=add_generation_prompt)
-        )
+        return self.encode(self.render_chat(messages, thinking=thinking, add_generation_prompt=add_generation_prompt))
 
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -379,7 +379,9 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
     assert "make demo" in refused("generate", "--prompt", "a")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "hf download nobody/nothing --local-dir DIR" in refused("generate", "--model", "nobody/nothing", "--prompt", "a")
+    assert "hf download nobody/nothing --local-dir DIR" in refused(
+        "generate", "--model", "nobody/nothing", "--prompt", "a"
+    )
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):

@@ -29,7 +29,9 @@ def directory(tmp_path):
 def change_settings(directory, **changes):
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}), encoding="utf-8")
+    path.write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None}), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("case", CASES["texts"], ids=lambda case: repr(case["text"][:12]))
@@ -101,7 +103,9 @@ def test_template_file_goes_first(directory):
 
 
 def test_template_whitespace_as_transformers_trims_it(directory):
-    (directory / "chat_template.jinja").write_text("{% for m in messages %}\n  {% if true %}\nx\n  {% endif %}\n{% endfor %}")
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}\n  {% if true %}\nx\n  {% endif %}\n{% endfor %}"
+    )
     assert Tokenizer(directory).render_chat([HI, HI]) == "x\nx\n"
 
 
@@ -112,8 +116,8 @@ def test_bad_files_are_named(directory):
     with pytest.raises(UserError, match="chat_template"):
         Tokenizer(directory).render_chat([HI])
     (directory / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer_config.json"):
+    with pytest.raises(UserError, match="tokenizer_config"):
         Tokenizer(directory)
     (directory / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match="not a readable tokenizer"):
         Tokenizer(directory)
