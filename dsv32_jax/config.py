@@ -349,7 +349,9 @@ class ModelConfig:
         Raises `UserError` for a file that is missing or not JSON, for a size that is missing, for a name that is nearly
         a known one, and for everything the constructor refuses.
         """
-        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        if not isinstance(source, Mapping):
+            source = read_json(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
+        raw = dict(source)
         known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
         rope_in_parameters = "rope_parameters" in raw
         if rope_in_parameters:
@@ -419,19 +421,20 @@ class ModelConfig:
         return cls(**sizes | overrides)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file (of a directory: its config.json), or a UserError that names the file."""
     if path.is_dir():
         path = path / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a config.json is needed") from None
+        raise UserError(f"{path} does not exist; a checkpoint has one") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a {type(raw).__name__}; a config is a JSON object")
+        raise UserError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")
     return raw
 
 
