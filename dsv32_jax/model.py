@@ -134,8 +134,8 @@ class StepContext:
 
     def einsum(self, formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """A product accumulated in float32, in the compute dtype."""
-        out = jnp.einsum(formula, x, y, precision="highest", preferred_element_type=jnp.float32)
-        return out.astype(self.dtype)
+        # Without preferred_element_type: XLA's CPU backend has no batched bfloat16 product with a float32 result.
+        return jnp.einsum(formula, x, y, precision="highest").astype(self.dtype)
 
 
 class DecoderLayer(nnx.Module):
