@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
 
 TEXT = """\
 The lighthouse keeper counts the ships that pass in the night. Some carry grain, some carry salt, and some carry only
@@ -92,4 +93,7 @@ if __name__ == "__main__":
             kept.mkdir(parents=True, exist_ok=True)
         else:
             kept = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-demo-")))
-        main(kept)
+        try:
+            main(kept)
+        except UserError as error:  # a directory that has been used before
+            sys.exit(f"error: {error}")
