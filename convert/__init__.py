@@ -1,0 +1,6 @@
+"""Checkpoints: Hugging Face safetensors, this model, Orbax. HF names and file formats are known here alone."""
+
+from convert.conversion import checkpoint_kind, convert, export_model, load_hf, load_orbax
+from convert.names import TensorSpec, hf_tensors
+
+__all__ = ["TensorSpec", "checkpoint_kind", "convert", "export_model", "hf_tensors", "load_hf", "load_orbax"]

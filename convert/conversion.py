@@ -1,0 +1,262 @@
+"""Checkpoints from one layout to the other, streamed layer by layer, resumable."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert.huggingface import INDEX, SINGLE, HFReader, HFWriter
+from convert.orbax import DESCRIPTION, OrbaxReader, OrbaxWriter, Placement, groups_of, plan_shards, shards_or_plan
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.model import DeepseekV32, abstract_model
+from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.quant import QTensor
+
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "*.md")
+JOURNAL = ".progress.json"
+KEPT_FLOAT32 = (".router_bias", ".indexer.k_norm_weight", ".indexer.k_norm_bias")
+"""What stays as it is when all else becomes bfloat16: choices hang on these."""
+
+
+def checkpoint_kind(directory: str | os.PathLike[str]) -> str:
+    """ "hf" or "orbax".
+
+    Raises:
+      UserError: neither.
+    """
+    directory = Path(directory)
+    if (directory / DESCRIPTION).exists():
+        return "orbax"
+    if (directory / INDEX).exists() or (directory / SINGLE).exists():
+        return "hf"
+    raise UserError(f"{directory}: no checkpoint; it has none of {INDEX}, {SINGLE}, {DESCRIPTION}")
+
+
+def load_hf(
+    directory: str | os.PathLike[str], config: ModelConfig | None = None, placement: Placement | None = None
+) -> DeepseekV32:
+    """The model of a Hugging Face checkpoint directory; each parameter goes to its device as soon as it is read.
+
+    Args:
+      directory: has config.json and safetensors.
+      config: that of the directory where None.
+      placement: sharding by parameter path; everything on the first device where None.
+
+    Raises:
+      UserError: what `HFReader` finds wrong.
+    """
+    directory = Path(directory)
+    config = config or ModelConfig.from_hf(directory)
+    reader = HFReader(directory, config)
+    parameters = {}
+    with progress_bar(f"loading {directory.name}", total_bytes(directory)) as advance:
+        for path in named_parameters(abstract_model(config)):
+            leaf = reader.read(path)
+            advance(nbytes(leaf))
+            if placement is None:
+                parameters[path] = jax.tree.map(jnp.asarray, leaf)
+            else:
+                parameters[path] = jax.device_put(leaf, placement(path))
+    return replace_parameters(abstract_model(config), parameters)
+
+
+def load_orbax(
+    directory: str | os.PathLike[str], config: ModelConfig | None = None, placement: Placement | None = None
+) -> DeepseekV32:
+    """The model of a converted checkpoint; arguments and errors as those of `load_hf`."""
+    directory = Path(directory)
+    config = config or ModelConfig.from_hf(directory)
+    reader = OrbaxReader(directory, config)
+    parameters: dict[str, Any] = {}
+    for group in groups_of(list(reader.parameters)):
+        parameters |= reader.read_group(group, placement)
+    return replace_parameters(abstract_model(config), parameters)
+
+
+def convert(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], to: str = "orbax", dtype: str | None = None
+) -> None:
+    """Writes `source` (either layout) to `target` in the layout `to`.
+
+    The work is done in `target` + ".partial", which is renamed at the end; run again after an interruption, it goes on
+    where it stopped, unless the source has changed.
+
+    Args:
+      source: a checkpoint directory.
+      target: must not exist.
+      to: "orbax" or "hf".
+      dtype: None keeps every value and type; "bf16" dequantises FP8 and makes all but the router's bias and the
+        indexer's key norm bfloat16.
+
+    Raises:
+      UserError: bad arguments, a bad source, or a target that cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if to not in ("orbax", "hf"):
+        raise UserError(f"--to {to}: must be orbax or hf")
+    if dtype not in (None, "bf16", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: must be bf16 (or left out, to keep every type)")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory")
+    kind = checkpoint_kind(source)
+    config = ModelConfig.from_hf(source)
+    reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
+    paths = list(named_parameters(abstract_model(config)))
+    leaves = {path: stored(reader, path, dtype) for path in paths}
+    new_config = config.replace(quantization_config=None) if dtype else config
+    with unfinished(target, identity(source, to, dtype)) as (work, done, finish_group):
+        shards = shards_or_plan(reader.shards, new_config, leaves)
+        writer: Any = (OrbaxWriter if to == "orbax" else HFWriter)(
+            *((work, leaves) if to == "orbax" else (work, new_config)), shards, None if dtype else reader.index_metadata
+        )
+        with progress_bar(f"converting {source.name}", sum(map(nbytes, leaves.values()))) as advance:
+            for group, members in groups_of(paths).items():
+                size = sum(nbytes(leaves[path]) for path in members)
+                if group not in done:
+                    whole = {} if kind == "hf" else reader.read_group(group)
+                    parameters = ((path, recast(whole.pop(path, None), reader, path, dtype)) for path in members)
+                    if to == "orbax":
+                        writer.write_group(group, dict(parameters))
+                    else:
+                        for path, leaf in parameters:
+                            writer.write(path, leaf)
+                    finish_group(group)
+                advance(size)
+        copy_files(source, work, new_config if dtype else None)
+
+
+def export_model(
+    model: DeepseekV32, directory: str | os.PathLike[str], *, tokenizer_files: str | os.PathLike[str] | None = None
+) -> None:
+    """Writes a model in memory as a Hugging Face checkpoint.
+
+    Args:
+      model: with concrete parameters; its config is written as config.json.
+      directory: must not exist.
+      tokenizer_files: a directory whose tokenizer and generation files are copied.
+
+    Raises:
+      UserError: `directory` exists or cannot be written.
+    """
+    leaves = named_parameters(model)
+    with unfinished(Path(directory), None) as (work, _, _):
+        writer = HFWriter(work, model.config, plan_shards(model.config, leaves), None)
+        for path, leaf in leaves.items():
+            writer.write(path, leaf)
+        if tokenizer_files is not None:
+            copy_files(Path(tokenizer_files), work, None)
+        write_config(work, model.config)
+
+
+def recast(leaf: Any, reader: Any, path: str, dtype: str | None) -> Any:
+    """A parameter as it shall be written: given, or read now; changed to bfloat16 if asked."""
+    leaf = reader.read(path) if leaf is None else leaf
+    if dtype is None or path.endswith(KEPT_FLOAT32):
+        return leaf
+    if not isinstance(leaf, QTensor):
+        return np.asarray(leaf).astype(ml_dtypes.bfloat16)
+    out = np.empty(leaf.shape, ml_dtypes.bfloat16)
+    # One expert at a time: float32 in between takes four times the room.
+    for at in np.ndindex(leaf.shape[:-2]):
+        out[at] = QTensor(jnp.asarray(leaf.values[at]), jnp.asarray(leaf.scales[at])).dequantize(jnp.bfloat16)
+    return out
+
+
+def stored(reader: Any, path: str, dtype: str | None) -> Any:
+    """What `recast` will give, as an abstract parameter."""
+    leaf = reader.describe(path)
+    if dtype is None or path.endswith(KEPT_FLOAT32):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+
+
+def nbytes(leaf: Any) -> int:
+    """Bytes of a parameter, concrete or abstract."""
+    return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
+
+
+def total_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's tensor files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def identity(source: Path, to: str, dtype: str | None) -> dict[str, Any]:
+    """What must be the same for an interrupted conversion to go on: the source's files, and what is asked for."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    state = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {"source": str(source.resolve()), "files": state, "to": to, "dtype": dtype}
+
+
+@contextmanager
+def unfinished(target: Path, source: dict[str, Any] | None) -> Iterator[tuple[Path, set[str], Any]]:
+    """A directory to work in, which becomes `target` only if the work ends well.
+
+    Yields the directory, the groups that an interrupted run of the same work had finished, and a function that notes one
+    more. Without a `source` nothing is taken up again.
+    """
+    if target.exists():
+        raise UserError(f"{target}: exists; give a path that does not")
+    work = target.with_name(target.name + ".partial")
+    try:
+        journal = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        journal = {}
+    try:
+        if source is None or journal.get("identity") != json.loads(json.dumps(source)):
+            shutil.rmtree(work, ignore_errors=True)
+            journal = {"identity": source, "done": []}
+        work.mkdir(parents=True, exist_ok=True)
+
+        def finish_group(group: str) -> None:
+            journal["done"].append(group)
+            write_atomically(work / JOURNAL, json.dumps(journal))
+
+        write_atomically(work / JOURNAL, json.dumps(journal))
+        yield work, set(journal["done"]), finish_group
+        (work / JOURNAL).unlink()
+        work.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A file that is either as it was or complete."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:
+    """Config, tokenizer, generation and index files, byte for byte; a `config` replaces the source's, without its index."""
+    for pattern in (*COPIED, INDEX) if config is None else COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name != DESCRIPTION:
+                shutil.copyfile(path, work / path.name)
+    if config is not None:
+        write_config(work, config)
+
+
+def write_config(directory: Path, config: ModelConfig) -> None:
+    """config.json."""
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Any]:
+    """A bar with bytes, rate and time left on stderr, silent where that is no terminal; yields `advance(bytes)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda size: progress.advance(task, size)

@@ -1,0 +1,195 @@
+"""Reading and writing checkpoints in the Hugging Face layout, one parameter at a time."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.names import SCALE_SUFFIX, TensorSpec, hf_name, hf_tensors
+from convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
+from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.errors import UserError
+from dsv32_jax.quant import QTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+FLOATS = ("F32", "BF16", "F16")
+LISTED = 20
+"""How many problems of a checkpoint one error names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file: its metadata, and its tensors' dtype and shape by name, in the order of their bytes."""
+
+    metadata: dict[str, str] | None
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+
+class HFReader:
+    """A checked checkpoint directory: all headers are read and held against the config before any data."""
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        """Raises UserError: a missing, truncated or corrupt shard, or everything that does not fit the config."""
+        self.directory, self.config = directory, config
+        self.index_metadata: dict[str, Any] | None = None
+        self.shards: dict[str, Shard] = {}
+        self.entries: dict[str, tuple[Path, Entry]] = {}
+        problems = []
+        for file, expected in self.shard_files().items():
+            entries, metadata = read_header(directory / file)
+            self.shards[file] = Shard(metadata, {name: (e.dtype, e.shape) for name, e in entries.items()})
+            for name, entry in entries.items():
+                if name in self.entries:
+                    problems.append(f"{name} is in two shards")
+                self.entries[name] = (directory / file, entry)
+            if expected is not None:
+                problems += [f"{name} is not in {file}, where the index has it" for name in expected - set(entries)]
+        problems += self.mismatches(hf_tensors(config))
+        if problems:
+            more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+            raise UserError(f"{directory} does not fit its config.json: {'; '.join(problems[:LISTED])}{more}")
+
+    def shard_files(self) -> dict[str, set[str] | None]:
+        """Files, and the tensors that the index expects in each (None where there is no index)."""
+        if not (self.directory / INDEX).exists():
+            return {SINGLE: None}
+        index = read_json(self.directory / INDEX)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{self.directory / INDEX}: has no weight_map")
+        self.index_metadata = index.get("metadata")
+        files: dict[str, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise UserError(f"{self.directory / INDEX}: {file!r} is not a file name")
+            files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
+        if missing := [file for file in files if not (self.directory / file).exists()]:
+            raise UserError(f"{self.directory}: missing shard{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}")
+        return dict(sorted(files.items()))
+
+    def mismatches(self, specs: dict[str, TensorSpec]) -> Iterable[str]:
+        """Everything missing, unexpected, misshapen or of a wrong dtype."""
+        for name, spec in specs.items():
+            if name not in self.entries:
+                weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
+                if spec.part != "scales":
+                    yield f"missing {name}"
+                elif weight is not None and weight[1].dtype == "F8_E4M3":
+                    yield f"missing {name}, the scale of an F8_E4M3 weight"
+                continue
+            entry = self.entries[name][1]
+            if entry.shape != spec.shape:
+                yield f"{name} has shape {list(entry.shape)}, expected {list(spec.shape)}"
+            allowed = {"scales": ("F32",), "values": (*FLOATS, "F8_E4M3"), "array": FLOATS}[spec.part]
+            if entry.dtype not in allowed:
+                hint = " (config.json has no quantization_config)" if self.config.quantization_config is None else ""
+                yield f"{name} is {entry.dtype}, expected {' or '.join(allowed)}{hint * (entry.dtype == 'F8_E4M3')}"
+        for name in self.entries:
+            if name not in specs:
+                yield f"unexpected {name}"
+            elif specs[name].part == "scales":
+                weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
+                if weight is not None and weight[1].dtype != "F8_E4M3":
+                    yield f"unexpected {name}: its weight is {weight[1].dtype}, not F8_E4M3"
+        for path, dtypes in self.dtypes_of_stacks(specs).items():
+            if len(dtypes) > 1:
+                yield f"{hf_name(path, self.config)} has mixed dtypes {', '.join(sorted(dtypes))}"
+
+    def dtypes_of_stacks(self, specs: dict[str, TensorSpec]) -> dict[str, set[str]]:
+        """The dtypes of each stacked parameter's tensors."""
+        found: dict[str, set[str]] = {}
+        for name, spec in specs.items():
+            if spec.expert is not None and spec.part != "scales" and name in self.entries:
+                found.setdefault(spec.path, set()).add(self.entries[name][1].dtype)
+        return found
+
+    def read(self, path: str) -> np.ndarray | QTensor:
+        """One parameter, stacked experts as one array, in the dtype of the file."""
+        name = hf_name(path, self.config)
+        experts = range(self.config.n_routed_experts) if "{expert}" in name else None
+        first = name.format(expert=0)
+        values = self.stack(name, experts)
+        if self.entries[first][1].dtype != "F8_E4M3":
+            return values
+        return QTensor(values, self.stack(name + SCALE_SUFFIX, experts))  # type: ignore[arg-type]
+
+    def describe(self, path: str) -> Any:
+        """One parameter as it is in the files, abstract: `jax.ShapeDtypeStruct` or a QTensor of two."""
+        name = hf_name(path, self.config)
+        lead = (self.config.n_routed_experts,) if "{expert}" in name else ()
+        parts = []
+        for suffix in ("", SCALE_SUFFIX):
+            if (found := self.entries.get(name.format(expert=0) + suffix)) is not None:
+                parts.append(jax.ShapeDtypeStruct((*lead, *found[1].shape), DTYPES[found[1].dtype]))
+        return QTensor(*parts) if len(parts) == 2 else parts[0]
+
+    def stack(self, name: str, experts: range | None) -> np.ndarray:
+        """The tensor, or the tensors of all experts."""
+        entry = self.entries[name.format(expert=0)][1]
+        if experts is None:
+            out = np.empty(entry.shape, DTYPES[entry.dtype])
+            read_into(out, *self.entries[name])
+            return out
+        out = np.empty((len(experts), *entry.shape), DTYPES[entry.dtype])
+        for expert in experts:
+            read_into(out[expert], *self.entries[name.format(expert=expert)])
+        return out
+
+
+class HFWriter:
+    """A checkpoint directory in the making: all files are laid out first, then parameters come in any order."""
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, shards: dict[str, Shard], index_metadata: dict[str, Any] | None
+    ):
+        self.config = config
+        self.writers = {
+            file: Writer(directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()
+        }
+        self.file_of = {name: file for file, shard in shards.items() for name in shard.tensors}
+        if set(shards) != {SINGLE}:
+            total = sum(math.prod(s) * DTYPES[d].itemsize for shard in shards.values() for d, s in shard.tensors.values())
+            index = {"metadata": index_metadata or {"total_size": total}, "weight_map": dict(sorted(self.file_of.items()))}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, path: str, leaf: Any) -> None:
+        """One parameter into its tensors."""
+        name = hf_name(path, self.config)
+        parts = {"": leaf.values, SCALE_SUFFIX: leaf.scales} if isinstance(leaf, QTensor) else {"": leaf}
+        for suffix, array in parts.items():
+            array = np.asarray(array)
+            slices = enumerate(array) if "{expert}" in name else [(None, array)]
+            for expert, one in slices:
+                own = name.format(expert=expert) + suffix
+                self.writers[self.file_of[own]].write(own, one)
+
+
+def plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int = SHARD_BYTES) -> dict[str, Shard]:
+    """Files for parameters (anything with shape and dtype, QTensors included), at most `limit` bytes each."""
+    files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, spec in hf_tensors(config).items():
+        leaf = leaves[spec.path]
+        if spec.part == "scales" and not isinstance(leaf, QTensor):
+            continue
+        array = (leaf.scales if spec.part == "scales" else leaf.values) if isinstance(leaf, QTensor) else leaf
+        dtype = NAMES[np.dtype(array.dtype).name]
+        count = math.prod(spec.shape) * DTYPES[dtype].itemsize
+        if size + count > limit and files[-1]:
+            files.append({})
+            size = 0
+        files[-1][name] = (dtype, spec.shape)
+        size += count
+    if len(files) == 1:
+        return {SINGLE: Shard({"format": "pt"}, files[0])}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": Shard({"format": "pt"}, tensors)
+        for number, tensors in enumerate(files, 1)
+    }

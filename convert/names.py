@@ -1,0 +1,107 @@
+"""Hugging Face tensor names: the one table from the checkpoint's names to this model's parameters."""
+
+import dataclasses
+from typing import Any
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import abstract_model
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import QTensor
+
+MODEL = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+
+MTP = {
+    "embed": "embed_tokens.weight",
+    "enorm": "enorm.weight",
+    "hnorm": "hnorm.weight",
+    "eh_proj": "eh_proj.weight",
+    "norm": "shared_head.norm.weight",
+    "head": "shared_head.head.weight",
+}
+
+LAYER = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "attn.q_a": "self_attn.q_a_proj.weight",
+    "attn.q_a_norm": "self_attn.q_a_layernorm.weight",
+    "attn.q_b": "self_attn.q_b_proj.weight",
+    "attn.kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn.kv_a_norm": "self_attn.kv_a_layernorm.weight",
+    "attn.kv_b": "self_attn.kv_b_proj.weight",
+    "attn.o": "self_attn.o_proj.weight",
+    "attn.indexer.q_b": "self_attn.indexer.wq_b.weight",
+    "attn.indexer.k": "self_attn.indexer.wk.weight",
+    "attn.indexer.k_norm_weight": "self_attn.indexer.k_norm.weight",
+    "attn.indexer.k_norm_bias": "self_attn.indexer.k_norm.bias",
+    "attn.indexer.head_weights": "self_attn.indexer.weights_proj.weight",
+    "ffn.gate": "mlp.gate_proj.weight",
+    "ffn.up": "mlp.up_proj.weight",
+    "ffn.down": "mlp.down_proj.weight",
+    "ffn.router": "mlp.gate.weight",
+    "ffn.router_bias": "mlp.gate.e_score_correction_bias",
+    "ffn.shared.gate": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared.up": "mlp.shared_experts.up_proj.weight",
+    "ffn.shared.down": "mlp.shared_experts.down_proj.weight",
+    "ffn.experts.gate": "mlp.experts.{expert}.gate_proj.weight",
+    "ffn.experts.up": "mlp.experts.{expert}.up_proj.weight",
+    "ffn.experts.down": "mlp.experts.{expert}.down_proj.weight",
+}
+
+SCALE_SUFFIX = "_scale_inv"
+"""A quantised weight's scales have its own name and this; despite the name they are multipliers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor of the checkpoint is.
+
+    Attributes:
+      path: of the parameter that it belongs to.
+      part: "array", or "values" or "scales" of a QTensor.
+      expert: which slice of a stacked parameter, or None.
+      shape: of the tensor in the file.
+      dtype: in the released checkpoint, as NumPy names it; other float types are accepted (see `convert.huggingface`).
+    """
+
+    path: str
+    part: str
+    expert: int | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def hf_name(path: str, config: ModelConfig) -> str:
+    """The HF name of a parameter; of stacked experts with "{expert}" in it."""
+    if path in MODEL:
+        return MODEL[path]
+    head, rest = path.split(".", 1)
+    if head == "layers":
+        layer, rest = rest.split(".", 1)
+        return f"model.layers.{layer}.{LAYER[rest]}"
+    prefix = f"model.layers.{config.num_hidden_layers}."
+    return prefix + (LAYER[rest.removeprefix("layer.")] if rest.startswith("layer.") else MTP[rest])
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint with this config by its HF name, in the order of the model's parameters.
+
+    92,425 tensors for the 671B model.
+    """
+    specs = {}
+    for path, leaf in named_parameters(abstract_model(config)).items():
+        name = hf_name(path, config)
+        parts: dict[str, Any] = (
+            {"values": leaf.values, "scales": leaf.scales} if isinstance(leaf, QTensor) else {"array": leaf}
+        )
+        stacked = "{expert}" in name
+        for expert in range(leaf.shape[0]) if stacked else (None,):
+            for part, array in parts.items():
+                own = name.format(expert=expert) + (SCALE_SUFFIX if part == "scales" else "")
+                shape = array.shape[1:] if stacked else array.shape
+                specs[own] = TensorSpec(path, part, expert, tuple(shape), array.dtype.name)
+    return specs
+
+
+def group_of(path: str) -> str:
+    """The unit of streaming that a parameter belongs to: "layers.3", "mtp", "embed", "norm" or "head"."""
+    return ".".join(path.split(".")[:2]) if path.startswith("layers.") else path.split(".", 1)[0]

@@ -1,0 +1,146 @@
+"""Reading and writing this project's own checkpoints: Orbax, one item for each layer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convert.huggingface import Shard, plan_shards
+from convert.names import group_of
+from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.errors import UserError
+from dsv32_jax.model import abstract_model
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import QTensor
+
+DESCRIPTION = "dsv32_checkpoint.json"
+PARAMS = "params"
+FORMAT = 1
+
+Placement = Callable[[str], jax.sharding.Sharding]
+"""The sharding of a parameter by its path."""
+
+
+def describe(leaf: Any) -> dict[str, Any]:
+    """JSON for one parameter: dtype and shape, and those of its scales."""
+    if isinstance(leaf, QTensor):
+        return {"scheme": leaf.scheme, "values": describe(leaf.values), "scales": describe(leaf.scales)}
+    return {"dtype": np.dtype(leaf.dtype).name, "shape": list(leaf.shape)}
+
+
+def abstract(description: dict[str, Any], sharding: jax.sharding.Sharding | None = None) -> Any:
+    """The inverse of `describe`, as `jax.ShapeDtypeStruct`s."""
+    if "scheme" in description:
+        return QTensor(
+            abstract(description["values"], sharding), abstract(description["scales"], sharding), description["scheme"]
+        )
+    return jax.ShapeDtypeStruct(tuple(description["shape"]), np.dtype(description["dtype"]), sharding=sharding)
+
+
+def groups_of(paths: list[str]) -> dict[str, list[str]]:
+    """Paths by the item that holds them, in order."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(group_of(path), []).append(path)
+    return groups
+
+
+class OrbaxWriter:
+    """A checkpoint directory in the making."""
+
+    def __init__(
+        self,
+        directory: Path,
+        leaves: dict[str, Any],
+        shards: dict[str, Shard],
+        index_metadata: dict[str, Any] | None,
+    ):
+        self.directory = directory
+        self.checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        content = {
+            "format": FORMAT,
+            "parameters": {path: describe(leaf) for path, leaf in leaves.items()},
+            "index_metadata": index_metadata,
+            "shards": {
+                file: {"metadata": shard.metadata, "tensors": [[name, *value] for name, value in shard.tensors.items()]}
+                for file, shard in shards.items()
+            },
+        }
+        (directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
+
+    def write_group(self, group: str, leaves: dict[str, Any]) -> None:
+        """All parameters of a layer (or of another group)."""
+        self.checkpointer.save(
+            (self.directory / PARAMS / group).absolute(),
+            args=ocp.args.StandardSave({path: as_dict(leaf) for path, leaf in leaves.items()}),
+            force=True,
+        )
+
+
+class OrbaxReader:
+    """A converted checkpoint, held against its config before any data is read."""
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        """Raises UserError: not such a checkpoint, another format, or parameters that do not fit the config."""
+        self.directory = directory
+        content = read_json(directory / DESCRIPTION)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{directory / DESCRIPTION}: format {content.get('format')!r} is not {FORMAT}; convert again")
+        self.parameters: dict[str, Any] = content["parameters"]
+        self.index_metadata = content["index_metadata"]
+        self.shards = {
+            file: Shard(shard["metadata"], {name: (dtype, tuple(shape)) for name, dtype, shape in shard["tensors"]})
+            for file, shard in content["shards"].items()
+        }
+        expected = named_parameters(abstract_model(config))
+        problems = [f"missing {path}" for path in expected if path not in self.parameters]
+        problems += [f"unexpected {path}" for path in self.parameters if path not in expected]
+        for path in expected:
+            if path in self.parameters and (found := abstract(self.parameters[path])).shape != expected[path].shape:
+                problems.append(f"{path} has shape {list(found.shape)}, expected {list(expected[path].shape)}")
+        for group in groups_of(list(self.parameters)):
+            if not (directory / PARAMS / group).is_dir():
+                problems.append(f"missing {PARAMS}/{group}")
+        if problems:
+            raise UserError(f"{directory} does not fit its config.json: {'; '.join(problems[:20])}")
+        self.checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+    def describe(self, path: str) -> Any:
+        """One parameter as it is stored, abstract."""
+        return abstract(self.parameters[path])
+
+    def read_group(self, group: str, placement: Placement | None = None) -> dict[str, Any]:
+        """The parameters of a layer (or of another group), on the first device or where `placement` says."""
+        place = placement or (lambda path: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        wanted = {
+            path: abstract(self.parameters[path], place(path)) for path in groups_of(list(self.parameters))[group]
+        }
+        try:
+            found = self.checkpointer.restore(
+                (self.directory / PARAMS / group).absolute(),
+                args=ocp.args.StandardRestore({path: as_dict(leaf) for path, leaf in wanted.items()}),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.directory / PARAMS / group}: cannot be read ({reason}); convert again") from error
+        return {
+            path: QTensor(**found[path], scheme=leaf.scheme) if isinstance(leaf, QTensor) else found[path]
+            for path, leaf in wanted.items()
+        }
+
+
+def as_dict(leaf: Any) -> Any:
+    """What Orbax stores of a parameter: an array, or a QTensor's two."""
+    return {"values": leaf.values, "scales": leaf.scales} if isinstance(leaf, QTensor) else leaf
+
+
+def shards_or_plan(shards: dict[str, Shard], config: ModelConfig, leaves: dict[str, Any]) -> dict[str, Shard]:
+    """The files that the source had, if these leaves still fit them; else a new plan."""
+    plan = plan_shards(config, leaves)
+    wanted = {name: value for shard in plan.values() for name, value in shard.tensors.items()}
+    had = {name: value for shard in shards.values() for name, value in shard.tensors.items()}
+    return shards if had == wanted else plan

@@ -1,0 +1,267 @@
+"""Round trips, bad checkpoints, interruptions, and the memory that a conversion takes."""
+
+import filecmp
+import json
+import shutil
+import tracemalloc
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import convert
+from convert import conversion
+from convert.huggingface import INDEX, HFReader
+from convert.tensor_file import DTYPES, read_header, read_into
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.model import DeepseekV32
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import QTensor
+
+NAMES = ["tiny", "tiny128_bf16", "tiny128_fp8"]
+ROUTER = "model.layers.1.mlp.gate.weight"
+SCALE = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
+
+
+def tensors(directory):
+    """name -> (shard, dtype, shape, bytes) of a whole checkpoint."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, entry in read_header(path)[0].items():
+            array = np.empty(entry.shape, DTYPES[entry.dtype])
+            read_into(array, path, entry)
+            found[name] = (path.name, entry.dtype, entry.shape, array.tobytes())
+    return found
+
+
+def equal_models(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.fixture
+def fp8(golden, tmp_path):
+    """A copy of the FP8 checkpoint to spoil."""
+    return shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "fp8")
+
+
+def spoil(directory, change):
+    """Rewrites the shard that holds the tensors `change` is about: change(dict of NumPy tensors)."""
+    for path in directory.glob("*.safetensors"):
+        held = {}
+        for name, entry in read_header(path)[0].items():
+            held[name] = np.empty(entry.shape, DTYPES[entry.dtype])
+            read_into(held[name], path, entry)
+        if change(held) is not False:
+            save_file(held, path)
+            return
+    raise AssertionError("no shard was changed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip(golden, tmp_path, name):
+    """Through Orbax and back, and straight: every tensor's bytes, dtype, shape and shard, and every other file."""
+    source = golden(f"{name}/model")
+    convert.convert(source, tmp_path / "orbax")
+    convert.convert(tmp_path / "orbax", tmp_path / "back", to="hf")
+    convert.convert(source, tmp_path / "straight", to="hf")
+    for target in ("back", "straight"):
+        assert tensors(tmp_path / target) == tensors(source)
+        match, mismatch, errors = filecmp.cmpfiles(
+            source, tmp_path / target, [path.name for path in source.iterdir()], shallow=False
+        )
+        assert not mismatch and not errors and len(match) == len(list((tmp_path / target).iterdir()))
+    assert equal_models(convert.load_hf(source), convert.load_orbax(tmp_path / "orbax"))
+    with safe_open(next((tmp_path / "back").glob("*.safetensors")), framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_bf16_export_is_the_dequantised_checkpoint(golden, tmp_path):
+    source = golden("tiny128_fp8/model")
+    convert.convert(source, tmp_path / "bf16", to="hf", dtype="bf16")
+    config = ModelConfig.from_hf(tmp_path / "bf16")
+    assert config.quantization_config is None
+    want = named_parameters(convert.load_hf(source))
+    for path, leaf in named_parameters(convert.load_hf(tmp_path / "bf16")).items():
+        expected = want[path]
+        expected = expected.dequantize() if isinstance(expected, QTensor) else expected
+        assert leaf.dtype == (np.float32 if path.endswith(conversion.KEPT_FLOAT32) else ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), np.asarray(expected.astype(leaf.dtype), np.float32))
+
+
+def test_exported_model_loads_as_it_was(tmp_path):
+    model = DeepseekV32(ModelConfig.tiny(), nnx.Rngs(3))
+    convert.export_model(model, tmp_path / "out")
+    assert equal_models(model, convert.load_hf(tmp_path / "out"))
+
+
+def test_float16_is_accepted(golden, tmp_path):
+    source = shutil.copytree(golden("tiny/model"), tmp_path / "f16")
+    path = source / "model.safetensors"
+    held = load_file(path)
+    held[ROUTER.replace("1", "2")] = held[ROUTER.replace("1", "2")].astype(np.float16)
+    save_file(held, path)
+    assert convert.load_hf(source).layers[2].ffn.router.dtype == np.float16
+
+
+def missing(held):
+    return False if SCALE not in held else held.pop(SCALE)
+
+
+def wrong_shape(held):
+    if ROUTER not in held:
+        return False
+    held[ROUTER] = held[ROUTER][:-1].copy()
+
+
+def wrong_dtype(held):
+    if ROUTER not in held:
+        return False
+    held[ROUTER] = held[ROUTER].astype(ml_dtypes.float8_e4m3fn)
+
+
+def unknown(held):
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
+
+
+def several(held):
+    if ROUTER not in held:
+        return False
+    wrong_shape(held)
+    unknown(held)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, rf"{SCALE} is not in .*missing {SCALE}, the scale of an F8_E4M3 weight"),
+        (wrong_shape, rf"{ROUTER} has shape \[7, 256\], expected \[8, 256\]"),
+        (wrong_dtype, rf"{ROUTER} is F8_E4M3, expected F32 or BF16 or F16"),
+        (unknown, r"unexpected model\.layers\.0\.self_attn\.rotary_emb\.inv_freq"),
+        (several, rf"(?s){ROUTER} has shape.*unexpected model\.layers\.0\.self_attn\.rotary_emb"),
+    ],
+)
+def test_bad_tensors_are_named(fp8, tmp_path, change, message):
+    spoil(fp8, change)
+    with pytest.raises(UserError, match=message):
+        convert.load_hf(fp8)
+    with pytest.raises(UserError, match=message):
+        convert.convert(fp8, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_bad_shards_are_named(fp8):
+    shard = sorted(fp8.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for content in (whole[:-100], whole[:20], b"\xff" * 64, b""):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{shard.name}: truncated or corrupt"):
+            convert.load_hf(fp8)
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"missing shard {shard.name}"):
+        convert.load_hf(fp8)
+    index = json.loads((fp8 / INDEX).read_text())
+    index["weight_map"][ROUTER] = "../elsewhere.safetensors"
+    (fp8 / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is not a file name"):
+        convert.load_hf(fp8)
+
+
+def test_fp8_without_a_quantization_config_is_refused(fp8):
+    config = json.loads((fp8 / "config.json").read_text())
+    del config["quantization_config"]
+    (fp8 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no quantization_config"):
+        convert.load_hf(fp8)
+
+
+def test_bad_arguments(golden, tmp_path):
+    source = golden("tiny/model")
+    for arguments, message in [
+        ({"to": "gguf"}, "--to gguf"),
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"target": source}, "exists"),
+        ({"target": source / "config.json" / "below"}, "cannot be written"),
+        ({"source": tmp_path / "none"}, "no such directory"),
+        ({"source": tmp_path}, "no checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            convert.convert(**{"source": source, "target": tmp_path / "out", **arguments})
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to):
+    """Nothing that loads is left; the second run does not read again what the first had written."""
+    source, target = golden("tiny128_fp8/model"), tmp_path / "out"
+    read, seen = HFReader.read, []
+
+    def fail_in_layer_2(self, path):
+        seen.append(path)
+        if path.startswith("layers.2.ffn"):
+            raise KeyboardInterrupt
+        return read(self, path)
+
+    monkeypatch.setattr(HFReader, "read", fail_in_layer_2)
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(source, target, to=to)
+    assert not target.exists()
+    with pytest.raises(UserError):
+        convert.load_orbax(tmp_path / "out.partial")
+    first = set(seen)
+    seen.clear()
+    monkeypatch.setattr(HFReader, "read", lambda self, path: seen.append(path) or read(self, path))
+    convert.convert(source, target, to=to)
+    assert "layers.0.attn.q_a" in first and "layers.0.attn.q_a" not in seen and "layers.2.attn.q_a" in seen
+    load = convert.load_orbax if to == "orbax" else convert.load_hf
+    assert equal_models(load(target), convert.load_hf(source))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_changed_source_starts_anew(golden, tmp_path, monkeypatch):
+    source, target = shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "in"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "copy_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.convert(source, target)
+
+    def other_router(held):
+        if ROUTER not in held:
+            return False
+        held[ROUTER] = -held[ROUTER]
+
+    spoil(source, other_router)
+    convert.convert(source, target)
+    assert equal_models(convert.load_orbax(target), convert.load_hf(source))
+
+
+def test_a_spoilt_orbax_checkpoint_is_refused(golden, tmp_path):
+    convert.convert(golden("tiny/model"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "params" / "layers.1")
+    with pytest.raises(UserError, match=r"missing params/layers\.1"):
+        convert.load_orbax(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_conversion_holds_one_layer_at_a_time(tmp_path, to):
+    """Host memory: about a layer's experts, however many layers there are."""
+    config = ModelConfig.tiny(
+        num_hidden_layers=7, hidden_size=256, n_routed_experts=32, moe_intermediate_size=256, num_nextn_predict_layers=0
+    )
+    model = DeepseekV32(config, nnx.Rngs(0))
+    convert.export_model(model, tmp_path / "in")
+    layer = conversion.nbytes(model.layers[1].ffn.experts)
+    total = conversion.nbytes(model)
+    assert total > 5 * layer
+    del model
+    tracemalloc.start()
+    convert.convert(tmp_path / "in", tmp_path / "out", to=to)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * layer, f"peak {peak} for layers of {layer} and {total} in all"
