@@ -201,21 +201,23 @@ def score(
 
     if (text_file is None) == (token_ids is None):
         raise UserError("--text-file, --token-ids: give one of the two")
-    inputs = [_read_text(text_file, "--text-file")] if text_file is not None else _read_token_ids(token_ids)
+    text = None if text_file is None else _read_text(text_file, "--text-file")
+    ids = None if token_ids is None else _read_token_ids(token_ids)
+    inputs = [text] if ids is None else ids
     with _replacing(save_logits, "--save-logits") as logits_file:
         m = _load(model, compute_dtype, no_act_quant, attention, index_topk, backend)
         out = None
         if logits_file is not None:
             # The file has the token file's own width, also where every row ends before it.
-            width = inputs.shape[1] if text_file is None else max(len(row) for row in m.rows(inputs))
+            width = ids.shape[1] if ids is not None else len(m.rows(inputs)[0])
             shape = (len(inputs), width, m.config.vocab_size)
             out = np.lib.format.open_memmap(logits_file, mode="w+", dtype=np.float32, shape=shape)
         result = m.score(inputs, out=out)
         if out is not None:
             out.flush()
     bits = None
-    if text_file is not None:
-        bits = -result.log_likelihood / math.log(2) / len(inputs[0].encode())
+    if text is not None:
+        bits = -result.log_likelihood / math.log(2) / len(text.encode())
     summary = {"perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
     summary["log_likelihood"] = result.log_likelihood
     if as_json:
@@ -253,13 +255,14 @@ def info(
 
     if (model is None) == (config is None):
         raise UserError("--model, --config: give one of the two")
-    if config in PRESETS:
+    if model is not None:
+        settings = ModelConfig.from_hf(loading.find(model))
+    elif config in PRESETS:
         settings = PRESETS[config]
-    elif config is not None and not Path(config).exists():
-        raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
+    elif config is not None and Path(config).exists():
+        settings = ModelConfig.from_hf(Path(config))
     else:
-        path = Path(config) if config is not None else loading.find(model)
-        settings = ModelConfig.from_hf(path / "config.json" if path.is_dir() else path)
+        raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
     count, by_dtype = parameter_counts(settings)
     cache = cache_bytes_per_token(settings)
     total = sum(by_dtype.values())

@@ -111,10 +111,10 @@ class LanguageModel:
           UserError: an id outside the vocabulary, a -1 in the middle, an empty or too long row.
         """
         rows = self.rows(ids)
-        out = self._output(rows, out)
+        result = self._output(rows, out)
         for row, start, stop, logits in self._forward(rows):
-            out[row, start:stop] = np.asarray(logits)[: stop - start]
-        return out
+            result[row, start:stop] = np.asarray(logits)[: stop - start]
+        return result
 
     def score(self, ids: Prompts, *, out: np.ndarray | None = None) -> Score:
         """Log-likelihood of every token given those before it.
@@ -234,14 +234,15 @@ class LanguageModel:
         batch = len(rows)
         tables = self._block_tables(batch, int(lengths.max()) + max_new_tokens)
         cache = KVCache.create(self.config, tables.size, self.options)
-        first = []
+        last = []
         for row, table in zip(rows, tables, strict=True):
             for start, stop, size in _chunks(len(row)):
                 # Only the logits after the last prompt token are wanted; -1 asks for none and keeps the shape.
                 wanted = np.array([stop - start - 1 if stop == len(row) else -1], np.int32)
                 logits, cache = self._step(_prompt_batch(row, start, stop, size, table, wanted), cache)
-            first.append(logits)
-        logits = jnp.concatenate(first)
+                if stop == len(row):
+                    last.append(logits)
+        logits = jnp.concatenate(last)
         numbers = np.arange(batch, dtype=np.int32)
         running = np.ones(batch, bool)
         positions = lengths
@@ -254,11 +255,11 @@ class LanguageModel:
             if not running.any() or n + 1 == max_new_tokens:
                 return
             slots = tables[numbers, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-            flat = Batch(
-                ids=np.where(running, ids, 0).astype(np.int32),
-                positions=np.where(running, positions, -1).astype(np.int32),
-                slots=np.where(running, slots, -1).astype(np.int32),
-                sequence=np.where(running, numbers, 0).astype(np.int32),
+            flat = _batch(
+                ids=np.where(running, ids, 0),
+                positions=np.where(running, positions, -1),
+                slots=np.where(running, slots, -1),
+                sequence=np.where(running, numbers, 0),
                 block_tables=tables,
                 logit_rows=numbers,
             )
@@ -286,7 +287,7 @@ class LanguageModel:
         longest = max(map(len, rows))
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
-            max_new_tokens = max(1, min(self.generation_config.get("max_new_tokens") or 256, room))
+            max_new_tokens = max(1, min(int(self.generation_config.get("max_new_tokens") or 256), room))
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens}; must be at least 1")
         if max_new_tokens > room:
@@ -402,14 +403,18 @@ def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.nd
     ids = np.zeros(size, np.int32)
     ids[: stop - start] = row[start:stop]
     slots = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    return Batch(
+    return _batch(
         ids=ids,
-        positions=np.where(present, positions, -1).astype(np.int32),
-        slots=np.where(present, slots, -1).astype(np.int32),
-        sequence=np.zeros(size, np.int32),
+        positions=np.where(present, positions, -1),
+        slots=np.where(present, slots, -1),
+        sequence=np.zeros(size),
         block_tables=table[None],
         logit_rows=wanted,
     )
+
+
+def _batch(**arrays: np.ndarray) -> Batch:
+    return Batch(**{name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()})
 
 
 def _exp(value: float) -> float:
