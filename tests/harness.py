@@ -25,7 +25,7 @@ EXACT = Options(compute_dtype="float32", act_quant=False)
 
 
 def golden_directory(name: str) -> Path:
-    """The folder of a golden checkpoint, in the tests' data or under $DSV32_GOLDEN; skips the test where it is absent."""
+    """A golden checkpoint's folder, in the tests' data or under $DSV32_GOLDEN; skips the test where it is absent."""
     places = [DATA, Path(os.environ.get("DSV32_GOLDEN", DATA.parents[3] / "shared" / "golden"))]
     for place in places:
         if (place / name / "model" / "config.json").is_file():

@@ -4,8 +4,8 @@ It shares no code with the packages under test and takes the shortest correct wa
 the whole sequence with a mask, every chosen expert in a Python loop, no cache. Sources are the authors' published
 inference code and technical reports (DeepSeek-V3, arXiv 2412.19437; DeepSeek-V3.2-Exp), and for YaRN arXiv 2309.00071.
 
-`act_quant=True` adds the three FP8 roundings of the published code: the inputs of every linear whose weight is stored in
-FP8, the indexer's queries and keys, and the normalised KV latent. Between them everything stays float64.
+`act_quant=True` adds the three FP8 roundings of the published code: the inputs of every linear whose weight is stored
+in FP8, the indexer's queries and keys, and the normalised KV latent. Between them everything stays float64.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def round_e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def quantise_rows(x: np.ndarray, scale_fmt: str | None, group: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """[..., N] -> values [..., N] on the e4m3 grid and scales [..., N / group]; ue8m0 rounds scales up to powers of two."""
+    """[..., N] -> values [..., N] on the e4m3 grid and scales [..., N / group]; ue8m0: powers of two."""
     grouped = np.asarray(x, np.float64).reshape(*x.shape[:-1], -1, group)
     scale = np.maximum(np.abs(grouped).max(-1), 1e-4) / 448.0
     if scale_fmt == "ue8m0":
@@ -169,7 +169,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def top_positions(scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k largest, ties to the lowest position, best first. Never -inf entries, so maybe fewer than k."""
+    """Positions of the k largest, ties to the lowest position, best first. Never -inf, so maybe fewer than k."""
     order = np.argsort(-scores, kind="stable")[:k]
     return order[scores[order] > -np.inf]
 
@@ -222,7 +222,7 @@ class Model:
         return np.where(positions <= positions[:, None], scores * k_scale[:, 0], -np.inf)
 
     def attention_part(self, x: np.ndarray, positions: np.ndarray, layer: int) -> tuple[np.ndarray, dict]:
-        """Unabsorbed MLA over the keys that the indexer chose. Returns [T, D] and index_scores, topk (a list of sets)."""
+        """Unabsorbed MLA over the keys that the indexer chose. Returns [T, D] and index_scores, topk (sets)."""
         c, prefix, w, tokens = self.config, f"model.layers.{layer}.self_attn.", self.weights, len(x)
         heads, nope, latent = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
         angle = self.angles(positions)

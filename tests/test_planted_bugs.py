@@ -12,7 +12,6 @@ from dsv32_jax.layers.rope import rope_half_split, rope_interleaved
 from pallas_kernels.indexer_logits import reference as indexer_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
 from pallas_kernels.quant_matmul import reference as matmul_reference
-from pallas_kernels.sparse_mla import reference as mla_reference
 from tests import test_golden
 
 TINY, FP8 = "tiny", "tiny128_fp8"

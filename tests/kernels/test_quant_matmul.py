@@ -32,7 +32,7 @@ def test_product(quantize_input, scale_fmt):
     got = quant_matmul(
         jnp.asarray(x), jnp.asarray(values), jnp.asarray(scales), quantize_input=quantize_input, scale_fmt=scale_fmt
     )
-    # Quantised by the op itself (its own test checks it): with plain scales float64 could fall on another side of a tie.
+    # Quantised by the op itself (its own test checks it): with plain scales float64 could round a tie otherwise.
     rounded = dequantize(*quantize(jnp.asarray(x), scale_fmt)) if quantize_input else x
     exact = np.asarray(rounded, np.float64)
     expected = exact @ numpy_model.dequantise_blocks(values, scales).T
