@@ -103,5 +103,10 @@ def hf_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 def group_of(path: str) -> str:
-    """The unit of streaming that a parameter belongs to: "layers.3", "mtp", "embed", "norm" or "head"."""
+    """The unit of streaming that a parameter belongs to: a layer, one of its stacks of experts, or a part of its own.
+
+    Writing takes twice a unit's bytes, so that a stack of experts is a unit by itself.
+    """
+    if ".experts." in path:
+        return path
     return ".".join(path.split(".")[:2]) if path.startswith("layers.") else path.split(".", 1)[0]

@@ -1,4 +1,4 @@
-"""Reading and writing this project's own checkpoints: Orbax, one item for each layer."""
+"""Reading and writing this project's own checkpoints: Orbax, one item for each unit of streaming."""
 
 import json
 from collections.abc import Callable
@@ -73,7 +73,7 @@ class OrbaxWriter:
         (directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
     def write_group(self, group: str, leaves: dict[str, Any]) -> None:
-        """All parameters of a layer (or of another group)."""
+        """All parameters of one unit of streaming."""
         self.checkpointer.save(
             (self.directory / PARAMS / group).absolute(),
             args=ocp.args.StandardSave({path: as_dict(leaf) for path, leaf in leaves.items()}),
@@ -114,7 +114,7 @@ class OrbaxReader:
         return abstract(self.parameters[path])
 
     def read_group(self, group: str, placement: Placement | None = None) -> dict[str, Any]:
-        """The parameters of a layer (or of another group), on the first device or where `placement` says."""
+        """The parameters of one unit, on the first device or where `placement` says."""
         place = placement or (lambda path: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         wanted = {
             path: abstract(self.parameters[path], place(path)) for path in groups_of(list(self.parameters))[group]

@@ -6,7 +6,6 @@ no bfloat16 and float8, and it writes a file from tensors that are all in memory
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -94,5 +93,3 @@ class Writer:
         with open(self.path, "r+b") as file:
             file.seek(self.offsets[name])
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())

@@ -252,16 +252,16 @@ def test_a_spoilt_orbax_checkpoint_is_refused(golden, tmp_path):
 def test_a_conversion_holds_one_layer_at_a_time(tmp_path, to):
     """Host memory: about a layer's experts, however many layers there are."""
     config = ModelConfig.tiny(
-        num_hidden_layers=7, hidden_size=256, n_routed_experts=32, moe_intermediate_size=256, num_nextn_predict_layers=0
+        num_hidden_layers=8, hidden_size=256, n_routed_experts=32, moe_intermediate_size=256, num_nextn_predict_layers=0
     )
     model = DeepseekV32(config, nnx.Rngs(0))
     convert.export_model(model, tmp_path / "in")
     layer = conversion.nbytes(model.layers[1].ffn.experts)
     total = conversion.nbytes(model)
-    assert total > 5 * layer
+    assert total > 2 * (layer + 2**23)
     del model
     tracemalloc.start()
     convert.convert(tmp_path / "in", tmp_path / "out", to=to)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2.5 * layer, f"peak {peak} for layers of {layer} and {total} in all"
+    assert peak < layer + 2**23, f"peak {peak} for layers of {layer} and {total} in all"
