@@ -96,7 +96,7 @@ def generate(
 
     A prompt is continued as plain text; with --system or --thinking it is one user message of a chat.
 
-    Example: dsv32 generate --model DIR --prompt "The lighthouse" --max-new-tokens 32 --temperature 0
+    Example: dsv32 generate --model DIR --prompt "The lighthouse"
     """
     prompts = _prompts(prompt, prompt_file, token_ids)
     _check_sampling(temperature, top_p, seed)
@@ -279,7 +279,7 @@ def info(
         result["memory"] = {
             name: {
                 "bytes": size,
-                "gpus_for_weights": math.ceil(total / (size * USABLE)) if size else None,
+                "needed_for_weights": math.ceil(total / (size * USABLE)),
                 "cache_tokens": {form: tokens_that_fit(total, each, size) for form, each in cache.items()},
             }
             for name, size in places.items()
@@ -293,14 +293,14 @@ def info(
         typer.echo(f"  {dtype:<21} {size:,} ({human(size)})")
     typer.echo("cache bytes per token")
     for form, size in cache.items():
-        typer.echo(f"  {form:<25} {size:,} ({human(size * 131072)} for 131,072 tokens)")
+        typer.echo(f"  {form:<28} {size:,} ({human(size * 131072)} for 131,072 tokens)")
     for name, place in result.get("memory", {}).items():
         typer.echo(f"{name}: {human(place['bytes'])}")
         for form, tokens in place["cache_tokens"].items():
             if tokens is None:
-                typer.echo(f"  the weights do not fit: {place['gpus_for_weights']} of these would hold them")
+                typer.echo(f"  the weights do not fit: {place['needed_for_weights']} of these would hold them")
                 break
-            typer.echo(f"  {form:<25} weights and a cache of {tokens:,} tokens")
+            typer.echo(f"  {form:<28} weights and a cache of {tokens:,} tokens")
 
 
 @app.command()

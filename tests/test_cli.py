@@ -167,7 +167,7 @@ def test_info_of_the_full_model(dsv32):
     assert result["bytes"] == sum(result["bytes_by_dtype"].values())
     assert result["cache_bytes_per_token"]["bfloat16, fp8 index keys"] == 78324
     assert result["cache_bytes_per_token"]["fp8 records, fp8 index keys"] == 48068
-    assert result["memory"]["141 GB GPU (H200)"]["gpus_for_weights"] in (5, 6)
+    assert result["memory"]["141 GB GPU (H200)"]["needed_for_weights"] == 6
     _, text, _ = dsv32("info", "--config", "671b", "--memory")
     assert f"{result['parameters']:,}" in text and "48,068" in text
 

