@@ -1,6 +1,6 @@
 """Parity with recorded outputs of the Hugging Face implementation, and of the official FP8 arithmetic.
 
-The checks are functions of what the model computed, so that test_planted_bugs.py can run the same ones on a broken model.
+The checks are functions of what the model computed: test_planted_bugs.py runs the same ones on broken models.
 """
 
 import functools
@@ -59,7 +59,7 @@ def check_hidden(results: list[SimpleNamespace], name: str) -> None:
     for b, (result, length) in enumerate(zip(results, oracle.lengths, strict=True)):
         for layer, (got, expected) in enumerate(zip(result.hidden, oracle.hidden[b], strict=True)):
             error = np.abs(got[:length] - expected[:length]).max()
-            assert error <= 1e-3 * expected[:length].std(), f"row {b}: stream after {layer} layers is off by {error:.2e}"
+            assert error <= 1e-3 * expected[:length].std(), f"row {b}: after {layer} layers off by {error:.2e}"
 
 
 def check_topk(results: list[SimpleNamespace], name: str) -> None:
@@ -67,7 +67,8 @@ def check_topk(results: list[SimpleNamespace], name: str) -> None:
     oracle = load_oracle(name)
     for b, (result, length) in enumerate(zip(results, oracle.lengths, strict=True)):
         for layer, record in enumerate(result.layers):
-            assert as_sets(record["topk"][:length]) == as_sets(oracle.topk[b, layer, :length]), f"row {b}, layer {layer}"
+            expected = as_sets(oracle.topk[b, layer, :length])
+            assert as_sets(record["topk"][:length]) == expected, f"row {b}, layer {layer}"
 
 
 def check_index_scores(results: list[SimpleNamespace], name: str) -> None:

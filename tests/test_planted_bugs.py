@@ -98,7 +98,7 @@ def scaled_shared_expert(patch):
 
     def call(self, x, numerics):
         out = original(self, x, numerics)
-        return out * 2.5 if self.gate.shape[0] == 48 else out  # the shared expert's width in `tiny`, not the dense MLP's
+        return out * 2.5 if self.gate.shape[0] == 48 else out  # only the shared expert of `tiny` is 48 wide
 
     patch.setattr(moe.MLP, "__call__", call)
 
@@ -107,7 +107,7 @@ def weights_from_biased_scores(patch):
     original = moe_reference.route
 
     def route(logits, bias, *args):
-        experts, weights = original(logits, bias, *args)
+        experts, _ = original(logits, bias, *args)
         biased = jnp.take_along_axis(jax.nn.sigmoid(logits) + bias, experts, 1)
         return experts, biased / biased.sum(-1, keepdims=True) * 2.5
 
