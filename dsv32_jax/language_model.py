@@ -1,5 +1,6 @@
 """What `load` returns: a model with its config and tokenizer, and the calls a notebook or script makes of it."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -93,7 +94,8 @@ class LanguageModel:
 
     def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
         leaves, structure = self._flat_model()
-        return _flat_step(leaves, structure, batch, cache, self.options)
+        with _named_backend(self.options):
+            return _flat_step(leaves, structure, batch, cache, self.options)
 
     # ---- forward ----
 
@@ -154,7 +156,8 @@ class LanguageModel:
         tables = self._block_tables(1, len(row))
         cache = KVCache.create(self.config, tables.size, self.options)
         batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
-        logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
+        with _named_backend(self.options):
+            logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
         return Trace.from_step(logits, recorded, len(row))
 
     # ---- generation ----
@@ -411,6 +414,17 @@ def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.nd
         block_tables=table[None],
         logit_rows=wanted,
     )
+
+
+@contextlib.contextmanager
+def _named_backend(options: Options) -> Iterator[None]:
+    """An op without the backend that was asked for says so by ValueError: the choice was the user's."""
+    try:
+        yield
+    except ValueError as error:
+        if f"{options.backend!r} backend" in str(error):
+            raise UserError(f"backend: {error}") from error
+        raise
 
 
 def _batch(**arrays: np.ndarray) -> Batch:

@@ -366,6 +366,7 @@ def test_wrong_flags(refused, tiny, tmp_path):
     assert "compute_dtype 'float8'" in refused(*run, "--compute-dtype", "float8")
     assert "attention 'full'" in refused(*run, "--attention", "full")
     assert "backend 'cuda'" in refused(*run, "--backend", "cuda")
+    assert "no 'mosaic_gpu' backend" in refused(*run, "--backend", "mosaic_gpu")
     assert "index_topk" in refused(*run, "--index-topk", 0)
     assert "temperature" in refused(*run, "--temperature", -1)
     assert "--to" in refused("convert", tiny, tmp_path / "out", "--to", "gguf")
@@ -387,3 +388,11 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):
     monkeypatch.setattr(loading, "available_bytes", lambda: (1000, "host memory"))
     assert "host memory has 1.0 kB free" in refused("generate", "--model", tiny, "--prompt", "a")
+
+
+def test_interrupted(dsv32, tiny, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load", interrupt)
+    assert dsv32("generate", "--model", tiny, "--prompt", "a")[0] == 130
