@@ -203,8 +203,8 @@ def identity(source: Path, to: str, dtype: str | None) -> dict[str, Any]:
 def unfinished(target: Path, source: dict[str, Any] | None) -> Iterator[tuple[Path, set[str], Any]]:
     """A directory to work in, which becomes `target` only if the work ends well.
 
-    Yields the directory, the groups that an interrupted run of the same work had finished, and a function that notes one
-    more. Without a `source` nothing is taken up again.
+    Yields the directory, the groups that an interrupted run of the same work had finished, and a function that notes
+    one more. Without a `source` nothing is taken up again.
     """
     if target.exists():
         raise UserError(f"{target}: exists; give a path that does not")
@@ -239,7 +239,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:
-    """Config, tokenizer, generation and index files, byte for byte; a `config` replaces the source's, without its index."""
+    """Config, tokenizer, generation and index files, byte for byte; a `config` replaces theirs, without an index."""
     for pattern in (*COPIED, INDEX) if config is None else COPIED:
         for path in source.glob(pattern):
             if path.is_file() and path.name != DESCRIPTION:
@@ -256,7 +256,13 @@ def write_config(directory: Path, config: ModelConfig) -> None:
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Any]:
     """A bar with bytes, rate and time left on stderr, silent where that is no terminal; yields `advance(bytes)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=total)
         yield lambda size: progress.advance(task, size)

@@ -150,13 +150,16 @@ class HFWriter:
         self, directory: Path, config: ModelConfig, shards: dict[str, Shard], index_metadata: dict[str, Any] | None
     ):
         self.config = config
-        self.writers = {
-            file: Writer(directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()
-        }
+        self.writers = {file: Writer(directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()}
         self.file_of = {name: file for file, shard in shards.items() for name in shard.tensors}
         if set(shards) != {SINGLE}:
-            total = sum(math.prod(s) * DTYPES[d].itemsize for shard in shards.values() for d, s in shard.tensors.values())
-            index = {"metadata": index_metadata or {"total_size": total}, "weight_map": dict(sorted(self.file_of.items()))}
+            total = sum(
+                math.prod(s) * DTYPES[d].itemsize for shard in shards.values() for d, s in shard.tensors.values()
+            )
+            index = {
+                "metadata": index_metadata or {"total_size": total},
+                "weight_map": dict(sorted(self.file_of.items())),
+            }
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, path: str, leaf: Any) -> None:

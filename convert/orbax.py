@@ -89,7 +89,9 @@ class OrbaxReader:
         self.directory = directory
         content = read_json(directory / DESCRIPTION)
         if content.get("format") != FORMAT:
-            raise UserError(f"{directory / DESCRIPTION}: format {content.get('format')!r} is not {FORMAT}; convert again")
+            raise UserError(
+                f"{directory / DESCRIPTION}: format {content.get('format')!r} is not {FORMAT}; convert again"
+            )
         self.parameters: dict[str, Any] = content["parameters"]
         self.index_metadata = content["index_metadata"]
         self.shards = {

@@ -1,7 +1,7 @@
 """Files of the safetensors format, one tensor at a time.
 
-The safetensors library checks every header here. The bytes are read and written by offset instead: its NumPy front end has
-no bfloat16 and float8, and it writes a file from tensors that are all in memory, where a shard takes gigabytes.
+The safetensors library checks every header here. The bytes are read and written by offset instead: its NumPy front end
+has no bfloat16 and float8, and it writes a file from tensors that are all in memory, where a shard takes gigabytes.
 """
 
 import dataclasses

@@ -31,7 +31,9 @@ class KVCache:
     index: jax.Array
 
     @staticmethod
-    def shapes(config: ModelConfig, num_blocks: int, form: str, fp8_index: bool, layers: int | None = None) -> "KVCache":
+    def shapes(
+        config: ModelConfig, num_blocks: int, form: str, fp8_index: bool, layers: int | None = None
+    ) -> "KVCache":
         """The abstract cache, before any memory is taken.
 
         Args:

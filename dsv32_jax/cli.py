@@ -106,7 +106,7 @@ def generate(
             prompts = [_tokenizer(m).encode_chat(_chat(system, text), thinking=thinking) for text in prompts]
         settings = _sampling(m, temperature, top_p, seed, ignore_eos)
         if len(prompts) == 1 and m.tokenizer is not None and not as_json:
-            tokens = [[]]
+            tokens: list[list[int]] = [[]]
             room = m.new_tokens(m.rows(prompts), max_new_tokens)
             for piece in m.stream(prompts, room, **settings):
                 tokens[0].append(piece.token)

@@ -126,8 +126,8 @@ class LanguageModel:
           out: float32 [B, T, V], filled as `logits` fills it, in the same pass.
         """
         rows = self.rows(ids)
-        for number, row in enumerate(rows):
-            if len(row) < 2:
+        for number, ids_of_row in enumerate(rows):
+            if len(ids_of_row) < 2:
                 raise UserError(f"row {number}: 1 token; a score needs at least 2, the first has nothing before it")
         if out is not None:
             out = self._output(rows, out)

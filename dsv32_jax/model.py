@@ -1,7 +1,7 @@
 """DeepSeek-V3.2: embedding, decoder layers, head, and the one step that prefills and decodes.
 
-The step takes a flat batch of tokens, each with its position, its slot in the block cache and its sequence. A prompt, one
-new token of many sequences, and any mixture of the two are shapes of one function.
+The step takes a flat batch of tokens, each with its position, its slot in the block cache and its sequence. A prompt,
+one new token of many sequences, and any mixture of the two are shapes of one function.
 """
 
 import dataclasses
@@ -57,7 +57,9 @@ class Options:
             "cache_dtype": (None, *FORMS),
         }.items():
             if getattr(self, field) not in allowed:
-                raise UserError(f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}")
+                raise UserError(
+                    f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}"
+                )
         if self.index_topk is not None and self.index_topk < 1:
             raise UserError(f"index_topk must be at least 1, not {self.index_topk}")
 
@@ -215,7 +217,7 @@ class DeepseekV32(nnx.Module):
 
 
 def abstract_model(config: ModelConfig) -> DeepseekV32:
-    """The model with `jax.ShapeDtypeStruct`s in place of parameters, in the checkpoint's storage types; takes no memory."""
+    """The model with `jax.ShapeDtypeStruct`s for parameters, in the checkpoint's storage types; takes no memory."""
     return jax.eval_shape(lambda: DeepseekV32(config, nnx.Rngs(0)))
 
 

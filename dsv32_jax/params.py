@@ -1,14 +1,12 @@
 """Parameters by path: the one description that loading, sharding and conversion read."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.quant import is_qtensor, quantize_weight
-
-Model = TypeVar("Model")
 
 
 def path_name(path: tuple) -> str:
@@ -22,7 +20,7 @@ def named_parameters(model: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def replace_parameters(model: Model, parameters: dict[str, Any]) -> Model:
+def replace_parameters[Model](model: Model, parameters: dict[str, Any]) -> Model:
     """`model` with other leaves; `parameters` must name exactly the parameters it has.
 
     Raises:

@@ -114,6 +114,4 @@ def float32_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     Operands of one narrow type stay in it: their products are exact in the float32 accumulator.
     """
     dtype = jnp.promote_types(x.dtype, weight.dtype)
-    return jnp.matmul(
-        x.astype(dtype), weight.astype(dtype).T, precision="highest", preferred_element_type=jnp.float32
-    )
+    return jnp.matmul(x.astype(dtype), weight.astype(dtype).T, precision="highest", preferred_element_type=jnp.float32)

@@ -42,7 +42,12 @@ class Indexer(nnx.Module):
         self.head_weights = init.matrix(heads, config.hidden_size)
 
     def queries(
-        self, x: jax.Array, q_latent: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+        self,
+        x: jax.Array,
+        q_latent: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        config: ModelConfig,
+        numerics: Numerics,
     ) -> tuple[jax.Array, jax.Array]:
         """Queries and head weights.
 

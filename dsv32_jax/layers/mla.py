@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class MLA(nnx.Module):
     """Attention with a latent cache (official `MLA`; V2 report, section 2.1; V3.2-Exp report, section 1).
 
-    The cache holds one latent row and one rotated rope key a token, shared by all heads. In the absorbed form queries are
-    mapped into the latent space, so that the rows themselves are keys and values; the unabsorbed form expands keys and
-    values of every head, and is the specification.
+    The cache holds one latent row and one rotated rope key a token, shared by all heads. In the absorbed form queries
+    are mapped into the latent space, so that the rows themselves are keys and values; the unabsorbed form expands keys
+    and values of every head, and is the specification.
     """
 
     def __init__(self, config: ModelConfig, init: Init):

@@ -2,8 +2,8 @@
 
 One token and layer is a latent row and an index key:
 
-  latent row    float [latent + rope], or the FP8 record of bytes: latent x e4m3, latent / 128 x float32 scale, rope x bf16
-                (656 bytes for 512 + 64: the layout of FlashMLA);
+  latent row    float [latent + rope], or the FP8 record of bytes: latent x e4m3, latent / 128 x float32 scale,
+                rope x bf16 (656 bytes for 512 + 64: the layout of FlashMLA);
   index key     float [dim], or, for a block of 64 tokens, 64 x dim e4m3 values and then 64 float32 scales (DeepGEMM).
 """
 

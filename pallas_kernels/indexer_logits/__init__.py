@@ -38,6 +38,4 @@ def indexer_logits(
       float32 [T, N * 64].
     """
     resolve(backend, "indexer_logits")
-    return reference.indexer_logits(
-        queries, head_weights, index, layer, block_tables, sequence, positions, chunk_bytes
-    )
+    return reference.indexer_logits(queries, head_weights, index, layer, block_tables, sequence, positions, chunk_bytes)

@@ -65,9 +65,9 @@ def make_plan(experts: jax.Array, valid: jax.Array, num_experts: int, tile: int 
     row = jnp.where(expert < num_experts, first_row[safe] + jnp.arange(count) - first_choice[safe], tiles * tile)
     return RoutingPlan(
         row_token=jnp.full(tiles * tile, -1, jnp.int32).at[row].set(order // choices, mode="drop"),
-        tile_expert=jnp.minimum(
-            jnp.searchsorted(last_tile, jnp.arange(tiles), side="right"), num_experts - 1
-        ).astype(jnp.int32),
+        tile_expert=jnp.minimum(jnp.searchsorted(last_tile, jnp.arange(tiles), side="right"), num_experts - 1).astype(
+            jnp.int32
+        ),
         token_row=jnp.zeros(count, jnp.int32)
         .at[order]
         .set(jnp.where(expert < num_experts, row, -1))

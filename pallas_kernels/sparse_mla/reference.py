@@ -9,9 +9,9 @@ from pallas_kernels.paging import BLOCK_SIZE
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, scale: float):
-    """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K] -> out [H, V], lse [H], weights [H, K].
+    """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
 
-    Scores and softmax in float32; probabilities are rounded to the query's dtype for the second product.
+    Returns out [H, V], lse [H] and probabilities [H, K]. Scores and softmax in float32; probabilities are rounded to the query's dtype for the second product.
     """
     scores = jnp.einsum("hd,kd->hk", query, keys, precision="highest", preferred_element_type=jnp.float32) * scale
     scores = jnp.where(valid, scores, -jnp.inf)
@@ -82,6 +82,4 @@ def dense_mla(
         return probabilities.mean(0) if mean_probabilities else out
 
     largest = 4 * context.shape[1] * max(queries.shape[1], context.shape[2])
-    return map_tokens(
-        one_token, (queries, sequence, positions), bytes_per_token=largest, chunk_bytes=chunk_bytes
-    )
+    return map_tokens(one_token, (queries, sequence, positions), bytes_per_token=largest, chunk_bytes=chunk_bytes)
