@@ -26,8 +26,7 @@ EXACT = Options(compute_dtype="float32", act_quant=False)
 
 def golden_directory(name: str) -> Path:
     """A golden checkpoint's folder, in the tests' data or under $DSV32_GOLDEN; skips the test where it is absent."""
-    places = [DATA, Path(os.environ.get("DSV32_GOLDEN", DATA.parents[3] / "shared" / "golden"))]
-    for place in places:
+    for place in (DATA, Path(os.environ.get("DSV32_GOLDEN", DATA))):
         if (place / name / "model" / "config.json").is_file():
             return place / name
     pytest.skip(f"golden/{name} is not here; set DSV32_GOLDEN to the folder that has it")

@@ -9,7 +9,7 @@ BLOCK = 128
 
 
 def dequantize_blocks(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """values [..., N, K] times the scales of their 128 x 128 blocks [..., ceil(N/128), ceil(K/128)]; ragged edges too."""
+    """values [..., N, K] times the scales of their 128 x 128 blocks [..., ceil(N/128), ceil(K/128)]."""
     rows, columns = values.shape[-2:]
     full = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :], BLOCK, axis=-1)[..., :columns]
     return (values.astype(jnp.float32) * full).astype(dtype)

@@ -11,7 +11,8 @@ from pallas_kernels.paging import BLOCK_SIZE
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, scale: float):
     """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
 
-    Returns out [H, V], lse [H] and probabilities [H, K]. Scores and softmax in float32; probabilities are rounded to the query's dtype for the second product.
+    Returns out [H, V], lse [H] and probabilities [H, K]. Scores and softmax are float32; probabilities are rounded to
+    the query's dtype for the second product.
     """
     scores = jnp.einsum("hd,kd->hk", query, keys, precision="highest", preferred_element_type=jnp.float32) * scale
     scores = jnp.where(valid, scores, -jnp.inf)
