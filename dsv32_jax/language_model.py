@@ -16,7 +16,7 @@ from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
-from dsv32_jax.model import Batch, DeepseekV32, Options, step, step_with_trace
+from dsv32_jax.model import Batch, DeepseekV32, Options, run_layer, step, step_with_trace
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
 
@@ -159,6 +159,35 @@ class LanguageModel:
         with _named_backend(self.options):
             logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
         return Trace.from_step(logits, recorded, len(row))
+
+    def run_layer(self, layer: int, hidden: np.ndarray | Array) -> dict[str, np.ndarray]:
+        """One layer alone, on a residual stream of one's own.
+
+        Args:
+          layer: which, from 0.
+          hidden: float [T, hidden_size], the stream before it, of positions 0 .. T - 1.
+
+        Returns:
+          `hidden` [T, hidden_size] after the layer, `topk` int32 [T, K], `index_scores` and `attention` float32 [T, T],
+          and in layers with experts `experts` and `expert_weights` [T, experts]; see `dsv32_jax.fidelity.Trace`.
+
+        Raises:
+          UserError: there is no such layer, or `hidden` has another shape.
+        """
+        if not 0 <= layer < self.config.num_hidden_layers:
+            raise UserError(f"layer: {layer}; must be in 0..{self.config.num_hidden_layers - 1}")
+        if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size or not len(hidden):
+            raise UserError(f"hidden: {list(hidden.shape)}; must be [T, {self.config.hidden_size}]")
+        tokens = len(hidden)
+        table = self._block_tables(1, tokens)[0]
+        cache = KVCache.create(self.config, table.size, self.options)
+        batch = _prompt_batch([0] * tokens, 0, tokens, tokens, table, np.arange(tokens, dtype=np.int32))
+        with _named_backend(self.options):
+            record = run_layer(self.model, layer, jnp.asarray(hidden), batch, cache, self.options)[2]
+        seen = {name: np.asarray(value) for name, value in record.items()}
+        return {
+            name: value[:, :tokens] if name in ("index_scores", "attention") else value for name, value in seen.items()
+        }
 
     # ---- generation ----
 
