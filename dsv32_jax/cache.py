@@ -63,7 +63,7 @@ class KVCache:
 
     @staticmethod
     def create(config: ModelConfig, num_blocks: int, options: Any, layers: int | None = None) -> "KVCache":
-        """A cache of zeros in the form that `options` (a `dsv32_jax.model.Options`) asks for."""
+        """A cache of zeros in the form that `options` (a `dsv32_jax.context.Options`) asks for."""
         shapes = KVCache.shapes(config, num_blocks, options.cache_form, options.act_quant, layers)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

@@ -1,6 +1,5 @@
 """`load`: a checkpoint, by name or directory, as a `LanguageModel`."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dsv32_jax.config import ModelConfig
+from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, checkpoint_bytes, human
@@ -98,15 +97,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 def read_generation_config(directory: Path) -> dict[str, Any]:
     """`generation_config.json` as a dict, empty where there is none."""
     path = directory / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 def use_compilation_cache() -> None:

@@ -13,6 +13,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
 
 Message = Mapping[str, Any]
@@ -53,7 +54,8 @@ class Tokenizer:
             raise UserError(f"{path}: not a readable tokenizer: {_one_line(error)}") from error
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":
             raise UserError(f"{path}: the decoder must be ByteLevel, as DeepSeek's is")
-        settings = _read_json(directory / "tokenizer_config.json")
+        settings_file = directory / "tokenizer_config.json"
+        settings = read_json(settings_file) if settings_file.exists() else {}
         self.special_tokens = {
             name: _token_text(settings[name])
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -188,18 +190,6 @@ def _compile(template: str) -> jinja2.Template:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def _token_text(value: Any) -> str:

@@ -1,13 +1,12 @@
 """Multi-head latent attention over the keys that the indexer chose (DSA), or over all of them."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.context import StepContext
 from dsv32_jax.layers.indexer import Indexer
 from dsv32_jax.layers.norm import rms_norm
 from dsv32_jax.layers.rope import rope_interleaved
@@ -20,9 +19,6 @@ from pallas_kernels.indexer_logits import indexer_logits
 from pallas_kernels.paging import physical_slots
 from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.sparse_mla.reference import attend
-
-if TYPE_CHECKING:
-    from dsv32_jax.model import StepContext
 
 
 class MLA(nnx.Module):
@@ -45,7 +41,7 @@ class MLA(nnx.Module):
         self.indexer = Indexer(config, init)
 
     def __call__(
-        self, x: jax.Array, layer: int, cache: KVCache, ctx: "StepContext", record: dict | None = None
+        self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Attention of the step's tokens, whose own keys enter the cache first.
 
@@ -70,7 +66,7 @@ class MLA(nnx.Module):
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx, record)
         return numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
 
-    def write(self, x: jax.Array, layer: int, cache: KVCache, ctx: "StepContext") -> KVCache:
+    def write(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
         """Latents, rope keys and index keys of the step's tokens, into their slots."""
         config, numerics = ctx.config, ctx.numerics
         latent, rope_key = jnp.split(numerics.matmul(x, self.kv_a), [config.kv_lora_rank], axis=-1)
@@ -89,7 +85,7 @@ class MLA(nnx.Module):
         return KVCache(kv, index)
 
     def select(
-        self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: "StepContext", record: dict | None
+        self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None
     ) -> jax.Array | None:
         """Logical positions int32 [T, K] that each token attends to, -1 for none; None for dense attention."""
         if ctx.options.attention == "dense" and record is None:
@@ -104,7 +100,7 @@ class MLA(nnx.Module):
             record["index_scores"] = indexer_logits(*where, backend=numerics.backend)
         return chosen if ctx.options.attention == "sparse" else None
 
-    def absorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: "StepContext", record) -> jax.Array:
+    def absorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:
         """Attention in the latent space: [T, H, v_head_dim]."""
         config, batch = ctx.config, ctx.batch
         to_latent, to_value = self.split_kv_b(config, q_nope.dtype)
@@ -122,7 +118,7 @@ class MLA(nnx.Module):
             out, _ = sparse_mla(queries, cache.kv, layer, slots, **how, backend=ctx.numerics.backend)
         return ctx.einsum("thc,hvc->thv", out, to_value)
 
-    def unabsorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: "StepContext", record) -> jax.Array:
+    def unabsorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:
         """Attention with every head's own keys and values, expanded from the latents: [T, H, v_head_dim]."""
         config = ctx.config
         rows, sequence, positions = self.context(layer, cache, ctx)
@@ -156,7 +152,7 @@ class MLA(nnx.Module):
         return kv_b[:, : config.qk_nope_head_dim], kv_b[:, config.qk_nope_head_dim :]
 
     @staticmethod
-    def context(layer: int, cache: KVCache, ctx: "StepContext") -> tuple[jax.Array, jax.Array, jax.Array]:
+    def context(layer: int, cache: KVCache, ctx: StepContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rows [S, L, latent + rope] of whole sequences, and each token's sequence and position.
 
         Rows past a sequence's end are zeroed: unused slots may hold anything, and 0 * NaN is NaN.

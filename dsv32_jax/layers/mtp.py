@@ -1,19 +1,15 @@
 """Multi-token prediction: one more decoder layer that predicts the token after the next."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.context import StepContext
 from dsv32_jax.layers.norm import add_rms_norm, rms_norm
 from dsv32_jax.params import Init
 from dsv32_jax.quant import float32_matmul
-
-if TYPE_CHECKING:
-    from dsv32_jax.model import StepContext
 
 
 class MTP(nnx.Module):
@@ -30,7 +26,7 @@ class MTP(nnx.Module):
         self.head = init.matrix(config.vocab_size, hidden)
 
     def __call__(
-        self, hidden: jax.Array, next_ids: jax.Array, cache: KVCache, ctx: "StepContext"
+        self, hidden: jax.Array, next_ids: jax.Array, cache: KVCache, ctx: StepContext
     ) -> tuple[jax.Array, KVCache]:
         """Logits float32 [T, V] of token t + 2, and the cache.
 
