@@ -16,8 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from convert.huggingface import INDEX, SINGLE, HFReader, HFWriter
-from convert.orbax import DESCRIPTION, OrbaxReader, OrbaxWriter, Placement, groups_of, plan_shards, shards_or_plan
+from convert.huggingface import INDEX, SINGLE, HFReader, HFWriter, plan_shards
+from convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32, abstract_model
@@ -34,9 +34,10 @@ def checkpoint_kind(directory: str | os.PathLike[str]) -> str:
     """ "hf" or "orbax".
 
     Raises:
-      UserError: neither.
+      UserError: neither, or a conversion that was interrupted.
     """
     directory = Path(directory)
+    refuse_unfinished(directory)
     if (directory / DESCRIPTION).exists():
         return "orbax"
     if (directory / INDEX).exists() or (directory / SINGLE).exists():
@@ -58,6 +59,7 @@ def load_hf(
       UserError: what `HFReader` finds wrong.
     """
     directory = Path(directory)
+    refuse_unfinished(directory)
     config = config or ModelConfig.from_hf(directory)
     reader = HFReader(directory, config)
     parameters = {}
@@ -77,6 +79,7 @@ def load_orbax(
 ) -> DeepseekV32:
     """The model of a converted checkpoint; arguments and errors as those of `load_hf`."""
     directory = Path(directory)
+    refuse_unfinished(directory)
     config = config or ModelConfig.from_hf(directory)
     reader = OrbaxReader(directory, config)
     parameters: dict[str, Any] = {}
@@ -194,9 +197,17 @@ def total_bytes(directory: Path) -> int:
 
 def identity(source: Path, to: str, dtype: str | None) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to go on: the source's files, and what is asked for."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    # Not all that is below the source: the target may be there, and it changes.
+    files = sorted(path for path in (*source.glob("*"), *(source / PARAMS).rglob("*")) if path.is_file())
     state = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     return {"source": str(source.resolve()), "files": state, "to": to, "dtype": dtype}
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """Raises UserError for a directory that `unfinished` is or was working in: its files have room for tensors that
+    were never written, and would load as zeros."""
+    if (directory / JOURNAL).exists():
+        raise UserError(f"{directory}: an unfinished conversion; run the same conversion again to finish it")
 
 
 @contextmanager

@@ -50,7 +50,9 @@ class HFReader:
                     problems.append(f"{name} is in two shards")
                 self.entries[name] = (directory / file, entry)
             if expected is not None:
-                problems += [f"{name} is not in {file}, where the index has it" for name in expected - set(entries)]
+                problems += [
+                    f"{name} is not in {file}, where the index has it" for name in sorted(expected - set(entries))
+                ]
         problems += self.mismatches(hf_tensors(config))
         if problems:
             more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
@@ -67,7 +69,7 @@ class HFReader:
         self.index_metadata = index.get("metadata")
         files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{self.directory / INDEX}: {file!r} is not a file name")
             files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
         if missing := [file for file in files if not (self.directory / file).exists()]:

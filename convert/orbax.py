@@ -92,6 +92,8 @@ class OrbaxReader:
             raise UserError(
                 f"{directory / DESCRIPTION}: format {content.get('format')!r} is not {FORMAT}; convert again"
             )
+        if lacking := [key for key in ("parameters", "index_metadata", "shards") if key not in content]:
+            raise UserError(f"{directory / DESCRIPTION}: has no {' or '.join(lacking)}; convert again")
         self.parameters: dict[str, Any] = content["parameters"]
         self.index_metadata = content["index_metadata"]
         self.shards = {
@@ -126,8 +128,8 @@ class OrbaxReader:
                 (self.directory / PARAMS / group).absolute(),
                 args=ocp.args.StandardRestore({path: as_dict(leaf) for path, leaf in wanted.items()}),
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # Orbax raises a bare Exception for data that it cannot decode
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{self.directory / PARAMS / group}: cannot be read ({reason}); convert again") from error
         return {
             path: QTensor(**found[path], scheme=leaf.scheme) if isinstance(leaf, QTensor) else found[path]

@@ -168,10 +168,11 @@ def test_bad_shards_are_named(fp8):
     with pytest.raises(UserError, match=rf"missing shard {shard.name}"):
         convert.load_hf(fp8)
     index = json.loads((fp8 / INDEX).read_text())
-    index["weight_map"][ROUTER] = "../elsewhere.safetensors"
-    (fp8 / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is not a file name"):
-        convert.load_hf(fp8)
+    for file in ("../elsewhere.safetensors", 1):
+        index["weight_map"][ROUTER] = file
+        (fp8 / INDEX).write_text(json.dumps(index))
+        with pytest.raises(UserError, match="is not a file name"):
+            convert.load_hf(fp8)
 
 
 def test_fp8_without_a_quantization_config_is_refused(fp8):
@@ -196,10 +197,11 @@ def test_bad_arguments(golden, tmp_path):
             convert.convert(**{"source": source, "target": tmp_path / "out", **arguments})
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf"])
-def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to):
+@pytest.mark.parametrize(("to", "inside"), [("orbax", False), ("hf", False), ("orbax", True)])
+def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to, inside):
     """Nothing that loads is left; the second run does not read again what the first had written."""
-    source, target = golden("tiny128_fp8/model"), tmp_path / "out"
+    source = shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "in")
+    target = (source if inside else tmp_path) / "out"
     read, seen = HFReader.read, []
 
     def fail_in_layer_2(self, path):
@@ -212,16 +214,17 @@ def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to):
     with pytest.raises(KeyboardInterrupt):
         convert.convert(source, target, to=to)
     assert not target.exists()
-    with pytest.raises(UserError):
-        convert.load_orbax(tmp_path / "out.partial")
+    load = convert.load_orbax if to == "orbax" else convert.load_hf
+    for attempt in (convert.checkpoint_kind, load, lambda path: load(path, ModelConfig.from_hf(source))):
+        with pytest.raises(UserError, match="unfinished conversion"):
+            attempt(target.with_name("out.partial"))
     first = set(seen)
     seen.clear()
     monkeypatch.setattr(HFReader, "read", lambda self, path: seen.append(path) or read(self, path))
     convert.convert(source, target, to=to)
     assert "layers.0.attn.q_a" in first and "layers.0.attn.q_a" not in seen and "layers.2.attn.q_a" in seen
-    load = convert.load_orbax if to == "orbax" else convert.load_hf
     assert equal_models(load(target), convert.load_hf(source))
-    assert not (tmp_path / "out.partial").exists()
+    assert not target.with_name("out.partial").exists()
 
 
 def test_a_changed_source_starts_anew(golden, tmp_path, monkeypatch):
@@ -243,8 +246,17 @@ def test_a_changed_source_starts_anew(golden, tmp_path, monkeypatch):
 
 def test_a_spoilt_orbax_checkpoint_is_refused(golden, tmp_path):
     convert.convert(golden("tiny/model"), tmp_path / "out")
+    data = max((tmp_path / "out" / "params" / "embed").rglob("*"), key=lambda path: path.stat().st_size)
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"params/embed: cannot be read"):
+        convert.load_orbax(tmp_path / "out")
+    data.write_bytes(whole)
     shutil.rmtree(tmp_path / "out" / "params" / "layers.1")
     with pytest.raises(UserError, match=r"missing params/layers\.1"):
+        convert.load_orbax(tmp_path / "out")
+    (tmp_path / "out" / "dsv32_checkpoint.json").write_text('{"format": 1, "shards": {}}')
+    with pytest.raises(UserError, match="has no parameters or index_metadata"):
         convert.load_orbax(tmp_path / "out")
 
 

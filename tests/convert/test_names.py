@@ -40,7 +40,7 @@ def test_the_full_checkpoint_maps_one_to_one():
 
 
 def test_names_of_the_released_checkpoint():
-    """A sample of the names, shapes and types in FACTS section 4, by hand."""
+    """A sample of its names, shapes and types, by hand."""
     specs = hf_tensors(ModelConfig.deepseek_v32())
     expected = {
         "model.embed_tokens.weight": ((129280, 7168), "bfloat16"),
