@@ -95,7 +95,8 @@ class Numerics:
                 backend=self.backend,
             )
         weight = weight.astype(x.dtype)
-        return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
+        # Without preferred_element_type: sums are float32 all the same, and the gradient's products stay in x's dtype.
+        return jnp.matmul(x, weight.T, precision="highest")
 
     def grouped_matmul(self, rows: jax.Array, weights: Weight, plan: RoutingPlan) -> jax.Array:
         """Rows [P, K] in the plan's order times their experts' weights [E, N, K] transposed: [P, N]."""

@@ -11,7 +11,7 @@ from dsv32_jax.layers.indexer import Indexer
 from dsv32_jax.layers.norm import rms_norm
 from dsv32_jax.layers.rope import rope_interleaved
 from dsv32_jax.params import Init
-from dsv32_jax.quant import dense
+from dsv32_jax.quant import Numerics, dense
 from pallas_kernels.cache_write import cache_write, read_latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
 from pallas_kernels.index_select import index_select
@@ -55,29 +55,48 @@ class MLA(nnx.Module):
         Returns:
           [T, D] and the cache.
         """
-        config, numerics = ctx.config, ctx.numerics
-        q_latent = rms_norm(numerics.matmul(x, self.q_a), self.q_a_norm, config.rms_norm_eps)
-        q = numerics.matmul(q_latent, self.q_b).reshape(-1, config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-        q_rope = rope_interleaved(q_rope, *ctx.angles)
+        q_latent, q_nope, q_rope = self.queries(x, ctx.angles, ctx.config, ctx.numerics)
         cache = self.write(x, layer, cache, ctx)
         chosen = self.select(x, q_latent, layer, cache, ctx, record)
         attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx, record)
-        return numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
+        return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
+
+    def queries(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The query latent [T, q_lora_rank], normalised; every head's query, nope [T, H, N] and rotated rope [T, H, R].
+
+        Args:
+          x: [T, D], normalised.
+          angles: cos and sin of the tokens' positions.
+          config: the model's.
+          numerics: of the products.
+        """
+        latent = rms_norm(numerics.matmul(x, self.q_a), self.q_a_norm, config.rms_norm_eps)
+        q = numerics.matmul(latent, self.q_b).reshape(-1, config.num_attention_heads, config.qk_head_dim)
+        nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+        return latent, nope, rope_interleaved(rope, *angles)
+
+    def latents(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the cache holds of x [T, D]: latent [T, kv_lora_rank], normalised, and rotated rope key [T, R]."""
+        latent, rope_key = jnp.split(numerics.matmul(x, self.kv_a), [config.kv_lora_rank], axis=-1)
+        latent = numerics.fake_quantize(rms_norm(latent, self.kv_a_norm, config.rms_norm_eps))
+        return latent, rope_interleaved(rope_key, *angles)
 
     def write(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
         """Latents, rope keys and index keys of the step's tokens, into their slots."""
         config, numerics = ctx.config, ctx.numerics
-        latent, rope_key = jnp.split(numerics.matmul(x, self.kv_a), [config.kv_lora_rank], axis=-1)
-        latent = numerics.fake_quantize(rms_norm(latent, self.kv_a_norm, config.rms_norm_eps))
+        latent, rope_key = self.latents(x, ctx.angles, config, numerics)
         kv, index = cache_write(
             cache.kv,
             cache.index,
             layer,
             ctx.batch.slots,
             latent,
-            rope_interleaved(rope_key, *ctx.angles),
+            rope_key,
             self.indexer.keys(x, ctx.angles, config, numerics),
             scale_fmt=numerics.scale_fmt,
             backend=numerics.backend,
