@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from convert.huggingface import INDEX, SINGLE, HFReader, HFWriter, plan_shards
+from convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
 from convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
@@ -141,7 +141,11 @@ def convert(
 
 
 def export_model(
-    model: DeepseekV32, directory: str | os.PathLike[str], *, tokenizer_files: str | os.PathLike[str] | None = None
+    model: DeepseekV32,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer_files: str | os.PathLike[str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model in memory as a Hugging Face checkpoint.
 
@@ -149,13 +153,14 @@ def export_model(
       model: with concrete parameters; its config is written as config.json.
       directory: must not exist.
       tokenizer_files: a directory whose tokenizer and generation files are copied.
+      shard_bytes: the most that a file holds (of one tensor, more).
 
     Raises:
       UserError: `directory` exists or cannot be written.
     """
     leaves = named_parameters(model)
     with unfinished(Path(directory), None) as (work, _, _):
-        writer = HFWriter(work, model.config, plan_shards(model.config, leaves), None)
+        writer = HFWriter(work, model.config, plan_shards(model.config, leaves, shard_bytes), None)
         for path, leaf in leaves.items():
             writer.write(path, leaf)
         if tokenizer_files is not None:

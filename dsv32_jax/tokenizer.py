@@ -93,6 +93,17 @@ class Tokenizer:
         """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
         return self._tokenizer.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
 
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
+        token = None if id < 0 or id in self._specials else self._tokenizer.id_to_token(id)
+        if token is None:
+            return b""
+        table = _byte_of_character()
+        try:
+            return bytes(table[character] for character in token)
+        except KeyError:  # an added token is written as itself
+            return token.encode()
+
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder that takes one id at a time and returns only whole characters."""
         return StreamDecoder(self)
@@ -138,16 +149,6 @@ class Tokenizer:
             return BUILT_IN_TEMPLATE
         return template
 
-    def _token_bytes(self, id: int) -> bytes:
-        token = None if id < 0 or id in self._specials else self._tokenizer.id_to_token(id)
-        if token is None:
-            return b""
-        table = _byte_of_character()
-        try:
-            return bytes(table[character] for character in token)
-        except KeyError:  # an added token is written as itself
-            return token.encode()
-
 
 class StreamDecoder:
     """Decodes ids one by one; holds back the bytes of a character until all have come."""
@@ -158,7 +159,7 @@ class StreamDecoder:
 
     def add(self, id: int) -> str:
         """The text that `id` completes, possibly empty."""
-        return self._decoder.decode(self._tokenizer._token_bytes(int(id)))
+        return self._decoder.decode(self._tokenizer.token_bytes(int(id)))
 
     def finish(self) -> str:
         """What was held back, as replacement characters."""

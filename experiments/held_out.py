@@ -1,0 +1,75 @@
+"""The held-out text: documents that the demo model never saw, for every figure of accuracy."""
+
+import collections
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv32_jax.config import read_json
+from dsv32_jax.errors import UserError
+from dsv32_jax.tokenizer import Tokenizer
+
+HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"
+LEAST, MOST = 13_000, 16_000
+"""Characters of a document that is taken, and how many of them: 4096 tokens of the demo model and a little more."""
+PER_PACKAGE = 3
+
+
+def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
+    """Dicts of `package`, `path`, `license` and `text`, in the order of the file."""
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def choose(data: Path, path: Path = HELD_OUT) -> None:
+    """Writes the file: long documents of the corpus's held-out split, cut, few of any one package.
+
+    Args:
+      data: the folder of `experiments.train_demo.corpus`.
+      path: where to.
+    """
+    manifest = read_json(data / "manifest.json")
+    packages = {package["name"]: package for package in manifest["packages"]}
+    kept: list[dict[str, Any]] = []
+    count: collections.Counter[str] = collections.Counter()
+    for document in documents(data / "documents.jsonl.xz"):
+        name = document["package"]
+        if document["split"] != "held_out" or len(document["text"]) < LEAST or count[name] == PER_PACKAGE:
+            continue
+        count[name] += 1
+        own = {"package": name, "version": packages[name]["version"], "path": document["path"]}
+        text = document["text"][:MOST]
+        kept.append(own | {"license": packages[name]["license"], "text": text[: text.rfind("\n") + 1]})
+    temporary = path.with_name(path.name + ".tmp")
+    with lzma.open(temporary, "wt", encoding="utf-8", preset=9) as file:
+        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in kept)
+    temporary.rename(path)
+
+
+def windows(tokenizer: Tokenizer, length: int, count: int | None = None) -> np.ndarray:
+    """The first `length` tokens (beginning-of-sentence token included) of each document that has as many.
+
+    Returns:
+      int32 [windows, length], at most `count`.
+
+    Raises:
+      UserError: no document is that long.
+    """
+    rows = []
+    for document in documents():
+        ids = tokenizer.encode(document["text"], bos=True)
+        if len(ids) >= length:
+            rows.append(ids[:length])
+        if len(rows) == count:
+            break
+    if not rows:
+        raise UserError(f"length {length}: no held-out document has as many tokens")
+    return np.asarray(rows, np.int32)
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """int64 [V]: bytes of text that each id stands for; 0 for special tokens."""
+    return np.array([len(tokenizer.token_bytes(id)) for id in range(vocab_size)])

@@ -1,0 +1,37 @@
+"""Results as JSON: where they lie, and what each says of the machine that made it."""
+
+import importlib.metadata
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and time of a measurement."""
+    device = jax.devices()[0]
+    return {
+        "device": platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file under a temporary name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """A result that lies in `experiments/results`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

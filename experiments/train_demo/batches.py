@@ -1,0 +1,120 @@
+"""What each step trains on: a function of the seed, the stage and the step, so that a run resumes exactly."""
+
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dsv32_jax.errors import UserError
+from dsv32_jax.tokenizer import Tokenizer
+from experiments.train_demo.recall import RecallTasks
+from experiments.train_demo.sizes import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """One step's sequences.
+
+    Attributes:
+      ids: int32 [B, T].
+      weights: float32 [B, T], of each token as a target; 0 where it does not count.
+      recall_tokens: how many of the tokens are recall tasks.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    recall_tokens: int = 0
+
+
+class Batches:
+    """Windows of the corpus, recall tasks, question and answer pairs."""
+
+    def __init__(self, data: Path, seed: int = 0):
+        """Takes the folder that `python -m experiments.train_demo data` fills, and the seed of the whole run."""
+        self.seed = seed
+        self.tokens = load(data / "train.npz")["tokens"]
+        questions = load(data / "questions.npz")
+        self.questions = questions["tokens"]
+        self.question_starts, self.answer_starts = questions["starts"], questions["answer_starts"]
+        tokenizer = Tokenizer(data)
+        self.bos = tokenizer.bos_id
+        newline = np.zeros(1 << 16, bool)
+        newline[: tokenizer.vocab_size] = [tokenizer.decode([id]).endswith("\n") for id in range(tokenizer.vocab_size)]
+        self.recall = RecallTasks(tokenizer.encode, newline)
+
+    def __call__(self, stage: Stage, number: int, step: int) -> TokenBatch:
+        """The batch of one step of a stage; `number` is the stage's place among the stages."""
+        rng = np.random.default_rng([self.seed, number, step])
+        if stage.chat_every and step % stage.chat_every == 0:
+            return self.chat(stage, rng)
+        width = stage.length - 1  # and the beginning-of-sentence token
+        windows = (len(self.tokens) - 1) // width - 1
+        if windows < 1:
+            raise UserError(f"train.npz: {len(self.tokens)} tokens are too few for sequences of {stage.length}")
+        ids = np.empty((stage.batch, stage.length), np.int32)
+        weights = np.ones((stage.batch, stage.length), np.float32)
+        tasks = 0
+        for row in range(stage.batch):
+            epoch, index = divmod(step * stage.batch + row, windows)
+            shift, order = epoch_order(self.seed, number, epoch, windows, width)
+            start = order[index] * width + shift
+            text = self.tokens[start : start + width].astype(np.int32)
+            if rng.random() < stage.recall_share:
+                text, weights[row, 1:], count = self.recall.fill(rng, text)
+                tasks += count
+            ids[row, 0], ids[row, 1:] = self.bos, text
+        return TokenBatch(ids, weights, tasks)
+
+    def chat(self, stage: Stage, rng: np.random.Generator) -> TokenBatch:
+        """Pairs one behind the other in rows of 256 tokens, as many tokens as other steps have; only answers count."""
+        length = min(256, stage.length)
+        rows = stage.batch * stage.length // length
+        ids, weights = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
+        ends = np.append(self.question_starts[1:], len(self.questions))
+        for row in range(rows):
+            filled = 0
+            while filled < length:
+                pair = int(rng.integers(len(self.question_starts)))
+                start, answer, end = self.question_starts[pair], self.answer_starts[pair], ends[pair]
+                piece = self.questions[start:end][: length - filled]
+                ids[row, filled : filled + len(piece)] = piece
+                weights[row, filled : filled + len(piece)] = np.arange(start, start + len(piece)) >= answer
+                filled += len(piece)
+        return TokenBatch(ids, weights)
+
+    def stream(self, stage: Stage, number: int, first: int) -> Iterator[TokenBatch]:
+        """The batches of a stage from step `first` on, made ahead in a thread."""
+        made: queue.Queue = queue.Queue(maxsize=4)
+
+        def make() -> None:
+            try:
+                for step in range(first, stage.steps):
+                    made.put(self(stage, number, step))
+            except Exception as error:  # handed to the consumer, which would wait for ever otherwise
+                made.put(error)
+
+        threading.Thread(target=make, daemon=True).start()
+        for _ in range(first, stage.steps):
+            batch = made.get()
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_order(seed: int, number: int, epoch: int, windows: int, width: int) -> tuple[int, np.ndarray]:
+    """An epoch of a stage: by how many tokens its windows are shifted, and their order; each comes once."""
+    rng = np.random.default_rng([seed, number, 1 << 30, epoch])
+    return int(rng.integers(0, width)), rng.permutation(windows)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an npz file, or a `UserError` that says how it is made."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; `python -m experiments.train_demo data` makes it")
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays}

@@ -1,0 +1,279 @@
+"""What the trained model is worth: held-out likelihood and needles, under every selection of the same size."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv32_jax import fidelity
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.layers import indexer
+from dsv32_jax.layers.rope import rope_interleaved
+from dsv32_jax.loading import load
+from dsv32_jax.model import DeepseekV32
+from dsv32_jax.tokenizer import Tokenizer
+from experiments import held_out
+from experiments.results import environment
+from experiments.sequence_model import Run, hidden_states, log_likelihoods
+from experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
+
+MODES = ("dense", "indexer", "oracle", "recent", "random", "interleaved rope")
+"""Selections of `experiments.sequence_model`, and the indexer with the first official demo's RoPE layout, a bug."""
+NEEDLE_MODES = ("dense", "indexer", "recent", "interleaved rope")
+BUCKETS = ((1, 256), (256, 1024), (1024, 2048), (2048, 4096))
+"""Positions of the predicted tokens: up to the first, nothing is left out when k is 256."""
+BATCH = 8
+FACTS = 4
+"""In a needle's window; one is asked for, the others only look like it."""
+DISTANCES = (256, 512, 1024, 2048, 4096)
+
+Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@contextlib.contextmanager
+def planted_rope() -> Iterator[None]:
+    """The indexer with neighbouring pairs rotated, where the weights were trained for the two halves."""
+    with mock.patch.object(indexer, "rope_half_split", rope_interleaved):
+        yield
+
+
+def scorer(model: DeepseekV32, mode: str, k: int, compute_dtype: str, act_quant: bool) -> Score:
+    """A function of ids [N, T] -> log-likelihood float32 [N, T - 1] of each next token; whether it is the likeliest.
+
+    Args:
+      model: whose.
+      mode: one of `MODES`.
+      k: positions that a selection keeps.
+      compute_dtype: of activations.
+      act_quant: as the official FP8 code does.
+    """
+    planted = mode == "interleaved rope"
+    run = Run("indexer" if planted else mode, k, compute_dtype, act_quant)
+
+    @jax.jit
+    def score(model: DeepseekV32, ids: jax.Array, seed: int):
+        states, _ = hidden_states(model, ids, run, seed)
+        states, targets = states[:, :-1], ids[:, 1:]
+        likeliest = jnp.argmax(states.astype(jnp.float32) @ model.head.astype(jnp.float32).T, -1)
+        return log_likelihoods(states, model.head, targets), likeliest == targets
+
+    def run_all(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found, right = [], []
+        with planted_rope() if planted else contextlib.nullcontext():
+            for start in range(0, len(ids), BATCH):
+                rows = ids[start : start + BATCH]
+                padded = np.pad(rows, ((0, BATCH - len(rows)), (0, 0)))
+                likelihood, correct = score(model, jnp.asarray(padded), start)
+                found.append(np.asarray(likelihood)[: len(rows)])
+                right.append(np.asarray(correct)[: len(rows)])
+        return np.concatenate(found), np.concatenate(right)
+
+    return run_all
+
+
+def summarise(likelihood: np.ndarray, ids: np.ndarray, bytes_of: np.ndarray) -> dict[str, Any]:
+    """Perplexity (a token) and bits per byte over all predicted tokens, and by position.
+
+    Args:
+      likelihood: float32 [N, T - 1], natural logarithms.
+      ids: int32 [N, T].
+      bytes_of: int64 [V].
+    """
+    sizes = bytes_of[ids[:, 1:]]
+
+    def over(part: slice) -> dict[str, float]:
+        total = -likelihood[:, part].sum(dtype=np.float64)
+        return {
+            "perplexity": float(np.exp(total / likelihood[:, part].size)),
+            "bits_per_byte": float(total / np.log(2) / sizes[:, part].sum()),
+        }
+
+    by_position = {f"{low}-{high}": over(slice(low - 1, high - 1)) for low, high in BUCKETS if low < ids.shape[1]}
+    return over(slice(None)) | {"by_position": by_position}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """One window with a hidden fact and a question about it.
+
+    Attributes:
+      ids: int32 [T]; zeros behind the answer, which causality hides from it.
+      context: the length that was asked for.
+      length: tokens up to the answer's end (fewer where the text is short).
+      answer: position of the answer's first token.
+      distance: tokens between the fact's end and the answer.
+    """
+
+    ids: np.ndarray
+    context: int
+    length: int
+    answer: int
+    distance: int
+
+
+def needles(tokenizer: Tokenizer, texts: np.ndarray, lengths: tuple[int, ...], each: int) -> list[Needle]:
+    """Held-out text with four facts in it, and at the end a question about one of them.
+
+    Args:
+      tokenizer: the model's.
+      texts: int32 [N, T] to hide them in.
+      lengths: of the contexts, question and answer included; at most T.
+      each: windows of each length; the asked fact's place is spread evenly over them.
+    """
+    rng = np.random.default_rng(0)
+    made = []
+    for length in lengths:
+        for n in range(each):
+            hidden: dict[str, tuple[str, str]] = {}
+            while len(hidden) < FACTS:
+                says, asks, answer = fact(rng, HELD_OUT_ANIMALS)
+                hidden[says] = (asks, answer)
+            statements = [tokenizer.encode(f"\n{says}{answer}.\n") for says, (_, answer) in hidden.items()]
+            asks, answer = next(iter(hidden.values()))  # the first is asked for
+            question, digits = tokenizer.encode("\n" + asks), tokenizer.encode(answer)
+            places = rng.uniform(0, 1, FACTS)
+            places[0] = (n + 0.5) / each
+            room = length - len(question) - len(digits) - sum(map(len, statements))
+            text = texts[n % len(texts)][: max(1, room)]
+            pieces, done, end = [], 0, 0
+            for index in np.argsort(places):
+                at = max(1, int(places[index] * len(text)))
+                pieces += [text[done:at], statements[index]]
+                done = at
+                if index == 0:
+                    end = sum(map(len, pieces))
+            pieces += [text[done:], question]
+            start = sum(map(len, pieces))
+            ids = np.zeros(texts.shape[1], np.int32)
+            ids[: start + len(digits)] = np.concatenate([*pieces, digits])
+            made.append(Needle(ids, length, start + len(digits), start, start - end))
+    return made
+
+
+def found_needles(score: Score, made: list[Needle]) -> np.ndarray:
+    """bool [N]: whether greedy decoding would give every digit of the answer."""
+    right = score(np.stack([needle.ids for needle in made]))[1]
+    return np.array([row[n.answer - 1 : n.length - 1].all() for row, n in zip(right, made, strict=True)])
+
+
+def selection_fidelity(lm: LanguageModel, ids: np.ndarray, k: int) -> list[dict[str, float]]:
+    """Layer by layer over the positions that see more than k: what the indexer's choice has of the attention.
+
+    Traces of the real step with dense attention; see `dsv32_jax.fidelity`.
+
+    Returns:
+      For each layer `recall` (of the k positions with most attention), and the attention's mass on the indexer's
+      choice, on that best choice (`mass_oracle`), on the last k (`mass_recent`) and on k random ones (`mass_random`).
+    """
+    options = dataclasses.replace(lm.options, attention="dense", index_topk=k)
+    traced = LanguageModel(lm.model, lm.config, lm.tokenizer, options)
+    sums: list[dict[str, float]] = []
+    rng = np.random.default_rng(0)
+    for row in ids:
+        trace = traced.trace(row)
+        size = len(row)
+        later = np.arange(k, size)
+        for layer, attention in enumerate(trace.attention):
+            attention, chosen = attention[later], trace.topk[layer][later]
+            best = np.argpartition(-attention, k - 1, axis=-1)[:, :k]
+            recent = later[:, None] - np.arange(k)
+            random = np.stack([rng.choice(t + 1, k, replace=False) for t in later])
+            row_of = {
+                "recall": float(fidelity.recall(best, chosen, size).mean()),
+                "mass": fidelity.mass(attention, chosen),
+                "mass_oracle": fidelity.mass(attention, best),
+                "mass_recent": fidelity.mass(attention, recent),
+                "mass_random": fidelity.mass(attention, random),
+            }
+            if len(sums) <= layer:
+                sums.append(dict.fromkeys(row_of, 0.0))
+            for name, value in row_of.items():
+                sums[layer][name] += value / len(ids)
+    return [{"layer": layer, **row} for layer, row in enumerate(sums)]
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    unquantised: Path | None = None,
+    dense_stage: Path | None = None,
+    length: int = 4096,
+    windows: int = 96,
+    needles_each: int = 64,
+    traced: int = 4,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Every figure of the model card.
+
+    Args:
+      model: a checkpoint, as `load` takes it: what ships.
+      unquantised: the bfloat16 checkpoint that it was quantised from, to price FP8.
+      dense_stage: the bfloat16 checkpoint before the indexer existed.
+      length: tokens of a window.
+      windows: held-out windows, at most.
+      needles_each: windows of each length and mode.
+      traced: windows whose selection is compared with the attention, layer by layer.
+      report: takes a line at a time.
+    """
+    lm = load(model)
+    assert lm.tokenizer is not None
+    k, dtype = lm.config.index_topk, lm.options.compute_dtype
+    quantised = lm.options.act_quant
+    ids = held_out.windows(lm.tokenizer, length, windows)
+    bytes_of = held_out.token_bytes(lm.tokenizer, lm.config.vocab_size)
+    lengths = tuple(n for n in (k // 2, k, 2 * k, 4 * k, 8 * k, 16 * k) if n <= length)
+    made = needles(lm.tokenizer, ids, lengths, needles_each)
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "arithmetic": {"compute_dtype": dtype, "act_quant": quantised},
+        "index_topk": k,
+        "length": length,
+        "windows": len(ids),
+        "bytes_per_token": float(bytes_of[ids[:, 1:]].mean()),
+        "perplexity": {},
+        "needles": {"each": needles_each, "facts": FACTS, "by_length": {}, "by_distance": {}},
+    }
+    for mode in MODES:
+        score = scorer(lm.model, mode, k, dtype, quantised)
+        result["perplexity"][mode] = summarise(score(ids)[0], ids, bytes_of)
+        report(f"{mode}: perplexity {result['perplexity'][mode]['perplexity']:.4f}")
+        if mode not in NEEDLE_MODES:
+            continue
+        found = found_needles(score, made)
+        by_length = {n: float(found[[needle.context == n for needle in made]].mean()) for n in lengths}
+        result["needles"]["by_length"][mode] = by_length
+        result["needles"]["by_distance"][mode] = by_distance(found, made)
+        report(f"{mode}: needles {by_length}")
+    result["precision"] = {}
+    for name, place, act_quant in (
+        ("bfloat16 weights", unquantised, False),
+        ("FP8 weights", Path(model) if unquantised else None, False),
+        ("FP8 weights and activations", Path(model) if unquantised else None, True),
+        ("bfloat16 weights before the sparse stage, dense", dense_stage, False),
+    ):
+        if place is not None:
+            mode = "dense" if place == dense_stage else "indexer"
+            score = scorer(load(place).model, mode, k, dtype, act_quant)
+            result["precision"][name] = summarise(score(ids)[0], ids, bytes_of)
+            report(f"{name}: perplexity {result['precision'][name]['perplexity']:.4f}")
+    result["selection"] = selection_fidelity(lm, ids[:traced], k)
+    for row in result["selection"]:
+        report(str({name: round(value, 4) for name, value in row.items()}))
+    return result
+
+
+def by_distance(found: np.ndarray, made: list[Needle]) -> dict[str, float]:
+    """Share of needles found, by the distance between fact and answer."""
+    distances = np.array([needle.distance for needle in made])
+    shares = {}
+    for low, high in zip((0, *DISTANCES), DISTANCES, strict=False):
+        inside = (distances >= low) & (distances < high)
+        if inside.any():
+            shares[f"{low}-{high}"] = float(found[inside].mean())
+    return shares

@@ -1,0 +1,200 @@
+"""Losses, optimiser and one step of training."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import DeepseekV32, abstract_model
+from dsv32_jax.params import named_parameters, replace_parameters
+from experiments.sequence_model import Run, hidden_states, log_likelihoods, mtp_states
+from experiments.train_demo.sizes import Stage
+
+Params = dict[str, jax.Array]
+"""Parameters by path, float32. The MTP module's embedding and head are the main model's and have no entry."""
+
+TIED = {"mtp.embed": "embed", "mtp.head": "head"}
+BALANCE = 1e-4
+"""Factor of the sequence-wise balance loss (V3 report, section 4.2)."""
+CLIP = 1.0
+WEIGHT_DECAY = 0.1
+
+
+def initial_params(config: ModelConfig, seed: int) -> Params:
+    """Random parameters, as the model itself starts."""
+    from flax import nnx
+
+    model = jax.jit(lambda: DeepseekV32(config, nnx.Rngs(seed)))()
+    return from_model(model)
+
+
+def from_model(model: DeepseekV32) -> Params:
+    """The parameters of a model without quantised weights, in float32."""
+    return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in named_parameters(model).items() if path not in TIED}
+
+
+def to_model(config: ModelConfig, params: Params) -> DeepseekV32:
+    """The model in the checkpoint's storage types: matrices bfloat16, norms and biases float32."""
+    shapes = abstract_model(config)
+    values = params | {copy: params[own] for copy, own in TIED.items() if config.has_mtp}
+    types = {path: leaf.dtype for path, leaf in named_parameters(shapes).items()}
+    return replace_parameters(shapes, {path: value.astype(types[path]) for path, value in values.items()})
+
+
+def trainable(path: str, stage: Stage) -> bool:
+    """Whether a stage's optimiser changes a parameter; router biases follow the load instead."""
+    if path.endswith("router_bias"):
+        return False
+    return stage.trains == "all" or (".indexer." in path) == (stage.trains == "indexer")
+
+
+def stack(params: Params) -> Params:
+    """Parameters of the same kind in all layers as one array [layers, ...]: the optimiser's view, in few arrays."""
+    return {kind: jnp.stack([params[path] for path in paths]) for kind, paths in kinds(params).items()}
+
+
+def unstack(stacked: Params, like: Params) -> Params:
+    """The inverse of `stack`; `like` has the paths."""
+    return {path: own for kind, paths in kinds(like).items() for path, own in zip(paths, stacked[kind], strict=True)}
+
+
+def kinds(params: Params) -> dict[str, list[str]]:
+    """Paths by what they are called within their layer, for instance "attn.q_a"."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(params):
+        found.setdefault(re.sub(r"^(layers\.\d+|mtp\.layer)\.", "", path), []).append(path)
+    return found
+
+
+def uses_muon(kind: str, shape: tuple[int, ...]) -> bool:
+    """Hidden matrices (stacked: [layers, ..., out, in]) are Muon's; embedding, head, router, indexer, norms Adam's."""
+    return len(shape) >= 3 and kind not in ("embed", "head") and "router" not in kind and "indexer." not in kind
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, constant, linear decay over the last part."""
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / (stage.warmup + 1)
+    decay = max(1, int(stage.decay * (stage.steps - stage.warmup)))
+    left = min(1.0, (stage.steps - step) / decay)
+    return stage.learning_rate * (stage.final + (1 - stage.final) * left)
+
+
+def optimizer(rate: jax.Array | float) -> optax.GradientTransformation:
+    """Muon for hidden matrices, its updates scaled to Adam's size (arXiv 2502.16982); Adam for the rest.
+
+    Over stacked parameters (`stack`). The rate is an argument of the step, so that no schedule is compiled in.
+    """
+
+    def dimensions(params: Params) -> dict[str, Any]:
+        # Muon asks again without the other group's leaves.
+        shapes = {kind: getattr(leaf, "shape", ()) for kind, leaf in params.items()}
+        return {
+            kind: optax.contrib.MuonDimensionNumbers(reduction_axis=len(shape) - 1, output_axis=len(shape) - 2)
+            if uses_muon(kind, shape)
+            else None
+            for kind, shape in shapes.items()
+        }
+
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP),
+        optax.contrib.muon(
+            rate,
+            weight_decay=WEIGHT_DECAY,
+            consistent_rms=0.2,
+            adam_b1=0.9,
+            adam_b2=0.95,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )
+
+
+@functools.partial(jax.checkpoint, static_argnums=4)
+def cross_entropy(states: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, ahead: int) -> jax.Array:
+    """Nats a token, of the token `ahead` positions later; the last positions, which have none, count nothing."""
+    target_weights = jnp.roll(weights, -ahead, 1).at[:, -ahead:].set(0)
+    found = log_likelihoods(states, head, jnp.roll(ids, -ahead, 1))
+    return -(found * target_weights).sum() / jnp.maximum(target_weights.sum(), 1)
+
+
+def losses(
+    params: Params, frozen: Params, ids: jax.Array, weights: jax.Array, config: ModelConfig, stage: Stage, run: Run
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The stage's loss and what goes into the log.
+
+    Args:
+      params: what the stage trains.
+      frozen: the rest.
+      ids: int32 [B, T].
+      weights: float32 [B, T], of each token as a target.
+      config: the model's.
+      stage: says which losses.
+      run: how to compute.
+
+    Returns:
+      The scalar loss, and a dict of `loss`, `mtp_loss` (nats a token), `index_kl` (mean over layers, nats) and `load`
+      [layers, E], with the MTP layer's last where there is one.
+    """
+    model = to_model(config, params | frozen)
+    states, reports = hidden_states(model, ids, run)
+    log = {"loss": cross_entropy(states, model.head, ids, weights, 1)}
+    total = jnp.float32(0)
+    if config.has_mtp:
+        after, report = mtp_states(model.mtp, model.embed, config, states, jnp.roll(ids, -1, 1), run)
+        log["mtp_loss"] = cross_entropy(after, model.head, ids, weights, 2)
+        total += stage.mtp_weight * log["mtp_loss"]
+        reports.append(report)
+    total += log["loss"] + BALANCE * sum(report.balance for report in reports)
+    if stage.trains == "indexer":
+        total = jnp.float32(0)
+    if stage.index_loss:
+        log["index_kl"] = sum(report.index_kl for report in reports) / len(reports)
+        total += sum(report.index_kl for report in reports)
+    log["load"] = jnp.stack([report.load for report in reports if report.load.size])
+    return total, log
+
+
+def moved_biases(config: ModelConfig, params: Params, load: jax.Array, speed: float) -> Params:
+    """Router biases a step further: up by `speed` for experts below the mean load, down above (V3 report, 2.1.2)."""
+    layers = [f"layers.{n}" for n in range(config.num_hidden_layers) if config.is_moe(n)]
+    layers += ["mtp.layer"] * config.has_mtp
+    moved = {}
+    for layer, own in zip(layers, load, strict=True):
+        path = f"{layer}.ffn.router_bias"
+        moved[path] = params[path] + speed * jnp.sign(own.mean() - own)
+    return params | moved
+
+
+def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
+    """The jitted step `(params, state, ids, weights, rate) -> (params, state, log)`; params and state are donated."""
+    run = Run(
+        stage.selection,
+        compute_dtype=compute_dtype,
+        index_loss=stage.index_loss,
+        remat=stage.length > 1024,
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: Any, ids: jax.Array, weights: jax.Array, rate: jax.Array):
+        own = {path: leaf for path, leaf in params.items() if trainable(path, stage)}
+        frozen = {path: leaf for path, leaf in params.items() if path not in own}
+        (_, log), gradients = jax.value_and_grad(losses, has_aux=True)(own, frozen, ids, weights, config, stage, run)
+        updates, state = optimizer(rate).update(stack(gradients), state, stack(own))
+        params = frozen | optax.apply_updates(own, unstack(updates, own))
+        load = log.pop("load")
+        if stage.trains != "indexer":
+            params = moved_biases(config, params, load, stage.bias_speed)
+        log |= {"gradient_norm": optax.tree.norm(gradients), "busiest_expert": load.max() * load.shape[1]}
+        return params, state, log
+
+    return step
+
+
+def optimizer_state(stage: Stage, params: Params) -> Any:
+    """The optimiser's state at the start of a stage."""
+    return optimizer(0.0).init(stack({path: leaf for path, leaf in params.items() if trainable(path, stage)}))
