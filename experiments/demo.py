@@ -1,99 +1,49 @@
-"""`make demo`: the whole path from a checkpoint to text, on a small model with random weights.
+"""`make demo`: the model that ships with the package continues a text, answers questions and scores a paragraph.
 
-Writes an FP8 checkpoint in the Hugging Face layout, then converts it, describes it, scores a text and continues a
-prompt with the commands of `dsv32`. The weights are random, so the text is gibberish: what is shown is that the path
-works.
+Every line is a command of `dsv32` that can be typed as it is shown.
 """
 
-import contextlib
-import json
+import io
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
-from dsv32_jax.config import ModelConfig
-from dsv32_jax.errors import UserError
-
-TEXT = """\
-The lighthouse keeper counts the ships that pass in the night. Some carry grain, some carry salt, and some carry only
-the wind. When the fog comes in, he lights the lamp and sounds the horn, and he writes down the hour. In the morning
-the sea is flat and grey, and the gulls walk along the wall as if they owned it. He drinks his tea, he oils the gears,
-and he waits for the boat that brings the letters.
+PROMPT = "The grep command searches"
+QUESTIONS = ("What does tar do?", "Who are you?")
+PARAGRAPH = """\
+A package manager keeps track of what is installed on a computer. It reads a list of packages, finds those that a new
+package depends on, downloads them and unpacks their files. When a package is removed, its files are removed as well,
+but the configuration files may stay in place until they are purged.
 """
-PROMPT = "The lighthouse keeper"
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
 
-def make_checkpoint(directory: Path) -> None:
-    """Writes a random FP8 checkpoint of the tiny preset, with a tokenizer trained on `TEXT`."""
-    from flax import nnx
-
-    import convert
-    from dsv32_jax.model import DeepseekV32
-
-    config = ModelConfig.tiny()
-    convert.export_model(DeepseekV32(config, nnx.Rngs(0)), directory)
-    write_tokenizer(directory, config.vocab_size)
-
-
-def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens: `tokenizer.json` and its settings."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],  # ids 0 and 1, as in the config
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False, "model_max_length": 1280}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def dsv32(*arguments: str | Path) -> None:
-    """Shows a command and runs it in this process, as the console script would."""
+def dsv32(*arguments: str, typed: str | None = None) -> None:
+    """Shows a command and runs it in this process, as the console script would; `typed` is its standard input."""
     from dsv32_jax import cli
 
-    words = [str(argument) for argument in arguments]
-    print("\n$ dsv32 " + " ".join(f'"{word}"' if " " in word else word for word in words), flush=True)
-    try:
-        cli.main(words)
-    except SystemExit as end:
-        if end.code:
-            raise
+    shown = " ".join(f'"{word}"' if " " in word else word for word in arguments)
+    pipe = "" if typed is None else "printf '" + typed.replace("\n", "\\n") + "' | "
+    print(f"\n$ {pipe}dsv32 {shown}", flush=True)
+    with mock.patch.object(sys, "stdin", io.StringIO(typed or "")):
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
-def main(directory: Path) -> None:
-    """The demo in `directory`, which gets the two checkpoints and the scored text."""
-    print("A small model with the layers of DeepSeek-V3.2-Exp: FP8 linears, sparse attention, experts, an MTP module.")
-    print(
-        "ITS WEIGHTS ARE RANDOM: the text below is gibberish, and no score or speed says anything about the real model."
-    )
-    source, converted, text = directory / "random-fp8", directory / "random-orbax", directory / "text.txt"
-    make_checkpoint(source)
-    text.write_text(TEXT, encoding="utf-8")
-    print(f"\nwrote {source}: " + ", ".join(sorted(path.name for path in source.iterdir())))
-    dsv32("convert", source, converted)
-    dsv32("info", "--model", converted)
-    dsv32("score", "--model", converted, "--text-file", text)
-    dsv32("generate", "--model", converted, "--prompt", PROMPT, "--max-new-tokens", "16", "--temperature", "0")
+def main() -> None:
+    """The demo; writes nothing but a temporary file."""
+    print("A small DeepSeek-V3.2, trained on free manuals: every part of the real model, 16 million parameters.")
+    dsv32("info", "--model", "demo")
+    dsv32("generate", "--model", "demo", "--prompt", PROMPT, "--max-new-tokens", "64", "--seed", "1")
+    dsv32("chat", "--model", "demo", "--max-new-tokens", "64", "--temperature", "0", typed="\n".join(QUESTIONS) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "paragraph.txt"
+        text.write_text(PARAGRAPH, encoding="utf-8")
+        dsv32("score", "--model", "demo", "--text-file", str(text))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit("usage: python -m experiments.demo [DIRECTORY TO KEEP THE FILES IN]")
-    with contextlib.ExitStack() as stack:
-        if len(sys.argv) == 2:
-            kept = Path(sys.argv[1])
-            kept.mkdir(parents=True, exist_ok=True)
-        else:
-            kept = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-demo-")))
-        try:
-            main(kept)
-        except UserError as error:  # a directory that has been used before
-            sys.exit(f"error: {error}")
+    main()

@@ -37,7 +37,7 @@ def choose(data: Path, path: Path = HELD_OUT) -> None:
     count: collections.Counter[str] = collections.Counter()
     for document in documents(data / "documents.jsonl.xz"):
         name = document["package"]
-        if document["split"] != "held_out" or len(document["text"]) < LEAST or count[name] == PER_PACKAGE:
+        if document["split"] == "train" or len(document["text"]) < LEAST or count[name] == PER_PACKAGE:
             continue
         count[name] += 1
         own = {"package": name, "version": packages[name]["version"], "path": document["path"]}

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.mla import MLA
@@ -25,6 +26,8 @@ from pallas_kernels.quantize import dequantize, quantize
 SELECTIONS = ("dense", "indexer", "recent", "random", "oracle")
 """dense: every visible position. The others keep k: the indexer's best, the last ones, random ones, or those that the
 attention itself weighs most (mean over heads; what an indexer could at best know)."""
+
+SELECTED = "selected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,7 @@ def selection_mask(
     elif chosen == "oracle":
         scores = probabilities
     assert scores is not None
-    return jax.lax.stop_gradient(top_k_mask(scores, seqs.visible, seqs.k))
+    return checkpoint_name(jax.lax.stop_gradient(top_k_mask(scores, seqs.visible, seqs.k)), SELECTED)
 
 
 def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax.Array, jax.Array]:
@@ -291,10 +294,12 @@ def decoder_layer(
 
 
 def run_layer(layer: DecoderLayer, residual, update, number: int, seqs: Sequences):
-    """`decoder_layer`, recomputed in the backward pass where the run says so."""
+    """`decoder_layer`, recomputed in the backward pass where the run says so; what was selected is kept."""
     if not seqs.run.remat:
         return decoder_layer(layer, residual, update, number, seqs)
-    return jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs))(layer, residual, update)
+    kept = None if seqs.run.selection == "dense" else jax.checkpoint_policies.save_only_these_names(SELECTED)
+    recomputed = jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs), policy=kept)
+    return recomputed(layer, residual, update)
 
 
 def hidden_states(

@@ -86,13 +86,13 @@ SIZES = {
     "demo": Size(
         DEMO,
         (
-            Stage("pretrain", 4000, 64, 1024, "dense", "main", 4e-3, warmup=100, recall_share=0.25),
-            Stage("long", 600, 16, 4096, "dense", "main", 4e-3, recall_share=0.5),
-            Stage("warmup", 300, 16, 4096, "dense", "indexer", 2e-3, final=0.1, warmup=20, recall_share=0.5),
-            Stage("sparse", 1200, 16, 4096, "indexer", "all", 3e-3, final=0.1, recall_share=0.4, mtp_weight=0.1),
+            Stage("pretrain", 6900, 64, 1024, "dense", "main", 1e-2, warmup=100, recall_share=0.25),
+            Stage("long", 520, 16, 4096, "dense", "main", 1e-2, recall_share=0.5),
+            Stage("warmup", 220, 16, 4096, "dense", "indexer", 3e-3, final=0.1, warmup=20, recall_share=0.5),
+            Stage("sparse", 430, 16, 4096, "indexer", "all", 6e-3, final=0.1, recall_share=0.4, mtp_weight=0.1),
             Stage(
-                "chat", 300, 16, 4096, "indexer", "all", 4e-4, final=0.1, warmup=10, recall_share=0.4, chat_every=2,
-                mtp_weight=0.1, bias_speed=0.0,
+                "chat", 60, 16, 4096, "indexer", "all", 1e-3, final=0.1, warmup=10, recall_share=0.4, chat_every=2,
+                mtp_weight=0.1,
             ),
         ),
     ),

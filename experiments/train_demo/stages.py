@@ -50,6 +50,8 @@ class Training:
         settings = {"size": size, "seed": seed, "compute_dtype": compute_dtype}
         self.check_same_run(settings)
         self.data = data
+        if (data / "manifest.json").exists():
+            shutil.copyfile(data / "manifest.json", folder / "corpus.json")
         self.batches = Batches(data, seed)
         self.checkpoints = ocp.CheckpointManager(
             (folder / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)

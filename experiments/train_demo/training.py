@@ -20,6 +20,8 @@ Params = dict[str, jax.Array]
 TIED = {"mtp.embed": "embed", "mtp.head": "head"}
 BALANCE = 1e-4
 """Factor of the sequence-wise balance loss (V3 report, section 4.2)."""
+INDEXER_RATE = 0.2
+"""The indexer's rate as a share of the others' when both train: it is warm by then."""
 CLIP = 1.0
 WEIGHT_DECAY = 0.1
 
@@ -185,6 +187,8 @@ def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
         frozen = {path: leaf for path, leaf in params.items() if path not in own}
         (_, log), gradients = jax.value_and_grad(losses, has_aux=True)(own, frozen, ids, weights, config, stage, run)
         updates, state = optimizer(rate).update(stack(gradients), state, stack(own))
+        if stage.trains == "all":
+            updates = {kind: u * INDEXER_RATE if "indexer." in kind else u for kind, u in updates.items()}
         params = frozen | optax.apply_updates(own, unstack(updates, own))
         load = log.pop("load")
         if stage.trains != "indexer":

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from dsv32_jax.tokenizer import Tokenizer
-from experiments import demo
+from tests.harness import TEXT, write_tokenizer
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A folder with train.npz, questions.npz and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    demo.write_tokenizer(folder, 512)
+    write_tokenizer(folder, 512)
     encode = Tokenizer(folder).encode
-    document, count = [0, *encode(demo.TEXT), 1], 40
+    document, count = [0, *encode(TEXT), 1], 40
     np.savez(
         folder / "train.npz",
         tokens=np.array(document * count, np.uint16),
         starts=np.arange(count) * len(document),
-        bytes=np.full(count, len(demo.TEXT)),
+        bytes=np.full(count, len(TEXT)),
     )
     question, answer = [0, *encode("What does he drink?")], [*encode(" He drinks his tea."), 1]
     length = len(question) + len(answer)

@@ -1,0 +1,228 @@
+"""Figures and the model card, made from the results and from nothing else."""
+
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
+from dsv32_jax.loading import DEMO
+from dsv32_jax.memory import human
+from experiments.results import RESULTS, read_result, write_json
+from experiments.train_demo.evaluate import MODES, NEEDLE_MODES
+
+CARD = Path(__file__).parent / "card.md"
+TRAINING, MODEL = "train_demo", "demo_model"
+KEPT_POINTS = 400
+
+
+def collect(run: Path) -> None:
+    """A run's log and summaries as `experiments/results/train_demo.json`."""
+    log = run / "log.jsonl"
+    if not log.exists():
+        raise UserError(f"{run}: has no log.jsonl; give the folder of a run")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    stages = []
+    for name in dict.fromkeys(row["stage"] for row in rows):
+        own = [row for row in rows if row["stage"] == name]
+        summary = run / f"{name}.json"
+        if not summary.exists():
+            raise UserError(f"{run}: stage {name} is not finished")
+        kept = own[:: -(-len(own) // KEPT_POINTS)]
+        kept += own[-1:] if own[-1] not in kept else []
+        columns = [column for column in kept[0] if column not in ("stage",)]
+        curve = {column: [row.get(column) for row in kept] for column in columns}
+        stages.append(json.loads(summary.read_text(encoding="utf-8")) | {"name": name, "curve": curve})
+    manifest = run / "corpus.json"
+    corpus = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    write_json(RESULTS / f"{TRAINING}.json", {"stages": stages, "corpus": corpus})
+
+
+def draw(directory: Path = RESULTS) -> list[Path]:
+    """Loss curves, needles by distance, attention mass by layer; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure: Any, name: str) -> Path:
+        file = directory / f"{name}.png"
+        figure.tight_layout()
+        figure.savefig(file, dpi=100)
+        plt.close(figure)
+        return file
+
+    training, model = read_result(TRAINING), read_result(MODEL)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    before = 0
+    for stage in training["stages"]:
+        curve = stage["curve"]
+        points = [n for n, chat in enumerate(curve["chat"]) if not chat]
+        tokens = [(before + curve["tokens"][n]) / 1e6 for n in points]
+        left.plot(tokens, [curve["loss"][n] for n in points], label=stage["name"], linewidth=1)
+        if "index_kl" in curve:
+            right.plot(tokens, [curve["index_kl"][n] for n in points], label=stage["name"], linewidth=1)
+        before += stage["tokens"]
+    left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(None, 5), title="language loss")
+    right.set(xlabel="million tokens", ylabel="KL, nats (mean over layers)", yscale="log", title="indexer's loss")
+    left.legend(), right.legend()
+    files = [save(figure, "train_demo_loss")]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    for mode in NEEDLE_MODES:
+        found = model["needles"]["by_length"][mode]
+        left.plot(list(map(int, found)), list(found.values()), marker="o", label=mode)
+    left.axvline(model["index_topk"], color="grey", linestyle=":", label="index_topk")
+    left.set(xscale="log", xlabel="context, tokens", ylabel="needles found", ylim=(-0.03, 1.03), title="needles")
+    left.set_xticks(list(map(int, found)), list(found))
+    left.minorticks_off()
+    layers = [row["layer"] for row in model["selection"]]
+    for column, label in {
+        "mass_oracle": "best possible", "mass": "indexer", "mass_recent": "last k", "mass_random": "random",
+    }.items():  # fmt: skip
+        right.plot(layers, [row[column] for row in model["selection"]], marker="o", label=label)
+    right.set(xlabel="layer", ylabel="attention mass kept", ylim=(0, 1.03), title=f"k = {model['index_topk']}")
+    left.legend(), right.legend()
+    return [*files, save(figure, "demo_model_selection")]
+
+
+def write_card(directory: Path = DEMO) -> Path:
+    """README.md of the demo checkpoint, from `card.md` and the results."""
+    training, model = read_result(TRAINING), read_result(MODEL)
+    config = ModelConfig.from_hf(directory / "config.json")
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.name != "README.md")
+    values = {
+        "size": human(size),
+        "architecture": architecture(config),
+        "corpus": corpus_table(training["corpus"]) if training["corpus"] else "",
+        "stages": stage_table(training),
+        "perplexity": perplexity_table(model),
+        "precision": precision_table(model),
+        "needles": needle_table(model),
+        "selection": selection_table(model),
+        "verdict": verdict(model),
+        "length": model["length"],
+        "windows": model["windows"],
+        "device": model["environment"]["device"],
+        "jax": model["environment"]["versions"]["jax"],
+        "topk": model["index_topk"],
+    }
+    file = directory / "README.md"
+    file.write_text(Template(CARD.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
+    return file
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def architecture(config: ModelConfig) -> str:
+    """The sizes that a reader asks for."""
+    rows = [
+        ["layers", f"{config.num_hidden_layers} ({config.first_k_dense_replace} dense), and an MTP module"],
+        ["hidden, vocabulary", f"{config.hidden_size}, {config.vocab_size}"],
+        ["attention heads; query latent", f"{config.num_attention_heads}; {config.q_lora_rank}"],
+        ["latent, RoPE, nope, value", f"{config.kv_lora_rank}, {config.qk_rope_head_dim}, "
+            f"{config.qk_nope_head_dim}, {config.v_head_dim}"],
+        ["indexer", f"{config.index_n_heads} heads of {config.index_head_dim}, top {config.index_topk}"],
+        ["experts", f"{config.n_routed_experts} of width {config.moe_intermediate_size} in {config.n_group} groups, "
+            f"{config.num_experts_per_tok} of {config.topk_group} groups chosen; {config.n_shared_experts} shared"],
+        ["context", f"{config.max_position_embeddings} tokens"],
+    ]  # fmt: skip
+    return table(["part", "size"], rows)
+
+
+def corpus_table(corpus: dict[str, Any]) -> str:
+    """The largest packages by bytes."""
+    packages = sorted(corpus["packages"], key=lambda package: -package["train_bytes"])
+    rows = [
+        [f"{p['name']} {p['version']}", f"{p['train_bytes'] / 1e6:.1f}", p["license"].replace("|", "/")]
+        for p in packages[:15]
+    ]
+    rest = packages[15:]
+    rows.append([f"{len(rest)} more", f"{sum(p['train_bytes'] for p in rest) / 1e6:.1f}", "see train_demo.json"])
+    return table(["package", "MB of text", "licence"], rows)
+
+
+def stage_table(training: dict[str, Any]) -> str:
+    """Settings, tokens, time and last loss of each stage."""
+    rows = []
+    for stage in training["stages"]:
+        settings, curve = stage["settings"], stage["curve"]
+        last = max(n for n, chat in enumerate(curve["chat"]) if not chat)
+        kl = curve.get("index_kl")
+        rows.append(
+            [
+                stage["name"],
+                f"{settings['trains']}, {settings['selection']}",
+                f"{settings['batch']} × {settings['length']}",
+                str(settings["steps"]),
+                f"{settings['learning_rate']:g}",
+                f"{settings['steps'] * settings['batch'] * settings['length'] / 1e6:.0f} M",
+                f"{stage['recall_share_of_tokens']:.1%}",
+                f"{curve['loss'][last]:.3f}",
+                f"{kl[last]:.3f}" if kl else "",
+                f"{stage['seconds']:.0f} s, {stage['environment']['device']}",
+            ]
+        )
+    head = ["stage", "trains, attention", "batch", "steps", "rate", "tokens", "recall", "loss", "index KL", "time"]
+    return table(head, rows)
+
+
+def perplexity_table(model: dict[str, Any]) -> str:
+    """Held-out likelihood under every selection."""
+    found = model["perplexity"]
+    dense = found["dense"]["perplexity"]
+    parts = list(found["dense"]["by_position"])
+    rows = []
+    for mode in MODES:
+        own = found[mode]
+        rows.append(
+            [mode, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / dense - 1:+.2%}"]
+            + [f"{own['by_position'][part]['perplexity']:.3f}" for part in parts]
+        )
+    return table(["attention", "perplexity", "bits per byte", "against dense", *(f"at {part}" for part in parts)], rows)
+
+
+def precision_table(model: dict[str, Any]) -> str:
+    """What FP8 costs."""
+    found = model["precision"]
+    base = found.get("bfloat16 weights", {}).get("perplexity")
+    rows = [
+        [name, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / base - 1:+.2%}"]
+        for name, own in found.items()
+    ]
+    return table(["weights", "perplexity", "bits per byte", "against bfloat16"], rows)
+
+
+def needle_table(model: dict[str, Any]) -> str:
+    """Needles found by context length and attention."""
+    found = model["needles"]["by_length"]
+    lengths = list(found["dense"])
+    rows = [[mode, *(f"{found[mode][length]:.0%}" for length in lengths)] for mode in NEEDLE_MODES]
+    far = model["needles"]["by_distance"]
+    parts = list(far["dense"])
+    more = [[mode, *(f"{far[mode][part]:.0%}" for part in parts)] for mode in NEEDLE_MODES]
+    return table(["context", *lengths], rows) + "\n\n" + table(["distance", *parts], more)
+
+
+def selection_table(model: dict[str, Any]) -> str:
+    """Layer by layer: recall, and the mass of attention on each choice."""
+    columns = ("recall", "mass", "mass_oracle", "mass_recent", "mass_random")
+    rows = [[str(row["layer"]), *(f"{row[name]:.3f}" for name in columns)] for row in model["selection"]]
+    return table(["layer", "recall", "mass: indexer", "best possible", "last k", "random"], rows)
+
+
+def verdict(model: dict[str, Any]) -> str:
+    """Whether the indexer met what was asked of it, in a sentence that the numbers decide."""
+    found = {mode: own["perplexity"] for mode, own in model["perplexity"].items()}
+    loss = {mode: own / found["dense"] - 1 for mode, own in found.items()}
+    within = "within" if loss["indexer"] <= 0.01 else "NOT within"
+    return (
+        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity. The last {model['index_topk']} "
+        f"positions alone cost {loss['recent']:+.2%}, random ones {loss['random']:+.2%}, and the wrong RoPE layout in "
+        f"the indexer {loss['interleaved rope']:+.2%}."
+    )
