@@ -78,7 +78,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
             raise UserError(f"{directory}: has no config.json; a checkpoint directory must have one")
         return directory
     if name == "demo":
-        raise UserError("demo: no demo checkpoint is installed; `make demo` builds a random one")
+        raise UserError(f"demo: {DEMO} is missing; the checkpoint ships with the package, install it again")
     if directory.exists():
         raise UserError(f"{name}: is a file; give the checkpoint's directory")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

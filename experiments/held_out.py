@@ -3,6 +3,7 @@
 import collections
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import numpy as np
 from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.tokenizer import Tokenizer
+from experiments.files import whole_file
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"
 LEAST, MOST = 13_000, 16_000
 """Characters of a document that is taken, and how many of them: 4096 tokens of the demo model and a little more."""
 PER_PACKAGE = 3
+SHORT = 60
+"""Characters of a paragraph that many texts may have."""
 
 
 def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
@@ -27,26 +31,40 @@ def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
 def choose(data: Path, path: Path = HELD_OUT) -> None:
     """Writes the file: long documents of the corpus's held-out split, cut, few of any one package.
 
+    A paragraph that a training document has too, whatever its case and punctuation, is left out.
+
     Args:
       data: the folder of `experiments.train_demo.corpus`.
       path: where to.
     """
     manifest = read_json(data / "manifest.json")
     packages = {package["name"]: package for package in manifest["packages"]}
+    trained = {
+        fingerprint(paragraph)
+        for document in documents(data / "documents.jsonl.xz")
+        if document["split"] == "train"
+        for paragraph in document["text"].split("\n\n")
+    }
     kept: list[dict[str, Any]] = []
     count: collections.Counter[str] = collections.Counter()
     for document in documents(data / "documents.jsonl.xz"):
         name = document["package"]
-        if document["split"] == "train" or len(document["text"]) < LEAST or count[name] == PER_PACKAGE:
+        if document["split"] == "train" or count[name] == PER_PACKAGE:
+            continue
+        paragraphs = document["text"].split("\n\n")
+        text = "\n\n".join(p for p in paragraphs if len(p) <= SHORT or fingerprint(p) not in trained)[:MOST]
+        if len(text) < LEAST:
             continue
         count[name] += 1
         own = {"package": name, "version": packages[name]["version"], "path": document["path"]}
-        text = document["text"][:MOST]
         kept.append(own | {"license": packages[name]["license"], "text": text[: text.rfind("\n") + 1]})
-    temporary = path.with_name(path.name + ".tmp")
-    with lzma.open(temporary, "wt", encoding="utf-8", preset=9) as file:
+    with whole_file(path) as temporary, lzma.open(temporary, "wt", encoding="utf-8", preset=9) as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in kept)
-    temporary.rename(path)
+
+
+def fingerprint(paragraph: str) -> int:
+    """The same for paragraphs that differ in case, spaces and punctuation alone."""
+    return hash(re.sub(r"\W+", " ", paragraph).strip().lower())
 
 
 def windows(tokenizer: Tokenizer, length: int, count: int | None = None) -> np.ndarray:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from experiments.files import whole_file
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -25,11 +27,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_result(name: str) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
     assert "no such directory" in refused("generate", "--model", tmp_path / "absent", "--prompt", "a")
     assert "no config.json" in refused("generate", "--model", tmp_path, "--prompt", "a")
     monkeypatch.setattr(loading, "DEMO", tmp_path / "absent")
-    assert "make demo" in refused("generate", "--prompt", "a")
+    assert "install it again" in refused("generate", "--prompt", "a")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hf download nobody/nothing --local-dir DIR" in refused(

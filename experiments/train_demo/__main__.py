@@ -63,7 +63,7 @@ def data(folder: Data = DATA) -> None:
 
 
 @app.command()
-def export(run: RunFolder = RUN, stage: str = "chat", size: Size = "demo", out: Path | None = None) -> None:
+def export(run: RunFolder = RUN, stage: str = "talk", size: Size = "demo", out: Path | None = None) -> None:
     """Quantises a stage's checkpoint to FP8 blocks and puts it where `load("demo")` finds it, or into --out."""
     from dsv32_jax.loading import DEMO
     from experiments.train_demo.export import export as write
@@ -76,16 +76,16 @@ def export(run: RunFolder = RUN, stage: str = "chat", size: Size = "demo", out: 
 def evaluate(
     model: str = "demo",
     run: Annotated[Path | None, typer.Option(help="Folder of the run, to price FP8 and the sparse stage too.")] = None,
-    windows: int = 96,
-    needles: int = 64,
-    traced: int = 4,
+    windows: int = 32,
+    needles: int = 16,
+    traced: int = 2,
     out: Path | None = None,
 ) -> None:
     """Held-out perplexity, needles and selection of a trained model: experiments/results/demo_model.json."""
     from experiments.results import RESULTS, write_json
     from experiments.train_demo.evaluate import evaluate as measure
 
-    places = {} if run is None else {"unquantised": run / "chat", "dense_stage": run / "long"}
+    places = {} if run is None else {"unquantised": run / "talk", "dense_stage": run / "long"}
     result = measure(model, **places, windows=windows, needles_each=needles, traced=traced)
     write_json(out or RESULTS / "demo_model.json", result)
 

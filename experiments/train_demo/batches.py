@@ -40,8 +40,12 @@ class Batches:
         questions = load(data / "questions.npz")
         self.questions = questions["tokens"]
         self.question_starts, self.answer_starts = questions["starts"], questions["answer_starts"]
+        pairs = np.arange(len(self.question_starts))
+        self.kinds = (pairs, pairs[questions["greeting"]])
         tokenizer = Tokenizer(data)
-        self.bos = tokenizer.bos_id
+        if tokenizer.bos_id is None:
+            raise UserError(f"{data}: its tokenizer has no bos_token; a sequence begins with it")
+        self.bos: int = tokenizer.bos_id
         newline = np.zeros(1 << 16, bool)
         newline[: tokenizer.vocab_size] = [tokenizer.decode([id]).endswith("\n") for id in range(tokenizer.vocab_size)]
         self.recall = RecallTasks(tokenizer.encode, newline)
@@ -78,7 +82,8 @@ class Batches:
         for row in range(rows):
             filled = 0
             while filled < length:
-                pair = int(rng.integers(len(self.question_starts)))
+                kind = self.kinds[int(rng.random() < stage.greeting_share)]
+                pair = int(kind[rng.integers(len(kind))])
                 start, answer, end = self.question_starts[pair], self.answer_starts[pair], ends[pair]
                 piece = self.questions[start:end][: length - filled]
                 ids[row, filled : filled + len(piece)] = piece

@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import datetime
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -24,10 +25,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from dsv32_jax.errors import UserError
+from experiments.files import progress, whole_file
+from experiments.results import write_json
 from experiments.train_demo import extract
 from experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
 
@@ -70,10 +70,9 @@ def build(data_dir: Path) -> dict[str, Any]:
     books = _read_packages(files, data_dir)
     documents = select([document for package in PACKAGES for document in books.get(package.name, ())], PACKAGES)
     manifest = _manifest(documents, files, missing, data_dir)
-    _write(documents_file, lambda path: _write_documents(path, documents))
-    _write(
-        manifest_file, lambda path: path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    )
+    with whole_file(documents_file) as temporary:
+        _write_documents(temporary, documents)
+    write_json(manifest_file, manifest)
     return manifest
 
 
@@ -204,12 +203,6 @@ def join(pages: Sequence[tuple[str, list[str]]]) -> list[tuple[str, str]]:
     return documents
 
 
-def progress() -> Progress:
-    """A progress display that is silent when the output is no terminal."""
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not console.is_terminal)
-
-
 def _pieces(path: str, paragraphs: list[str]) -> Iterator[tuple[str, str]]:
     total = sum(len(paragraph) + 2 for paragraph in paragraphs)
     limit = total / -(-total // LONG) if total else LONG
@@ -292,13 +285,8 @@ def _page(function: Callable[[str], list[str]], path: Path) -> list[tuple[str, l
 def _info(path: Path) -> list[tuple[str, list[str]]]:
     """An info file with its parts (`x.info-1.gz` ...) in their order."""
     stem = re.sub(r"\.gz$", "", path.name)
-    parts = sorted(path.parent.glob(glob_escape(stem) + "-*"), key=lambda part: _natural(part.name)) or [path]
+    parts = sorted(path.parent.glob(glob.escape(stem) + "-*"), key=lambda part: _natural(part.name)) or [path]
     return [("", extract.info("".join(extract.read(part) for part in parts)))]
-
-
-def glob_escape(name: str) -> str:
-    """`name` as a glob pattern for itself."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _dictionary(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -394,7 +382,8 @@ def _read_package(package: Package, file: Path, data_dir: Path) -> list[dict[str
     if not cache.exists():
         documents = read_folder(package, unpack(file, data_dir / "unpacked"))
         data = lzma.compress(json.dumps(documents).encode(), preset=0)
-        _write(cache, lambda path: path.write_bytes(data))
+        with whole_file(cache) as temporary:
+            temporary.write_bytes(data)
     return json.loads(lzma.decompress(cache.read_bytes()))
 
 
@@ -501,10 +490,3 @@ def _write_documents(path: Path, documents: list[dict[str, str]]) -> None:
     with lzma.open(path, "wt", preset=2, encoding="utf-8") as file, progress() as bar:
         for document in bar.track(documents, description="writing"):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Lets `writer` write beside `path`, then renames, so that `path` is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer(temporary)
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ import numpy as np
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.tokenizer import Tokenizer
+from experiments.files import whole_file
 from experiments.train_demo import corpus
 from experiments.train_demo import tokenizer as demo_tokenizer
 from experiments.train_demo.greetings import greetings
 
+GREETINGS = "greetings"  # the source of pairs written by hand
 MOST_WORDS = 80  # of an answer
 # The most pairs of one kind, so that no kind drowns the others.
 LIMITS = {"name": 15_000, "option": 9_000, "section": 18_000, "word": 9_000, "function": 8_000, "question": 3_000}
@@ -137,11 +138,9 @@ def build(data_dir: Path) -> None:
     if path.exists():
         return
     pairs = [*greetings_pairs(), *select(corpus.read_documents(data_dir))]
-    temporary = path.with_name(".questions.json.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for pair in pairs:
             file.write(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def read(data_dir: Path, split: str = "train") -> list[Pair]:
@@ -154,7 +153,8 @@ def read(data_dir: Path, split: str = "train") -> list[Pair]:
 
 
 def encode(data_dir: Path) -> None:
-    """Writes `questions.npz` from the training pairs: `tokens` uint16 [N], `starts` and `answer_starts` int64 [pairs].
+    """Writes `questions.npz` from the training pairs: `tokens` uint16 [N]; `starts` and `answer_starts` int64 [pairs],
+    `greeting` bool [pairs].
 
     A pair is what the chat template makes of the two turns; `answer_starts` are the offsets just after `</think>`.
     """
@@ -175,12 +175,15 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> dict[str, np.nd
     lengths = np.array([len(part) for part in parts], np.int64)
     starts = np.cumsum(lengths) - lengths
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-    return {"tokens": tokens, "starts": starts, "answer_starts": starts + np.array(answers, np.int64)}
+    return {
+        **{"tokens": tokens, "starts": starts, "answer_starts": starts + np.array(answers, np.int64)},
+        "greeting": np.array([pair.source == GREETINGS for pair in pairs], bool),
+    }
 
 
 def greetings_pairs() -> list[Pair]:
     """Greetings and questions about the model itself, written by hand."""
-    return [Pair(question, answer, "greetings", "train") for question, answer in greetings()]
+    return [Pair(question, answer, GREETINGS, "train") for question, answer in greetings()]
 
 
 def select(documents: Iterator[dict[str, str]]) -> list[Pair]:

@@ -29,11 +29,18 @@ def collect(run: Path) -> None:
         summary = run / f"{name}.json"
         if not summary.exists():
             raise UserError(f"{run}: stage {name} is not finished")
-        kept = own[:: -(-len(own) // KEPT_POINTS)]
-        kept += own[-1:] if own[-1] not in kept else []
-        columns = [column for column in kept[0] if column not in ("stage",)]
+        # A resumed stage logged some steps twice: the later line counts, but the time of both was spent.
+        ends = [n for n in range(len(own)) if n + 1 == len(own) or own[n + 1]["seconds"] < own[n]["seconds"]]
+        steps = list({row["step"]: row for row in own}.values())
+        kept = steps[:: -(-len(steps) // KEPT_POINTS)]
+        kept += steps[-1:] if steps[-1] not in kept else []
+        stage = json.loads(summary.read_text(encoding="utf-8"))
+        stage["seconds"] = round(sum(own[n]["seconds"] for n in ends), 1)
+        stage["processes"] = len(ends)
+        stage["tokens"] = stage["settings"]["steps"] * stage["settings"]["batch"] * stage["settings"]["length"]
+        columns = [column for column in kept[0] if column not in ("stage", "tokens")]
         curve = {column: [row.get(column) for row in kept] for column in columns}
-        stages.append(json.loads(summary.read_text(encoding="utf-8")) | {"name": name, "curve": curve})
+        stages.append(stage | {"name": name, "curve": curve})
     manifest = run / "corpus.json"
     corpus = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
     write_json(RESULTS / f"{TRAINING}.json", {"stages": stages, "corpus": corpus})
@@ -58,8 +65,9 @@ def draw(directory: Path = RESULTS) -> list[Path]:
     before = 0
     for stage in training["stages"]:
         curve = stage["curve"]
-        points = [n for n, chat in enumerate(curve["chat"]) if not chat]
-        tokens = [(before + curve["tokens"][n]) / 1e6 for n in points]
+        a_step = stage["settings"]["batch"] * stage["settings"]["length"]
+        points = [n for n, chat in enumerate(curve["chat"]) if not chat] or range(len(curve["chat"]))
+        tokens = [(before + curve["step"][n] * a_step) / 1e6 for n in points]
         left.plot(tokens, [curve["loss"][n] for n in points], label=stage["name"], linewidth=1)
         if "index_kl" in curve:
             right.plot(tokens, [curve["index_kl"][n] for n in points], label=stage["name"], linewidth=1)
@@ -152,7 +160,7 @@ def stage_table(training: dict[str, Any]) -> str:
     rows = []
     for stage in training["stages"]:
         settings, curve = stage["settings"], stage["curve"]
-        last = max(n for n, chat in enumerate(curve["chat"]) if not chat)
+        last = max([n for n, chat in enumerate(curve["chat"]) if not chat], default=len(curve["chat"]) - 1)
         kl = curve.get("index_kl")
         rows.append(
             [
@@ -161,7 +169,7 @@ def stage_table(training: dict[str, Any]) -> str:
                 f"{settings['batch']} × {settings['length']}",
                 str(settings["steps"]),
                 f"{settings['learning_rate']:g}",
-                f"{settings['steps'] * settings['batch'] * settings['length'] / 1e6:.0f} M",
+                f"{stage['tokens'] / 1e6:.1f} M",
                 f"{stage['recall_share_of_tokens']:.1%}",
                 f"{curve['loss'][last]:.3f}",
                 f"{kl[last]:.3f}" if kl else "",
@@ -190,7 +198,7 @@ def perplexity_table(model: dict[str, Any]) -> str:
 def precision_table(model: dict[str, Any]) -> str:
     """What FP8 costs."""
     found = model["precision"]
-    base = found.get("bfloat16 weights", {}).get("perplexity")
+    base = found["bfloat16 weights"]["perplexity"]
     rows = [
         [name, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / base - 1:+.2%}"]
         for name, own in found.items()

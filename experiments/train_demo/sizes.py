@@ -22,6 +22,7 @@ class Stage:
       decay: share of the steps.
       recall_share: share of the sequences that carry recall tasks (`recall.py`).
       chat_every: every so many steps is one on question and answer pairs; 0 for none.
+      greeting_share: share of those pairs that are greetings and questions about the model itself, beyond their own.
       mtp_weight: of the multi-token prediction loss (V3 report, section 4.2: 0.3, later 0.1).
       bias_speed: the router bias's change a step (V3 report: 0.001, 0 at the end).
     """
@@ -38,6 +39,7 @@ class Stage:
     decay: float = 1.0
     recall_share: float = 0.3
     chat_every: int = 0
+    greeting_share: float = 0.0
     mtp_weight: float = 0.3
     bias_speed: float = 0.001
 
@@ -93,6 +95,10 @@ SIZES = {
             Stage(
                 "chat", 60, 16, 4096, "indexer", "all", 1e-3, final=0.1, warmup=10, recall_share=0.4, chat_every=2,
                 mtp_weight=0.1,
+            ),
+            Stage(
+                "talk", 220, 16, 128, "indexer", "all", 6e-4, final=0.1, warmup=10, chat_every=1, greeting_share=0.2,
+                mtp_weight=0.1, bias_speed=0.0,
             ),
         ),
     ),

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import convert
 from dsv32_jax.errors import UserError
+from experiments.files import progress
 from experiments.results import environment, write_json
 from experiments.train_demo.batches import Batches
 from experiments.train_demo.sizes import SIZES, Stage
@@ -184,10 +183,3 @@ class Training:
             shutil.rmtree(directory)
         convert.export_model(to_model(self.config, params), directory, tokenizer_files=self.data)
         return directory
-
-
-def progress() -> Progress:
-    """A bar, silent when not a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -1,8 +1,6 @@
 """The demo's tokenizer, byte-level BPE with DeepSeek's turn tokens, and the corpus as token ids."""
 
 import itertools
-import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.tokenizer import BUILT_IN_TEMPLATE
+from experiments.files import progress, whole_file
+from experiments.results import write_json
 from experiments.train_demo import corpus
 
 # Ids 0 to 6, in this order.
@@ -54,8 +54,9 @@ def write(directory: Path, texts: Iterable[str], vocab_size: int = 4096) -> None
         **{"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": False},
         **{"model_max_length": 4096, "chat_template": BUILT_IN_TEMPLATE},
     }
-    _write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
-    _write_text(directory / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    with whole_file(directory / "tokenizer.json") as temporary:
+        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", settings)
 
 
 def load(data_dir: Path) -> tokenizers.Tokenizer:
@@ -83,7 +84,7 @@ def encode_corpus(data_dir: Path) -> None:
 def encode(tokenizer: tokenizers.Tokenizer, texts: list[str], label: str = "encoding") -> dict[str, np.ndarray]:
     """`tokens`, `starts` and `bytes` of `texts`, as in the files."""
     parts: list[np.ndarray] = []
-    with corpus.progress() as bar:
+    with progress() as bar:
         task = bar.add_task(label, total=len(texts))
         for batch in itertools.batched(texts, _BATCH):
             # A special token written in a manual must not become one: its text is broken up.
@@ -100,10 +101,9 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: list[str], label: str = "enco
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an `.npz` file under a temporary name, then renames it."""
-    temporary = path.with_name(f".tmp-{path.name}")  # NumPy insists on the ending
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    """Writes an `.npz` file, whole or not at all."""
+    with whole_file(path) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def _without_special(text: str) -> str:
@@ -121,9 +121,3 @@ def _sample(data_dir: Path, total: int) -> Iterator[str]:
         for start in range(0, len(text), _PIECE):
             if (offset := offset + 1) % step == 0:
                 yield text[start : start + _PIECE]
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -29,5 +29,6 @@ def data(tmp_path_factory) -> Path:
         tokens=np.array((question + answer) * count, np.uint16),
         starts=np.arange(count) * length,
         answer_starts=np.arange(count) * length + len(question),
+        greeting=np.arange(count) % 2 == 0,
     )
     return folder
