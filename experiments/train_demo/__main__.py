@@ -82,12 +82,11 @@ def evaluate(
     out: Path | None = None,
 ) -> None:
     """Held-out perplexity, needles and selection of a trained model: experiments/results/demo_model.json."""
-    from experiments.results import RESULTS, write_json
+    from experiments.results import RESULTS
     from experiments.train_demo.evaluate import evaluate as measure
 
-    places = {} if run is None else {"unquantised": run / "talk", "dense_stage": run / "long"}
-    result = measure(model, **places, windows=windows, needles_each=needles, traced=traced)
-    write_json(out or RESULTS / "demo_model.json", result)
+    out = out or RESULTS / "demo_model.json"
+    measure(model, out, run=run, windows=windows, needles_each=needles, traced=traced)
 
 
 @app.command()

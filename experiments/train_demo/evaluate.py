@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax import fidelity
+from dsv32_jax.config import read_json
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers import indexer
 from dsv32_jax.layers.rope import rope_interleaved
-from dsv32_jax.loading import load
+from dsv32_jax.loading import find, load
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.tokenizer import Tokenizer
 from experiments import held_out
-from experiments.results import environment
+from experiments.results import environment, write_json
 from experiments.sequence_model import Run, hidden_states, log_likelihoods
 from experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
 
@@ -205,21 +207,21 @@ def selection_fidelity(lm: LanguageModel, ids: np.ndarray, k: int) -> list[dict[
 
 def evaluate(
     model: str | Path,
+    out: Path,
     *,
-    unquantised: Path | None = None,
-    dense_stage: Path | None = None,
+    run: Path | None = None,
     length: int = 4096,
     windows: int = 32,
     needles_each: int = 16,
     traced: int = 2,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Every figure of the model card.
+    """Every figure of the model card, written to `out` one after the other: an interrupted evaluation goes on.
 
     Args:
       model: a checkpoint, as `load` takes it: what ships.
-      unquantised: the bfloat16 checkpoint that it was quantised from, to price FP8.
-      dense_stage: the bfloat16 checkpoint before the indexer existed.
+      out: JSON; what is there of the same model and settings is kept.
+      run: folder of the training run, to price FP8 and the sparse stage from its bfloat16 checkpoints.
       length: tokens of a window.
       windows: held-out windows, at most.
       needles_each: windows of each length and mode.
@@ -228,47 +230,65 @@ def evaluate(
     """
     lm = load(model)
     assert lm.tokenizer is not None
-    k, dtype = lm.config.index_topk, lm.options.compute_dtype
-    quantised = lm.options.act_quant
+    k, dtype, quantised = lm.config.index_topk, lm.options.compute_dtype, lm.options.act_quant
     ids = held_out.windows(lm.tokenizer, length, windows)
     bytes_of = held_out.token_bytes(lm.tokenizer, lm.config.vocab_size)
     lengths = tuple(n for n in (k // 2, k, 2 * k, 4 * k, 8 * k, 16 * k) if n <= length)
     made = needles(lm.tokenizer, ids, lengths, needles_each)
-    result: dict[str, Any] = {
-        "environment": environment(),
+    settings = {
+        "model": weights_digest(find(model)),
         "arithmetic": {"compute_dtype": dtype, "act_quant": quantised},
         "index_topk": k,
         "length": length,
         "windows": len(ids),
-        "bytes_per_token": float(bytes_of[ids[:, 1:]].mean()),
-        "perplexity": {},
-        "needles": {"each": needles_each, "facts": FACTS, "by_length": {}, "by_distance": {}},
+        "needles": {"each": needles_each, "facts": FACTS, "lengths": list(lengths)},
+        "traced": traced,
     }
+    result = read_json(out) if out.exists() else {}
+    if result.get("settings") != settings:
+        result = {"settings": settings, "environment": environment(), "perplexity": {}, "precision": {}, "stages": {}}
+        result["bytes_per_token"] = float(bytes_of[ids[:, 1:]].mean())
+        result["needles"] = {"by_length": {}, "by_distance": {}}
+
+    def keep(part: str, name: str, value: Any) -> None:
+        result[part][name] = value
+        write_json(out, result)
+        report(f"{part}, {name}: {value.get('perplexity', value) if isinstance(value, dict) else value}")
+
     for mode in MODES:
         score = scorer(lm.model, mode, k, dtype, quantised)
-        result["perplexity"][mode] = summarise(score(ids)[0], ids, bytes_of)
-        report(f"{mode}: perplexity {result['perplexity'][mode]['perplexity']:.4f}")
-        if mode not in NEEDLE_MODES:
-            continue
-        found = found_needles(score, made)
-        by_length = {n: float(found[[needle.context == n for needle in made]].mean()) for n in lengths}
-        result["needles"]["by_length"][mode] = by_length
-        result["needles"]["by_distance"][mode] = by_distance(found, made)
-        report(f"{mode}: needles {by_length}")
-    result["precision"] = {"FP8 weights and activations": result["perplexity"]["indexer"]} if quantised else {}
-    for name, place, mode in (
-        ("FP8 weights alone", model if quantised else None, "indexer"),
-        ("bfloat16 weights", unquantised, "indexer"),
-        ("bfloat16 weights before the sparse stage, dense", dense_stage, "dense"),
+        if mode not in result["perplexity"]:
+            keep("perplexity", mode, summarise(score(ids)[0], ids, bytes_of))
+        if mode in NEEDLE_MODES and mode not in result["needles"]["by_length"]:
+            found = found_needles(score, made)
+            result["needles"]["by_distance"][mode] = by_distance(found, made)
+            shares = {str(n): float(found[[needle.context == n for needle in made]].mean()) for n in lengths}
+            result["needles"]["by_length"][mode] = shares
+            keep("needles", "by_length", result["needles"]["by_length"])
+    for part, name, place, mode in (
+        ("precision", "FP8 weights alone", model if quantised else None, "indexer"),
+        ("precision", "bfloat16 weights", run and run / "talk", "indexer"),
+        ("stages", "dense stage, dense", run and run / "long", "dense"),
+        ("stages", "dense stage, warm indexer", run and run / "warmup", "indexer"),
+        ("stages", "sparse stage, indexer", run and run / "sparse", "indexer"),
     ):
-        if place is not None:
+        if place is not None and name not in result[part]:
             score = scorer(load(place).model, mode, k, dtype, False)
-            result["precision"][name] = summarise(score(ids)[0], ids, bytes_of)
-            report(f"{name}: perplexity {result['precision'][name]['perplexity']:.4f}")
-    result["selection"] = selection_fidelity(lm, ids[:traced], k)
-    for row in result["selection"]:
-        report(str({name: round(value, 4) for name, value in row.items()}))
+            keep(part, name, summarise(score(ids)[0], ids, bytes_of))
+    if quantised:
+        result["precision"]["FP8 weights and activations"] = result["perplexity"]["indexer"]
+    if "selection" not in result:
+        result["selection"] = selection_fidelity(lm, ids[:traced], k)
+    write_json(out, result)
     return result
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the tensor files of a checkpoint."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def by_distance(found: np.ndarray, made: list[Needle]) -> dict[str, float]:

@@ -81,7 +81,7 @@ def draw(directory: Path = RESULTS) -> list[Path]:
     for mode in NEEDLE_MODES:
         found = model["needles"]["by_length"][mode]
         left.plot(list(map(int, found)), list(found.values()), marker="o", label=mode)
-    left.axvline(model["index_topk"], color="grey", linestyle=":", label="index_topk")
+    left.axvline(model["settings"]["index_topk"], color="grey", linestyle=":", label="index_topk")
     left.set(xscale="log", xlabel="context, tokens", ylabel="needles found", ylim=(-0.03, 1.03), title="needles")
     left.set_xticks(list(map(int, found)), list(found))
     left.minorticks_off()
@@ -90,7 +90,9 @@ def draw(directory: Path = RESULTS) -> list[Path]:
         "mass_oracle": "best possible", "mass": "indexer", "mass_recent": "last k", "mass_random": "random",
     }.items():  # fmt: skip
         right.plot(layers, [row[column] for row in model["selection"]], marker="o", label=label)
-    right.set(xlabel="layer", ylabel="attention mass kept", ylim=(0, 1.03), title=f"k = {model['index_topk']}")
+    right.set(
+        xlabel="layer", ylabel="attention mass kept", ylim=(0, 1.03), title=f"k = {model['settings']['index_topk']}"
+    )
     left.legend(), right.legend()
     return [*files, save(figure, "demo_model_selection")]
 
@@ -110,11 +112,14 @@ def write_card(directory: Path = DEMO) -> Path:
         "needles": needle_table(model),
         "selection": selection_table(model),
         "verdict": verdict(model),
-        "length": model["length"],
-        "windows": model["windows"],
+        "stage_perplexity": stage_perplexity_table(model),
+        "length": model["settings"]["length"],
+        "windows": model["settings"]["windows"],
+        "each": model["settings"]["needles"]["each"],
+        "traced": model["settings"]["traced"],
         "device": model["environment"]["device"],
         "jax": model["environment"]["versions"]["jax"],
-        "topk": model["index_topk"],
+        "topk": model["settings"]["index_topk"],
     }
     file = directory / "README.md"
     file.write_text(Template(CARD.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
@@ -199,11 +204,22 @@ def precision_table(model: dict[str, Any]) -> str:
     """What FP8 costs."""
     found = model["precision"]
     base = found["bfloat16 weights"]["perplexity"]
-    rows = [
+    return table(["weights", "perplexity", "bits per byte", "against bfloat16"], compared(found, base))
+
+
+def stage_perplexity_table(model: dict[str, Any]) -> str:
+    """What the stages did, on their bfloat16 weights."""
+    found = model["stages"]
+    base = found["dense stage, dense"]["perplexity"]
+    return table(["weights, attention", "perplexity", "bits per byte", "against the first"], compared(found, base))
+
+
+def compared(found: dict[str, Any], base: float) -> list[list[str]]:
+    """Rows of name, perplexity, bits per byte and relative difference to a perplexity."""
+    return [
         [name, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / base - 1:+.2%}"]
         for name, own in found.items()
     ]
-    return table(["weights", "perplexity", "bits per byte", "against bfloat16"], rows)
 
 
 def needle_table(model: dict[str, Any]) -> str:
@@ -229,8 +245,11 @@ def verdict(model: dict[str, Any]) -> str:
     found = {mode: own["perplexity"] for mode, own in model["perplexity"].items()}
     loss = {mode: own / found["dense"] - 1 for mode, own in found.items()}
     within = "within" if loss["indexer"] <= 0.01 else "NOT within"
+    stages = {name: own["perplexity"] for name, own in model["stages"].items()}
+    warm = stages["dense stage, warm indexer"] / stages["dense stage, dense"] - 1
     return (
-        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity. The last {model['index_topk']} "
-        f"positions alone cost {loss['recent']:+.2%}, random ones {loss['random']:+.2%}, and the wrong RoPE layout in "
-        f"the indexer {loss['interleaved rope']:+.2%}."
+        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity on the same weights, which were last "
+        f"trained sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. "
+        f"The last {model['settings']['index_topk']} positions alone cost {loss['recent']:+.2%}, random ones "
+        f"{loss['random']:+.2%}, and the wrong RoPE layout in the indexer {loss['interleaved rope']:+.2%}."
     )
