@@ -28,7 +28,7 @@ def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def choose(data: Path, path: Path = HELD_OUT) -> None:
+def choose(data: Path, path: Path) -> None:
     """Writes the file: long documents of the corpus's held-out split, cut, few of any one package.
 
     A paragraph that a training document has too, whatever its case and punctuation, is left out.

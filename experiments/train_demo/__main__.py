@@ -49,7 +49,10 @@ def train(
 
 @app.command()
 def data(folder: Data = DATA) -> None:
-    """Downloads the manuals, cleans and splits them; trains the tokenizer; makes question and answer pairs."""
+    """Downloads the manuals, cleans and splits them; trains the tokenizer; makes question and answer pairs.
+
+    The held-out excerpts go beside them: the repository's own are those of the shipped model.
+    """
     from experiments import held_out
     from experiments.train_demo import corpus, questions, tokenizer
     from experiments.train_demo.sizes import DEMO
@@ -59,7 +62,7 @@ def data(folder: Data = DATA) -> None:
     tokenizer.encode_corpus(folder)
     questions.build(folder)
     questions.encode(folder)
-    held_out.choose(folder)
+    held_out.choose(folder, folder / held_out.HELD_OUT.name)
 
 
 @app.command()

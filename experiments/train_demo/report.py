@@ -117,13 +117,19 @@ def write_card(directory: Path = DEMO) -> Path:
         "windows": model["settings"]["windows"],
         "each": model["settings"]["needles"]["each"],
         "traced": model["settings"]["traced"],
-        "device": model["environment"]["device"],
+        "device": device_of(model),
         "jax": model["environment"]["versions"]["jax"],
         "topk": model["settings"]["index_topk"],
     }
     file = directory / "README.md"
     file.write_text(Template(CARD.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
     return file
+
+
+def device_of(result: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    environment = result["environment"]
+    return environment["device"] + " CPU" * (environment["platform"] == "cpu")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -178,7 +184,7 @@ def stage_table(training: dict[str, Any]) -> str:
                 f"{stage['recall_share_of_tokens']:.1%}",
                 f"{curve['loss'][last]:.3f}",
                 f"{kl[last]:.3f}" if kl else "",
-                f"{stage['seconds']:.0f} s, {stage['environment']['device']}",
+                f"{stage['seconds']:.0f} s, {device_of(stage)}",
             ]
         )
     head = ["stage", "trains, attention", "batch", "steps", "rate", "tokens", "recall", "loss", "index KL", "time"]
@@ -248,7 +254,7 @@ def verdict(model: dict[str, Any]) -> str:
     stages = {name: own["perplexity"] for name, own in model["stages"].items()}
     warm = stages["dense stage, warm indexer"] / stages["dense stage, dense"] - 1
     return (
-        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity on the same weights, which were last "
+        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity on the same weights, last "
         f"trained sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. "
         f"The last {model['settings']['index_topk']} positions alone cost {loss['recent']:+.2%}, random ones "
         f"{loss['random']:+.2%}, and the wrong RoPE layout in the indexer {loss['interleaved rope']:+.2%}."
