@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-PROMPT = "The grep command searches"
+PROMPT = "To install a package on Debian, you"
 QUESTIONS = ("What does tar do?", "Who are you?")
 PARAGRAPH = """\
 A package manager keeps track of what is installed on a computer. It reads a list of packages, finds those that a new
