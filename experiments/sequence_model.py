@@ -23,8 +23,9 @@ from dsv32_jax.model import DecoderLayer, DeepseekV32
 from dsv32_jax.quant import Numerics, Weight, dense
 from pallas_kernels.quantize import dequantize, quantize
 
-SELECTIONS = ("dense", "indexer", "recent", "random", "oracle")
-"""dense: every visible position. The others keep k: the indexer's best, the last ones, random ones, or those that the
+SELECTIONS = ("dense", "indexer", "recent", "recent and first", "random", "oracle")
+"""dense: every visible position. The others keep k: the indexer's best, the last ones, the last ones and position 0 (on
+which attention rests that has nothing to look at; StreamingLLM, arXiv 2309.17453), random ones, or those that the
 attention itself weighs most (mean over heads; what an indexer could at best know)."""
 
 SELECTED = "selected"
@@ -180,9 +181,11 @@ def selection_mask(
     chosen = seqs.run.selection
     if chosen == "dense" or seqs.k >= seqs.length:
         return None
-    if chosen == "recent":
-        age = jnp.arange(seqs.length)[:, None] - jnp.arange(seqs.length)
-        return jnp.broadcast_to((age >= 0) & (age < seqs.k), (seqs.batch, seqs.length, seqs.length))
+    if chosen.startswith("recent"):
+        position = jnp.arange(seqs.length)
+        first = int(chosen == "recent and first")
+        kept = (position[:, None] - position < seqs.k - first) | (position < first)
+        return jnp.broadcast_to(kept & seqs.visible, (seqs.batch, seqs.length, seqs.length))
     if chosen == "random":
         key = jax.random.fold_in(jax.random.key(seqs.seed), layer)
         scores = jax.random.uniform(key, (seqs.batch, seqs.length, seqs.length))

@@ -95,13 +95,15 @@ def test_selections_keep_k_visible_positions(model):
     config = model.config
     scores = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, LENGTH))
     count = np.minimum(np.arange(LENGTH) + 1, config.index_topk)
-    for name in ("indexer", "recent", "random", "oracle"):
+    for name in ("indexer", "recent", "recent and first", "random", "oracle"):
         seqs = sequence_model.Sequences(config, Run(name), ROWS, LENGTH, jnp.asarray(1))
         mask = np.asarray(sequence_model.selection_mask(scores, jnp.exp(scores), 0, seqs))
         assert not (mask & ~np.asarray(seqs.visible)).any(), name
         assert (mask.sum(-1) == count).all(), name
         if name == "recent":
             assert mask[0, -1, -config.index_topk :].all()
+        if name == "recent and first":
+            assert mask[..., 0].all() and mask[0, -1, 1 - config.index_topk :].all()
 
 
 def test_oracle_keeps_at_least_the_attention_mass_of_any_other(model, ids):

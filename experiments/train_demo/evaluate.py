@@ -25,9 +25,9 @@ from experiments.results import environment, write_json
 from experiments.sequence_model import Run, hidden_states, log_likelihoods
 from experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
 
-MODES = ("dense", "indexer", "oracle", "recent", "random", "interleaved rope")
+MODES = ("dense", "indexer", "oracle", "recent and first", "recent", "random", "interleaved rope")
 """Selections of `experiments.sequence_model`, and the indexer with the first official demo's RoPE layout, a bug."""
-NEEDLE_MODES = ("dense", "indexer", "recent", "interleaved rope")
+NEEDLE_MODES = ("dense", "indexer", "recent and first", "recent", "interleaved rope")
 BUCKETS = ((1, 256), (256, 1024), (1024, 2048), (2048, 4096))
 """Positions of the predicted tokens: up to the first, nothing is left out when k is 256."""
 BATCH = 8

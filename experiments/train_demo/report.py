@@ -256,6 +256,6 @@ def verdict(model: dict[str, Any]) -> str:
     return (
         f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity on the same weights, last "
         f"trained sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. "
-        f"The last {model['settings']['index_topk']} positions alone cost {loss['recent']:+.2%}, random ones "
-        f"{loss['random']:+.2%}, and the wrong RoPE layout in the indexer {loss['interleaved rope']:+.2%}."
+        f"The last {model['settings']['index_topk']} positions alone cost {loss['recent']:+.2%}, with the first position "
+        f"among them {loss['recent and first']:+.2%}, random ones {loss['random']:+.2%}, and the wrong RoPE layout in the indexer {loss['interleaved rope']:+.2%}."
     )

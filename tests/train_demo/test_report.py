@@ -10,6 +10,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor
 from experiments.train_demo import export, report, training
+from experiments.train_demo.evaluate import MODES
 from experiments.train_demo.sizes import SIZES
 
 
@@ -98,7 +99,7 @@ def test_shipped_card_and_figures_are_those_of_the_results(tmp_path):
 
 
 def test_verdict_says_when_the_indexer_falls_short():
-    found = {mode: {"perplexity": 10.0} for mode in ("dense", "recent", "random", "interleaved rope")}
+    found = {mode: {"perplexity": 10.0} for mode in MODES}
     stages = {"dense stage, dense": {"perplexity": 8.0}, "dense stage, warm indexer": {"perplexity": 8.4}}
     model = {"settings": {"index_topk": 4}, "stages": stages, "perplexity": found | {"indexer": {"perplexity": 10.05}}}
     assert "is within 1%" in report.verdict(model) and "+5.00%" in report.verdict(model)
