@@ -253,9 +253,11 @@ def verdict(model: dict[str, Any]) -> str:
     within = "within" if loss["indexer"] <= 0.01 else "NOT within"
     stages = {name: own["perplexity"] for name, own in model["stages"].items()}
     warm = stages["dense stage, warm indexer"] / stages["dense stage, dense"] - 1
+    cost = {mode: f"{own:+.2%}" for mode, own in loss.items()}
     return (
-        f"Sparse attention is {within} 1% of dense: {loss['indexer']:+.2%} perplexity on the same weights, last "
-        f"trained sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. "
-        f"The last {model['settings']['index_topk']} positions alone cost {loss['recent']:+.2%}, with the first position "
-        f"among them {loss['recent and first']:+.2%}, random ones {loss['random']:+.2%}, and the wrong RoPE layout in the indexer {loss['interleaved rope']:+.2%}."
+        f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained sparse; "
+        f"on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. The last "
+        f"{model['settings']['index_topk']} positions alone cost {cost['recent']}, with the first position among them "
+        f"{cost['recent and first']}, random ones {cost['random']}, and the wrong RoPE layout in the indexer "
+        f"{cost['interleaved rope']}."
     )
