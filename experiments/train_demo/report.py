@@ -255,8 +255,8 @@ def verdict(model: dict[str, Any]) -> str:
     warm = stages["dense stage, warm indexer"] / stages["dense stage, dense"] - 1
     cost = {mode: f"{own:+.2%}" for mode, own in loss.items()}
     return (
-        f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained sparse; "
-        f"on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. The last "
+        f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained "
+        f"sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. The last "
         f"{model['settings']['index_topk']} positions alone cost {cost['recent']}, with the first position among them "
         f"{cost['recent and first']}, random ones {cost['random']}, and the wrong RoPE layout in the indexer "
         f"{cost['interleaved rope']}."
