@@ -208,14 +208,15 @@ def perplexity_table(model: dict[str, Any]) -> str:
 
 def precision_table(model: dict[str, Any]) -> str:
     """What FP8 costs."""
-    found = model["precision"]
+    names = ("bfloat16 weights", "FP8 weights alone", "FP8 weights and activations")
+    found = {name: model["precision"][name] for name in names}
     base = found["bfloat16 weights"]["perplexity"]
     return table(["weights", "perplexity", "bits per byte", "against bfloat16"], compared(found, base))
 
 
 def stage_perplexity_table(model: dict[str, Any]) -> str:
     """What the stages did, on their bfloat16 weights."""
-    found = model["stages"]
+    found = model["stages"] | {"last stage, indexer (what ships)": model["precision"]["bfloat16 weights"]}
     base = found["dense stage, dense"]["perplexity"]
     return table(["weights, attention", "perplexity", "bits per byte", "against the first"], compared(found, base))
 
@@ -256,7 +257,7 @@ def verdict(model: dict[str, Any]) -> str:
     cost = {mode: f"{own:+.2%}" for mode, own in loss.items()}
     return (
         f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained "
-        f"sparse; on the weights of the dense stage, which were not, the warm indexer costs {warm:+.2%}. The last "
+        f"sparse; on the weights of the dense stage, which were not, the warm indexer changes it by {warm:+.2%}. The last "
         f"{model['settings']['index_topk']} positions alone cost {cost['recent']}, with the first position among them "
         f"{cost['recent and first']}, random ones {cost['random']}, and the wrong RoPE layout in the indexer "
         f"{cost['interleaved rope']}."
