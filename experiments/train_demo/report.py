@@ -257,7 +257,7 @@ def verdict(model: dict[str, Any]) -> str:
     cost = {mode: f"{own:+.2%}" for mode, own in loss.items()}
     return (
         f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained "
-        f"sparse; on the weights of the dense stage, which were not, the warm indexer changes it by {warm:+.2%}. The last "
+        f"sparse; on those of the dense stage, which were not, the warm indexer changes it by {warm:+.2%}. The last "
         f"{model['settings']['index_topk']} positions alone cost {cost['recent']}, with the first position among them "
         f"{cost['recent and first']}, random ones {cost['random']}, and the wrong RoPE layout in the indexer "
         f"{cost['interleaved rope']}."
