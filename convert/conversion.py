@@ -20,6 +20,7 @@ from convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, 
 from convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import QTensor
@@ -235,23 +236,20 @@ def unfinished(target: Path, source: dict[str, Any] | None) -> Iterator[tuple[Pa
             journal = {"identity": source, "done": []}
         work.mkdir(parents=True, exist_ok=True)
 
+        def write_journal() -> None:
+            with whole_file(work / JOURNAL) as part:
+                part.write_text(json.dumps(journal), encoding="utf-8")
+
         def finish_group(group: str) -> None:
             journal["done"].append(group)
-            write_atomically(work / JOURNAL, json.dumps(journal))
+            write_journal()
 
-        write_atomically(work / JOURNAL, json.dumps(journal))
+        write_journal()
         yield work, set(journal["done"]), finish_group
         (work / JOURNAL).unlink()
         work.rename(target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is either as it was or complete."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:

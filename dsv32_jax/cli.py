@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from dsv32_jax import __version__
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
 
 if TYPE_CHECKING:  # JAX is imported when a verb runs, so that --help answers at once
     import numpy as np
@@ -498,18 +498,14 @@ def _replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a directory")
-        temporary.touch()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from error
-    try:
+    with whole_file(path) as temporary:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(None, "it is a directory")
+            temporary.touch()
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from error
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None:

@@ -11,8 +11,10 @@ import numpy as np
 
 from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.files import whole_file
+from experiments.reading import json_lines
+from experiments.train_demo import corpus
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"
 LEAST, MOST = 13_000, 16_000
@@ -24,8 +26,7 @@ SHORT = 60
 
 def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
     """Dicts of `package`, `path`, `license` and `text`, in the order of the file."""
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(json_lines(path))
 
 
 def choose(data: Path, path: Path) -> None:
@@ -41,15 +42,14 @@ def choose(data: Path, path: Path) -> None:
     packages = {package["name"]: package for package in manifest["packages"]}
     trained = {
         fingerprint(paragraph)
-        for document in documents(data / "documents.jsonl.xz")
-        if document["split"] == "train"
+        for document in corpus.read_documents(data, "train")
         for paragraph in document["text"].split("\n\n")
     }
     kept: list[dict[str, Any]] = []
     count: collections.Counter[str] = collections.Counter()
-    for document in documents(data / "documents.jsonl.xz"):
+    for document in corpus.read_documents(data, "held-out"):
         name = document["package"]
-        if document["split"] == "train" or count[name] == PER_PACKAGE:
+        if count[name] == PER_PACKAGE:
             continue
         paragraphs = document["text"].split("\n\n")
         text = "\n\n".join(p for p in paragraphs if len(p) <= SHORT or fingerprint(p) not in trained)[:MOST]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ the wind. When the fog comes in, he lights the lamp and sounds the horn, and he 
 the sea is flat and grey, and the gulls walk along the wall as if they owned it. He drinks his tea, he oils the gears,
 and he waits for the boat that brings the letters.
 """
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
 DATA = Path(__file__).parent / "data" / "golden"
 EXACT = Options(compute_dtype="float32", act_quant=False)
@@ -140,22 +138,3 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
 def as_sets(rows: np.ndarray) -> list[set[int]]:
     """[T, K] indices -> a set for each row, -1 left out."""
     return [{int(i) for i in row if i >= 0} for row in rows]
-
-
-def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens: `tokenizer.json` and its settings."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],  # ids 0 and 1, as in the config
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False, "model_max_length": 1280}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
-from experiments.files import progress, whole_file
+from dsv32_jax.files import whole_file
+from experiments.reading import json_lines, progress
 from experiments.results import write_json
 from experiments.train_demo import extract
 from experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
@@ -81,11 +82,9 @@ def read_documents(data_dir: Path, split: str | None = None) -> Iterator[dict[st
     path = data_dir / "documents.jsonl.xz"
     if not path.exists():
         raise UserError(f"{path}: not there; build the corpus first")
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
-            if split in (None, document["split"]):
-                yield document
+    for document in json_lines(path):
+        if split in (None, document["split"]):
+            yield document
 
 
 def collect(data_dir: Path) -> tuple[dict[str, Path], list[str]]:

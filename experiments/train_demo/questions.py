@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.files import whole_file
 from experiments.train_demo import corpus
 from experiments.train_demo import tokenizer as demo_tokenizer
 from experiments.train_demo.greetings import greetings
@@ -22,35 +22,26 @@ MOST_WORDS = 80  # of an answer
 LIMITS = {"name": 15_000, "option": 9_000, "section": 18_000, "word": 9_000, "function": 8_000, "question": 3_000}
 
 _TITLES = {
-    **{"python3.11-doc": "Python", "git-doc": "Git", "postgresql-doc-15": "PostgreSQL", "sqlite3-doc": "SQLite"},
-    **{"linux-doc-6.1": "the Linux kernel", "perl-doc": "Perl", "rust-doc": "Rust", "gimp-help-en": "GIMP"},
-    **{"gnome-user-docs": "GNOME", "gnucash-docs": "GnuCash", "libreoffice-help-en-us": "LibreOffice"},
-    **{"vim-runtime": "Vim", "cmake-doc": "CMake", "apache2-doc": "the Apache web server", "bash-doc": "Bash"},
-    **{"python-django-doc": "Django", "python-sqlalchemy-doc": "SQLAlchemy", "erlang-doc": "Erlang"},
-    **{"nodejs-doc": "Node.js", "python-sklearn-doc": "scikit-learn", "python-pandas-doc": "pandas"},
-    **{"python-scipy-doc": "SciPy", "python-sympy-doc": "SymPy", "postgis-doc": "PostGIS", "zsh-doc": "Zsh"},
-    **{"octave-doc": "Octave", "gnuplot-doc": "gnuplot", "ghc-doc": "GHC", "llvm-14-doc": "LLVM", "bind9-doc": "BIND"},
-    **{"exim4-doc-html": "Exim", "mutt": "Mutt", "racket-doc": "Racket", "gap-doc": "GAP", "maxima-doc": "Maxima"},
-    **{"linuxcnc-doc-en": "LinuxCNC", "kicad-doc-en": "KiCad", "gnumeric-doc": "Gnumeric", "postfix-doc": "Postfix"},
-    **{
-        "debian-policy": "Debian policy",
-        "installation-guide-amd64": "the Debian installer",
-        "lilypond-doc": "LilyPond",
-    },
-    **{"qtbase5-doc-html": "Qt", "libgtk-3-doc": "GTK", "libglib2.0-doc": "GLib", "libboost1.74-doc": "Boost"},
-    **{"shorewall-doc": "Shorewall", "wireshark-doc": "Wireshark", "ffmpeg-doc": "FFmpeg", "valgrind": "Valgrind"},
-    **{"nova-doc": "OpenStack Nova", "neutron-doc": "OpenStack Neutron", "cinder-doc": "OpenStack Cinder"},
-    **{"keystone-doc": "OpenStack Keystone", "swift-doc": "OpenStack Swift", "ironic-doc": "OpenStack Ironic"},
-    **{"kate5-data": "Kate", "okular": "Okular", "kstars-data": "KStars", "swi-prolog-doc": "SWI-Prolog"},
-    **{
-        "python-celery-doc": "Celery",
-        "python-astropy-doc": "Astropy",
-        "buildbot-doc": "Buildbot",
-        "sphinx-doc": "Sphinx",
-    },
-    **{"binutils-doc": "the GNU binutils", "guile-3.0-doc": "Guile", "autoconf-doc": "Autoconf", "tcl8.6-doc": "Tcl"},
-    **{"clang-14-doc": "Clang", "frr-doc": "FRR", "openvswitch-doc": "Open vSwitch", "gnutls-doc": "GnuTLS"},
-}
+    "python3.11-doc": "Python", "git-doc": "Git", "postgresql-doc-15": "PostgreSQL", "sqlite3-doc": "SQLite",
+    "linux-doc-6.1": "the Linux kernel", "perl-doc": "Perl", "rust-doc": "Rust", "gimp-help-en": "GIMP",
+    "gnome-user-docs": "GNOME", "gnucash-docs": "GnuCash", "libreoffice-help-en-us": "LibreOffice",
+    "vim-runtime": "Vim", "cmake-doc": "CMake", "apache2-doc": "the Apache web server", "bash-doc": "Bash",
+    "python-django-doc": "Django", "python-sqlalchemy-doc": "SQLAlchemy", "erlang-doc": "Erlang",
+    "nodejs-doc": "Node.js", "python-sklearn-doc": "scikit-learn", "python-pandas-doc": "pandas",
+    "python-scipy-doc": "SciPy", "python-sympy-doc": "SymPy", "postgis-doc": "PostGIS", "zsh-doc": "Zsh",
+    "octave-doc": "Octave", "gnuplot-doc": "gnuplot", "ghc-doc": "GHC", "llvm-14-doc": "LLVM", "bind9-doc": "BIND",
+    "exim4-doc-html": "Exim", "mutt": "Mutt", "racket-doc": "Racket", "gap-doc": "GAP", "maxima-doc": "Maxima",
+    "linuxcnc-doc-en": "LinuxCNC", "kicad-doc-en": "KiCad", "gnumeric-doc": "Gnumeric", "postfix-doc": "Postfix",
+    "debian-policy": "Debian policy", "installation-guide-amd64": "the Debian installer", "lilypond-doc": "LilyPond",
+    "qtbase5-doc-html": "Qt", "libgtk-3-doc": "GTK", "libglib2.0-doc": "GLib", "libboost1.74-doc": "Boost",
+    "shorewall-doc": "Shorewall", "wireshark-doc": "Wireshark", "ffmpeg-doc": "FFmpeg", "valgrind": "Valgrind",
+    "nova-doc": "OpenStack Nova", "neutron-doc": "OpenStack Neutron", "cinder-doc": "OpenStack Cinder",
+    "keystone-doc": "OpenStack Keystone", "swift-doc": "OpenStack Swift", "ironic-doc": "OpenStack Ironic",
+    "kate5-data": "Kate", "okular": "Okular", "kstars-data": "KStars", "swi-prolog-doc": "SWI-Prolog",
+    "python-celery-doc": "Celery", "python-astropy-doc": "Astropy", "buildbot-doc": "Buildbot", "sphinx-doc": "Sphinx",
+    "binutils-doc": "the GNU binutils", "guile-3.0-doc": "Guile", "autoconf-doc": "Autoconf", "tcl8.6-doc": "Tcl",
+    "clang-14-doc": "Clang", "frr-doc": "FRR", "openvswitch-doc": "Open vSwitch", "gnutls-doc": "GnuTLS",
+}  # fmt: skip
 _DEBIAN = (
     "debian",
     "maint-guide",
@@ -172,11 +163,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> dict[str, np.nd
         ids = tokenizer.encode_chat(turns, add_generation_prompt=False)
         parts.append(np.array(ids, np.uint16))
         answers.append(ids.index(end_of_thought) + 1)
-    lengths = np.array([len(part) for part in parts], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-    return {
-        **{"tokens": tokens, "starts": starts, "answer_starts": starts + np.array(answers, np.int64)},
+    arrays = demo_tokenizer.packed(parts)
+    return arrays | {
+        "answer_starts": arrays["starts"] + np.array(answers, np.int64),
         "greeting": np.array([pair.source == GREETINGS for pair in pairs], bool),
     }
 
@@ -263,9 +252,9 @@ def _name(names: list[str], short: str, after: list[str], path: str) -> Iterator
         forms = ["What is {0}?", "Explain {0}.", "Tell me about {0}.", "What is `{0}`?"]
     else:
         forms = [
-            *("What does {0} do?", "What is the {0} command for?", "What does `{0}` do?", "Explain the {0} command."),
-            *("What is {0}?", "Tell me about {0}.", "How is {0} used?", "What can I do with {0}?"),
-        ]
+            "What does {0} do?", "What is the {0} command for?", "What does `{0}` do?", "Explain the {0} command.",
+            "What is {0}?", "Tell me about {0}.", "How is {0} used?", "What can I do with {0}?",
+        ]  # fmt: skip
     chosen = [forms[0], *sorted(forms[1:], key=lambda form: _number(form + name, 1 << 60))]
     for form in chosen[: 5 if len(forms) > 4 else 2]:
         yield "name", form.format(name), answer
@@ -328,8 +317,7 @@ def _section(heading: str, following: str, package: str) -> Iterator[tuple[str, 
         return
     if _DANGLING.match(answer) or not _shares_word(heading, answer):
         return
-    title = next((title for name, title in _TITLES.items() if name == package), None)
-    title = title or ("Debian" if package.startswith(_DEBIAN) else None)
+    title = _TITLES.get(package) or ("Debian" if package.startswith(_DEBIAN) else None)
     names = re.match(r"\w*[A-Z_\d.]\w*[A-Z_\d.]|\S*[._]|.* [A-Z]|.*-[A-Z]", heading)  # or a heading in Title Case
     subject = heading if names else _lower(heading)
     if match := re.match(r"how to (.*)", heading, re.I):

@@ -194,15 +194,10 @@ def stage_table(training: dict[str, Any]) -> str:
 def perplexity_table(model: dict[str, Any]) -> str:
     """Held-out likelihood under every selection."""
     found = model["perplexity"]
-    dense = found["dense"]["perplexity"]
     parts = list(found["dense"]["by_position"])
-    rows = []
-    for mode in MODES:
-        own = found[mode]
-        rows.append(
-            [mode, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / dense - 1:+.2%}"]
-            + [f"{own['by_position'][part]['perplexity']:.3f}" for part in parts]
-        )
+    rows = compared({mode: found[mode] for mode in MODES}, found["dense"]["perplexity"])
+    for row in rows:
+        row += [f"{found[row[0]]['by_position'][part]['perplexity']:.3f}" for part in parts]
     return table(["attention", "perplexity", "bits per byte", "against dense", *(f"at {part}" for part in parts)], rows)
 
 

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 import convert
 from dsv32_jax.errors import UserError
-from experiments.files import progress
+from experiments.reading import progress
 from experiments.results import environment, write_json
 from experiments.train_demo.batches import Batches
 from experiments.train_demo.sizes import SIZES, Stage
@@ -60,7 +60,7 @@ class Training:
         """Refuses to mix two runs in one folder."""
         file = self.folder / RUN
         if not file.exists():
-            file.write_text(json.dumps(settings) + "\n")
+            write_json(file, settings)
         elif (found := json.loads(file.read_text())) != settings:
             raise UserError(f"{self.folder}: holds another run ({found}); give another --run or remove it")
 

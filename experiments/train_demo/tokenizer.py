@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
 from dsv32_jax.tokenizer import BUILT_IN_TEMPLATE
-from experiments.files import progress, whole_file
+from experiments.reading import progress
 from experiments.results import write_json
 from experiments.train_demo import corpus
 
@@ -23,7 +24,7 @@ _PIECE = 4_000  # characters taken at a time, so that every part of the corpus i
 _BATCH = 256  # documents encoded at once
 
 
-def train(data_dir: Path, vocab_size: int = 4096) -> None:
+def train(data_dir: Path, vocab_size: int) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, trained on pieces of the training documents.
 
     `vocab_size` counts the 7 special tokens and the 256 bytes too. Does nothing when the files are there.
@@ -34,7 +35,7 @@ def train(data_dir: Path, vocab_size: int = 4096) -> None:
     write(data_dir, _sample(data_dir, total), vocab_size)
 
 
-def write(directory: Path, texts: Iterable[str], vocab_size: int = 4096) -> None:
+def write(directory: Path, texts: Iterable[str], vocab_size: int) -> None:
     """Trains on `texts` and writes the two files. Raises `UserError` when `vocab_size` has no room for the bytes."""
     if vocab_size < 256 + len(SPECIAL) or vocab_size > 65_536:
         raise UserError(f"vocab_size: {vocab_size}, but it must be from {256 + len(SPECIAL)} to 65536 (ids are uint16)")
@@ -51,8 +52,12 @@ def write(directory: Path, texts: Iterable[str], vocab_size: int = 4096) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     settings = {
-        **{"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": False},
-        **{"model_max_length": 4096, "chat_template": BUILT_IN_TEMPLATE},
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "model_max_length": 4096,
+        "chat_template": BUILT_IN_TEMPLATE,
     }
     with whole_file(directory / "tokenizer.json") as temporary:
         temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -92,12 +97,14 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: list[str], label: str = "enco
             for encoding in tokenizer.encode_batch_fast(safe, add_special_tokens=False):
                 parts.append(np.array([0, *encoding.ids, 1], np.uint16))
             bar.advance(task, len(batch))
+    return packed(parts) | {"bytes": np.array([len(text.encode()) for text in texts], np.int64)}
+
+
+def packed(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of ids one behind the other: `tokens` uint16 [N], and `starts` int64, the offset of each."""
     lengths = np.array([len(part) for part in parts], np.int64)
-    return {
-        "tokens": np.concatenate(parts) if parts else np.zeros(0, np.uint16),
-        "starts": np.cumsum(lengths) - lengths,
-        "bytes": np.array([len(text.encode()) for text in texts], np.int64),
-    }
+    tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+    return {"tokens": tokens, "starts": np.cumsum(lengths) - lengths}
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:

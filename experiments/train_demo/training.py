@@ -145,18 +145,18 @@ def losses(
     model = to_model(config, params | frozen)
     states, reports = hidden_states(model, ids, run)
     log = {"loss": cross_entropy(states, model.head, ids, weights, 1)}
-    total = jnp.float32(0)
     if config.has_mtp:
         after, report = mtp_states(model.mtp, model.embed, config, states, jnp.roll(ids, -1, 1), run)
         log["mtp_loss"] = cross_entropy(after, model.head, ids, weights, 2)
-        total += stage.mtp_weight * log["mtp_loss"]
         reports.append(report)
-    total += log["loss"] + BALANCE * sum(report.balance for report in reports)
-    if stage.trains == "indexer":
-        total = jnp.float32(0)
+    total = jnp.float32(0)
+    if stage.trains != "indexer":
+        total += log["loss"] + BALANCE * sum(report.balance for report in reports)
+        total += stage.mtp_weight * log.get("mtp_loss", 0)
     if stage.index_loss:
-        log["index_kl"] = sum(report.index_kl for report in reports) / len(reports)
-        total += sum(report.index_kl for report in reports)
+        index_kl = sum(report.index_kl for report in reports)
+        log["index_kl"] = index_kl / len(reports)
+        total += index_kl
     log["load"] = jnp.stack([report.load for report in reports if report.load.size])
     return total, log
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from dsv32_jax.tokenizer import Tokenizer
-from tests.harness import TEXT, write_tokenizer
+from experiments.train_demo import tokenizer as demo_tokenizer
+from tests.harness import TEXT
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A folder with train.npz, questions.npz and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    write_tokenizer(folder, 512)
+    demo_tokenizer.write(folder, [TEXT], 512)
     encode = Tokenizer(folder).encode
     document, count = [0, *encode(TEXT), 1], 40
     np.savez(
