@@ -1,23 +1,64 @@
 """The choice of a backend: a named one runs or raises, only "auto" chooses."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
 BACKENDS = ("auto", "reference", "interpret", "mosaic_gpu")
+KERNEL = ("mosaic_gpu", "interpret", "reference")
+"""What an op with a kernel has; "interpret" is that kernel in Pallas' GPU interpreter, for tests."""
 
 
-def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",)) -> str:
+@functools.cache
+def on_hopper() -> bool:
+    """Whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200)."""
+    return jax.default_backend() == "gpu" and all(
+        getattr(device, "compute_capability", None) == "9.0" for device in jax.local_devices()
+    )
+
+
+def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), unsupported: str | None = None) -> str:
     """The backend that `op` shall run on.
 
     Args:
       backend: one of `BACKENDS`.
       op: the op's name, for the error.
-      available: what the op has, best first; the last is what "auto" falls back to.
+      available: what the op has: `KERNEL`, or the reference alone.
+      unsupported: what the op's kernel does not take of these arguments, and what it would take; None if it takes all.
+
+    Returns:
+      "mosaic_gpu", "interpret" or "reference". "auto" takes the kernel on a Hopper GPU if it takes the arguments.
 
     Raises:
-      ValueError: no such backend, or the op does not have it.
+      ValueError: no such backend, the op does not have it, or its kernel does not take these arguments.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return available[0]
+        usable = "mosaic_gpu" in available and unsupported is None and on_hopper()
+        return "mosaic_gpu" if usable else "reference"
     if backend not in available:
         raise ValueError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
+    if backend != "reference" and unsupported is not None:
+        raise ValueError(f"the kernel of {op} does not take {unsupported}; use backend='auto' or 'reference'")
     return backend
+
+
+def gradient_of_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(*arrays)`, whose gradient is that of `reference(*arrays)`."""
+    op = jax.custom_vjp(kernel)
+    op.defvjp(lambda *arrays: (kernel(*arrays), arrays), lambda arrays, ct: jax.vjp(reference, *arrays)[1](ct))
+    return op
+
+
+def without_gradient(kernel: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """`kernel(*arrays)`, which says so when it is differentiated."""
+
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(f"the kernel of {op} has no gradient; use backend='reference'")
+
+    wrapped = jax.custom_jvp(kernel)
+    wrapped.defjvp(refuse)
+    return wrapped
