@@ -369,6 +369,66 @@ def fidelity(
         typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
 
 
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Default: all; see --list.")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help="One shape of theirs; see --list.")] = None,
+    backend: Backend = "auto",
+    peers: Annotated[
+        list[Path] | None, typer.Option("--peers", help="Times of other libraries on this machine; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Results. Default: experiments/results/attention_kernels.json.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Of one call, at most.")] = 20,
+    budget_seconds: Annotated[
+        float | None, typer.Option("--budget-seconds", help="Begin no further shape after this time.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only shapes with a target, and no reference.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes on any device, written only to --out.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print ops and shapes, and measure nothing.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the results' tables into docs/kernels, and measure nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time kernels against their references, the roofline and other libraries. Exit code 1: a shape failed.
+
+    Example: dsv32 bench top_k --peers peers.json
+    """
+    from experiments.bench import report as reports
+    from experiments.bench import run
+
+    settings = run.Settings(
+        ops=ops or (),
+        shape=shape,
+        backend=backend,
+        peers=peers or (),
+        out=out or (None if tiny else reports.RESULT),
+        repetitions=repetitions,
+        budget_seconds=budget_seconds,
+        quick=quick,
+        tiny=tiny,
+    )
+    if list_:
+        for each in run.chosen_shapes(settings):
+            typer.echo(f"{each.op:<15} {each.name:<22} {' '.join(f'{k}={v}' for k, v in each.dims().items())}")
+        return
+    if report:
+        for path in reports.write_pages():
+            typer.echo(f"wrote {path}")
+        return
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        content, failed = run.measure(settings, say=lambda line: print(line, flush=True))
+    if as_json:
+        _print_json(**content)
+    else:
+        reports.print_table(content)
+    if failed:
+        print(f"shapes that failed: {failed}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Always leaves through SystemExit."""
     try:

@@ -19,6 +19,7 @@ from dsv32_jax.fidelity import Trace
 from dsv32_jax.model import Batch, DeepseekV32, Options, run_layer, step, step_with_trace
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
+from pallas_kernels.backend import BackendError
 
 # A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
@@ -94,7 +95,7 @@ class LanguageModel:
 
     def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
         leaves, structure = self._flat_model()
-        with _named_backend(self.options):
+        with _user_error():
             return _flat_step(leaves, structure, batch, cache, self.options)
 
     # ---- forward ----
@@ -156,7 +157,7 @@ class LanguageModel:
         tables = self._block_tables(1, len(row))
         cache = KVCache.create(self.config, tables.size, self.options)
         batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
-        with _named_backend(self.options):
+        with _user_error():
             logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
         return Trace.from_step(logits, recorded, len(row))
 
@@ -182,7 +183,7 @@ class LanguageModel:
         table = self._block_tables(1, tokens)[0]
         cache = KVCache.create(self.config, table.size, self.options)
         batch = _prompt_batch([0] * tokens, 0, tokens, tokens, table, np.arange(tokens, dtype=np.int32))
-        with _named_backend(self.options):
+        with _user_error():
             record = run_layer(self.model, layer, jnp.asarray(hidden), batch, cache, self.options)[2]
         seen = {name: np.asarray(value) for name, value in record.items()}
         return {
@@ -446,14 +447,12 @@ def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.nd
 
 
 @contextlib.contextmanager
-def _named_backend(options: Options) -> Iterator[None]:
-    """An op without the backend that was asked for says so by ValueError: the choice was the user's."""
+def _user_error() -> Iterator[None]:
+    """A backend that an op lacks is the user's choice, so the user's error."""
     try:
         yield
-    except ValueError as error:
-        if f"{options.backend!r} backend" in str(error):
-            raise UserError(f"backend: {error}") from error
-        raise
+    except BackendError as error:
+        raise UserError(f"backend: {error}") from error
 
 
 def _batch(**arrays: np.ndarray) -> Batch:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.moe_dispatch import RoutingPlan
 from pallas_kernels.quant_matmul import BLOCK, dequantize_blocks, quant_matmul
-from pallas_kernels.quantize import FP8_MAX, dequantize, quantize
+from pallas_kernels.quantize import FP8_MAX
 from pallas_kernels.quantize.reference import SMALLEST_AMAX, round_up_to_power_of_two
 
 
@@ -101,12 +101,6 @@ class Numerics:
     def grouped_matmul(self, rows: jax.Array, weights: Weight, plan: RoutingPlan) -> jax.Array:
         """Rows [P, K] in the plan's order times their experts' weights [E, N, K] transposed: [P, N]."""
         return grouped_matmul(rows, weights, plan.tile_expert, self.matmul, backend=self.backend)
-
-    def fake_quantize(self, x: jax.Array) -> jax.Array:
-        """x rounded to what FP8 in groups of 128 can hold, if activations are quantised."""
-        if not self.act_quant:
-            return x
-        return dequantize(*quantize(x, self.scale_fmt, backend=self.backend), x.dtype)
 
 
 def float32_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

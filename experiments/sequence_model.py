@@ -17,11 +17,12 @@ from dsv32_jax.layers.mla import MLA
 from dsv32_jax.layers.mlp import swiglu
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.layers.mtp import MTP
-from dsv32_jax.layers.norm import add_rms_norm, rms_norm
+from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.layers.rope import rope_angles
 from dsv32_jax.model import DecoderLayer, DeepseekV32
 from dsv32_jax.quant import Numerics, Weight, dense
 from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.rowwise import rms_norm
 
 SELECTIONS = ("dense", "indexer", "recent", "recent and first", "random", "oracle")
 """dense: every visible position. The others keep k: the indexer's best, the last ones, the last ones and position 0 (on
@@ -153,7 +154,7 @@ def index_scores(attn: MLA, x: jax.Array, q_latent: jax.Array, seqs: Sequences) 
     """The indexer's scores, float32 [B, T, T], of every pair (not masked)."""
     indexer, config, numerics = attn.indexer, seqs.config, seqs.numerics
     queries, weights = indexer.queries(x, q_latent, seqs.angles, config, numerics)
-    keys = indexer.keys(x, seqs.angles, config, numerics)
+    keys = indexer.keys(x, seqs.angles, numerics)
     if numerics.act_quant:
         keys = dequantize(*quantize(keys, numerics.scale_fmt, group=config.index_head_dim), keys.dtype)
     queries, keys, weights = map(seqs.split, (queries.astype(keys.dtype), keys, weights))

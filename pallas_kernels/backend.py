@@ -11,6 +11,10 @@ KERNEL = ("mosaic_gpu", "interpret", "reference")
 """What an op with a kernel has; "interpret" is that kernel in Pallas' GPU interpreter, for tests."""
 
 
+class BackendError(ValueError):
+    """The backend that was asked for does not exist, or does not take these arguments."""
+
+
 @functools.cache
 def on_hopper() -> bool:
     """Whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200)."""
@@ -32,17 +36,17 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
       "mosaic_gpu", "interpret" or "reference". "auto" takes the kernel on a Hopper GPU if it takes the arguments.
 
     Raises:
-      ValueError: no such backend, the op does not have it, or its kernel does not take these arguments.
+      BackendError: no such backend, the op does not have it, or its kernel does not take these arguments.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise BackendError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         usable = "mosaic_gpu" in available and unsupported is None and on_hopper()
         return "mosaic_gpu" if usable else "reference"
     if backend not in available:
-        raise ValueError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
+        raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
     if backend != "reference" and unsupported is not None:
-        raise ValueError(f"the kernel of {op} does not take {unsupported}; use backend='auto' or 'reference'")
+        raise BackendError(f"the kernel of {op} does not take {unsupported}; use backend='auto' or 'reference'")
     return backend
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers import indexer, mla, moe
-from dsv32_jax.layers.rope import rope_half_split, rope_interleaved
+from pallas_kernels import rowwise
 from pallas_kernels.indexer_logits import reference as indexer_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
 from pallas_kernels.quant_matmul import reference as matmul_reference
@@ -18,11 +18,11 @@ TINY, FP8 = "tiny", "tiny128_fp8"
 
 
 def swapped_rope_in_the_indexer(patch):
-    patch.setattr(indexer, "rope_half_split", rope_interleaved)
+    patch.setattr(rowwise, "rope_half_split", rowwise.rope_interleaved)
 
 
 def swapped_rope_in_mla(patch):
-    patch.setattr(mla, "rope_interleaved", rope_half_split)
+    patch.setattr(rowwise, "rope_interleaved", rowwise.rope_half_split)
 
 
 def dropped_relu(patch):
@@ -90,7 +90,7 @@ def index_key_norm_as_rms_norm(patch):
     def norm(x, weight, bias, eps):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight + bias
 
-    patch.setattr(indexer, "layer_norm", norm)
+    patch.setattr(rowwise, "layer_norm", norm)
 
 
 def scaled_shared_expert(patch):

@@ -1,33 +1,16 @@
 """The lightning indexer: which keys each token attends to."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.layers.norm import layer_norm
-from dsv32_jax.layers.rope import rope_half_split
 from dsv32_jax.params import Init
 from dsv32_jax.quant import Numerics, float32_matmul
+from pallas_kernels import rowwise
+from pallas_kernels.cache_write import index_keys
 from pallas_kernels.quantize import quantize
 
 LAYER_NORM_EPS = 1e-6
-
-
-def hadamard_matrix(dim: int) -> np.ndarray:
-    """Sylvester's matrix H[i, j] = (-1)^popcount(i & j) over sqrt(dim), float32 [dim, dim]: symmetric, orthonormal."""
-    bits = np.arange(dim)[:, None] & np.arange(dim)
-    signs = 1 - 2 * (np.bitwise_count(bits) % 2).astype(np.float32)
-    return signs / np.sqrt(np.float32(dim))
-
-
-def hadamard(x: jax.Array) -> jax.Array:
-    """x [..., D] rotated: changes no dot product, but spreads outliers before FP8; float32 inside, x's dtype out."""
-    rotated = jnp.matmul(
-        x, hadamard_matrix(x.shape[-1]).astype(x.dtype), precision="highest", preferred_element_type=jnp.float32
-    )
-    return rotated.astype(x.dtype)
 
 
 class Indexer(nnx.Module):
@@ -64,22 +47,14 @@ class Indexer(nnx.Module):
         """
         heads, dim = config.index_n_heads, config.index_head_dim
         q = numerics.matmul(q_latent, self.q_b).reshape(-1, heads, dim)
-        q = hadamard(self.rotate(q, angles, config))
+        q = rowwise.hadamard(rowwise.rope_leading(q, *angles))
         weights = float32_matmul(x, self.head_weights) * (heads**-0.5 * dim**-0.5)
         if not numerics.act_quant:
             return q, weights
         values, scales = quantize(q, numerics.scale_fmt, group=dim, backend=numerics.backend)
         return values, weights * scales[..., 0]
 
-    def keys(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
-    ) -> jax.Array:
+    def keys(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], numerics: Numerics) -> jax.Array:
         """Index keys [T, dim], one for all heads, before the cache quantises them."""
-        k = layer_norm(numerics.matmul(x, self.k), self.k_norm_weight, self.k_norm_bias, LAYER_NORM_EPS)
-        return hadamard(self.rotate(k, angles, config))
-
-    @staticmethod
-    def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig) -> jax.Array:
-        """RoPE on the first qk_rope_head_dim features: half-split, and in front, where MLA has it behind."""
-        rope, rest = jnp.split(x, [config.qk_rope_head_dim], axis=-1)
-        return jnp.concatenate([rope_half_split(rope, *angles), rest], axis=-1)
+        projected = numerics.matmul(x, self.k)
+        return index_keys(projected, self.k_norm_weight, self.k_norm_bias, LAYER_NORM_EPS, angles)

@@ -7,12 +7,11 @@ from flax import nnx
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.context import StepContext
-from dsv32_jax.layers.indexer import Indexer
-from dsv32_jax.layers.norm import rms_norm
-from dsv32_jax.layers.rope import rope_interleaved
+from dsv32_jax.layers.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.params import Init
 from dsv32_jax.quant import Numerics, dense
-from pallas_kernels.cache_write import cache_write, read_latents
+from pallas_kernels import rowwise
+from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits
@@ -73,31 +72,33 @@ class MLA(nnx.Module):
           config: the model's.
           numerics: of the products.
         """
-        latent = rms_norm(numerics.matmul(x, self.q_a), self.q_a_norm, config.rms_norm_eps)
+        latent = rowwise.rms_norm(numerics.matmul(x, self.q_a), self.q_a_norm, config.rms_norm_eps)
         q = numerics.matmul(latent, self.q_b).reshape(-1, config.num_attention_heads, config.qk_head_dim)
         nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-        return latent, nope, rope_interleaved(rope, *angles)
+        return latent, nope, rowwise.rope_interleaved(rope, *angles)
 
     def latents(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
         """What the cache holds of x [T, D]: latent [T, kv_lora_rank], normalised, and rotated rope key [T, R]."""
-        latent, rope_key = jnp.split(numerics.matmul(x, self.kv_a), [config.kv_lora_rank], axis=-1)
-        latent = numerics.fake_quantize(rms_norm(latent, self.kv_a_norm, config.rms_norm_eps))
-        return latent, rope_interleaved(rope_key, *angles)
+        kv_a, eps = numerics.matmul(x, self.kv_a), config.rms_norm_eps
+        return latents(kv_a, self.kv_a_norm, eps, angles, numerics.act_quant, numerics.scale_fmt)
 
     def write(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
         """Latents, rope keys and index keys of the step's tokens, into their slots."""
-        config, numerics = ctx.config, ctx.numerics
-        latent, rope_key = self.latents(x, ctx.angles, config, numerics)
+        numerics, indexer = ctx.numerics, self.indexer
         kv, index = cache_write(
             cache.kv,
             cache.index,
             layer,
             ctx.batch.slots,
-            latent,
-            rope_key,
-            self.indexer.keys(x, ctx.angles, config, numerics),
+            numerics.matmul(x, self.kv_a),
+            numerics.matmul(x, indexer.k),
+            KeyNorms(
+                self.kv_a_norm, indexer.k_norm_weight, indexer.k_norm_bias, ctx.config.rms_norm_eps, LAYER_NORM_EPS
+            ),
+            ctx.angles,
+            quantize_latent=numerics.act_quant,
             scale_fmt=numerics.scale_fmt,
             backend=numerics.backend,
         )
@@ -134,7 +135,8 @@ class MLA(nnx.Module):
             out = dense_mla(queries, *self.context(layer, cache, ctx), **how, chunk_bytes=CHUNK_BYTES)
         else:
             slots = physical_slots(chosen, batch.sequence, batch.block_tables)
-            out, _ = sparse_mla(queries, cache.kv, layer, slots, **how, backend=ctx.numerics.backend)
+            present = (slots >= 0).sum(-1, dtype=jnp.int32)  # those come first
+            out, _ = sparse_mla(queries, cache.kv, layer, slots, **how, lengths=present, backend=ctx.numerics.backend)
         return ctx.einsum("thc,hvc->thv", out, to_value)
 
     def unabsorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:

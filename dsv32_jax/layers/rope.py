@@ -1,8 +1,4 @@
-"""Rotary position embeddings: YaRN's frequencies, and the two layouts that this model uses.
-
-MLA pairs neighbours (interleaved), the indexer pairs the two halves. Weights are trained for one layout each: with the
-wrong one nothing crashes, the indexer only selects worse tokens.
-"""
+"""Angles of the rotary position embeddings, with YaRN's frequencies; the rotations are in `pallas_kernels.rowwise`."""
 
 import math
 
@@ -38,23 +34,3 @@ def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, j
     """cos and sin, float32 [T, qk_rope_head_dim / 2], of int32 positions [T]."""
     angles = positions.astype(jnp.float32)[:, None] * yarn_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Pairs (first, second) turned by their angles; [T, ..., R / 2] and [T, R / 2]."""
-    shape = (cos.shape[0],) + (1,) * (first.ndim - 2) + (cos.shape[1],)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    return first * cos - second * sin, first * sin + second * cos
-
-
-def rope_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Pair i is (x[2i], x[2i + 1]): MLA. x is [T, ..., R]; float32 inside, x's dtype out."""
-    rotated = rotate(x[..., 0::2], x[..., 1::2], cos, sin)
-    return jnp.stack(rotated, axis=-1).reshape(x.shape).astype(x.dtype)
-
-
-def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Pair i is (x[i], x[i + R / 2]): the indexer. x is [T, ..., R]; float32 inside, x's dtype out."""
-    rotated = rotate(*jnp.split(x, 2, axis=-1), cos, sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -15,8 +15,6 @@ import numpy as np
 from dsv32_jax import fidelity
 from dsv32_jax.config import read_json
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.layers import indexer
-from dsv32_jax.layers.rope import rope_interleaved
 from dsv32_jax.loading import find, load
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.tokenizer import Tokenizer
@@ -24,6 +22,7 @@ from experiments import held_out
 from experiments.results import environment, write_json
 from experiments.sequence_model import Run, hidden_states, log_likelihoods
 from experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
+from pallas_kernels import rowwise
 
 MODES = ("dense", "indexer", "oracle", "recent and first", "recent", "random", "interleaved rope")
 """Selections of `experiments.sequence_model`, and the indexer with the first official demo's RoPE layout, a bug."""
@@ -41,7 +40,7 @@ Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 @contextlib.contextmanager
 def planted_rope() -> Iterator[None]:
     """The indexer with neighbouring pairs rotated, where the weights were trained for the two halves."""
-    with mock.patch.object(indexer, "rope_half_split", rope_interleaved):
+    with mock.patch.object(rowwise, "rope_half_split", rowwise.rope_interleaved):
         yield
 
 

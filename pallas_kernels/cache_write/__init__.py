@@ -8,47 +8,109 @@ One token and layer is a latent row and an index key:
 """
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.backend import resolve
-from pallas_kernels.cache_write import reference
+from pallas_kernels import mosaic, tuning
+from pallas_kernels.backend import KERNEL, resolve, without_gradient
+from pallas_kernels.cache_write import mosaic_gpu, reference
 from pallas_kernels.cache_write.reference import (
+    KeyNorms,
     index_block_bytes,
+    index_keys,
+    latents,
     read_index_keys,
     read_latents,
     record_bytes,
+    scatter,
     unpack_latents,
 )
+from pallas_kernels.quantize import SCALE_FORMATS
 
-__all__ = ["cache_write", "index_block_bytes", "read_index_keys", "read_latents", "record_bytes", "unpack_latents"]
+__all__ = [
+    "KeyNorms",
+    "cache_write",
+    "index_block_bytes",
+    "index_keys",
+    "latents",
+    "read_index_keys",
+    "read_latents",
+    "record_bytes",
+    "scatter",
+    "unpack_latents",
+]
 
 
 def cache_write(
     kv: jax.Array,
     index: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     slots: jax.Array,
-    latent: jax.Array,
-    rope_key: jax.Array,
+    kv_a: jax.Array,
     index_key: jax.Array,
+    norms: KeyNorms,
+    angles: tuple[jax.Array, jax.Array],
     *,
+    quantize_latent: bool = False,
     scale_fmt: str | None = "ue8m0",
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """Scatters one layer's latents, rope keys and index keys of T tokens into their slots.
+    """One layer's keys of T tokens from their raw projections: norms, rotations, FP8, into their slots.
+
+    The latent passes an RMSNorm, the rope key RoPE on neighbouring pairs; the index key a LayerNorm, RoPE on the halves
+    of its first `rope` features, and a Hadamard transform. Each step ends in the projections' dtype.
 
     Args:
       kv: [layers, blocks, 64, latent + rope] float, or uint8 [layers, blocks, 64, record].
       index: [layers, blocks, 64, dim] float, or uint8 [layers, blocks, 64 * (dim + 4)].
-      layer: which layer.
-      slots: int32 [T], block * 64 + offset; -1 writes nothing.
-      latent: float [T, latent], after its norm.
-      rope_key: float [T, rope], rotated.
-      index_key: float [T, dim], after norm, rotation and Hadamard.
+      layer: which layer; an array does as well.
+      slots: int32 [T], block * 64 + offset, each at most once; -1 writes nothing.
+      kv_a: float [T, latent + rope].
+      index_key: float [T, dim].
+      norms: weights and eps of the two norms.
+      angles: cos and sin of the tokens' positions, float32 [T, rope / 2].
+      quantize_latent: round the latent to what FP8 in groups of 128 can hold before it is stored, in every form.
       scale_fmt: of FP8 scales, see `quantize`.
-      backend: "auto" or "reference".
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
 
     Returns:
       kv and index with those slots written (in place where the arrays are donated).
+
+    Raises:
+      ValueError: shapes do not go together, no such layer, or unknown `scale_fmt`.
     """
-    resolve(backend, "cache_write")
-    return reference.cache_write(kv, index, layer, slots, latent, rope_key, index_key, scale_fmt)
+    latent_dim, rope_dim, dim = norms.latent_weight.shape[0], 2 * angles[0].shape[1], index_key.shape[1]
+    if kv_a.shape != (slots.shape[0], latent_dim + rope_dim):
+        raise ValueError(
+            f"kv_a of shape {kv_a.shape} is not [T, latent + rope] with {slots.shape[0]} slots, a latent weight of "
+            f"{latent_dim} and a rope of {rope_dim}"
+        )
+    row = reference.record_bytes(latent_dim, rope_dim) if kv.dtype == jnp.uint8 else latent_dim + rope_dim
+    key = (reference.index_block_bytes(dim),) if index.dtype == jnp.uint8 else (reference.BLOCK_SIZE, dim)
+    if kv.shape[2:] != (reference.BLOCK_SIZE, row) or index.shape != (*kv.shape[:2], *key):
+        raise ValueError(f"caches of shapes {kv.shape} and {index.shape} do not hold rows of {row} and keys of {dim}")
+    if scale_fmt not in SCALE_FORMATS:
+        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
+    if isinstance(layer, int) and not 0 <= layer < kv.shape[0]:
+        raise ValueError(f"layer {layer} is not in a cache of {kv.shape[0]} layers")
+    unsupported = mosaic_gpu.unsupported(kv, index, kv_a, index_key, norms, angles)
+    chosen = resolve(backend, "cache_write", KERNEL, unsupported)
+    if slots.shape[0] == 0:
+        return kv, index
+    if chosen == "reference":
+        return reference.cache_write(
+            kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt
+        )
+
+    def kernel(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mosaic_gpu.cache_write(
+            *arrays,
+            eps=(norms.latent_eps, norms.index_eps),
+            quantize_latent=quantize_latent,
+            scale_fmt=scale_fmt,
+            config=tuning.cache_write(slots.shape[0]),
+            interpret=mosaic.interpreter() if chosen == "interpret" else None,
+        )
+
+    layer = jnp.full((1,), layer, jnp.int32)
+    weights = (norms.latent_weight, norms.index_weight, norms.index_bias)
+    return without_gradient(kernel, "cache_write")(kv, index, layer, slots, kv_a, index_key, *weights, *angles)

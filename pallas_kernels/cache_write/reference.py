@@ -1,10 +1,13 @@
-"""The cache's formats and the scatter into them, in plain jax.numpy: the specification."""
+"""Keys from raw projections, the cache's formats, and the scatter into them, in plain jax.numpy: the specification."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import rowwise
 from pallas_kernels.paging import BLOCK_SIZE, split_slots
-from pallas_kernels.quantize import GROUP, dequantize, quantize
+from pallas_kernels.quantize.reference import GROUP, dequantize, quantize
 
 
 def record_bytes(latent_dim: int, rope_dim: int) -> int:
@@ -30,7 +33,7 @@ def from_bytes(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def pack_latents(latent: jax.Array, rope_key: jax.Array, scale_fmt: str | None) -> jax.Array:
     """[..., latent], [..., rope] -> uint8 [..., record]."""
-    values, scales = quantize(latent, scale_fmt)
+    values, scales = quantize(latent, scale_fmt, GROUP)
     return jnp.concatenate([to_bytes(values), to_bytes(scales), to_bytes(rope_key.astype(jnp.bfloat16))], axis=-1)
 
 
@@ -44,17 +47,78 @@ def unpack_latents(rows: jax.Array, rope_dim: int, dtype: jax.typing.DTypeLike) 
     return jnp.concatenate([latent, from_bytes(rope_key, jnp.bfloat16).astype(dtype)], axis=-1)
 
 
-def cache_write(kv, index, layer, slots, latent, rope_key, index_key, scale_fmt):
+@dataclasses.dataclass(frozen=True)
+class KeyNorms:
+    """Parameters of the two norms that keys pass through.
+
+    Attributes:
+      latent_weight: [latent], of the RMSNorm.
+      index_weight: [dim], of the index key's LayerNorm.
+      index_bias: [dim].
+      latent_eps: added to the mean square.
+      index_eps: added to the variance.
+    """
+
+    latent_weight: jax.Array
+    index_weight: jax.Array
+    index_bias: jax.Array
+    latent_eps: float
+    index_eps: float
+
+
+def latents(kv_a, weight, eps, angles, quantize_latent, scale_fmt):
+    """Raw projections [T, latent + rope] -> latent [T, latent] after its norm and rope key [T, rope], rotated.
+
+    Args:
+      kv_a: float [T, latent + rope].
+      weight: [latent], of the RMSNorm.
+      eps: of the RMSNorm.
+      angles: cos and sin, float32 [T, rope / 2].
+      quantize_latent: round the latent to what FP8 in groups of 128 can hold.
+      scale_fmt: of that, see `quantize`.
+    """
+    latent, rope_key = jnp.split(kv_a, [weight.shape[0]], axis=-1)
+    latent = rowwise.rms_norm(latent, weight, eps)
+    if quantize_latent:
+        latent = dequantize(*quantize(latent, scale_fmt, GROUP), latent.dtype)
+    return latent, rowwise.rope_interleaved(rope_key, *angles)
+
+
+def index_keys(index_key, weight, bias, eps, angles):
+    """Raw index keys [T, dim] -> after LayerNorm, rotation of their first features, and Hadamard; arguments alike."""
+    return rowwise.hadamard(rowwise.rope_leading(rowwise.layer_norm(index_key, weight, bias, eps), *angles))
+
+
+def cache_write(kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt):
+    latent, rope_key = latents(kv_a, norms.latent_weight, norms.latent_eps, angles, quantize_latent, scale_fmt)
+    index_key = index_keys(index_key, norms.index_weight, norms.index_bias, norms.index_eps, angles)
+    return scatter(kv, index, layer, slots, latent, rope_key, index_key, scale_fmt)
+
+
+def rows_of(latent, rope_key, dtype, scale_fmt):
+    """[T, latent] and [T, rope] as the cache's rows of `dtype`."""
+    if dtype == jnp.uint8:
+        return pack_latents(latent, rope_key, scale_fmt)
+    return jnp.concatenate([latent, rope_key], axis=-1).astype(dtype)
+
+
+def scatter(
+    kv: jax.Array,
+    index: jax.Array,
+    layer: int | jax.Array,
+    slots: jax.Array,
+    latent: jax.Array,
+    rope_key: jax.Array,
+    index_key: jax.Array,
+    scale_fmt: str | None = "ue8m0",
+) -> tuple[jax.Array, jax.Array]:
+    """`cache_write` of finished values: latent [T, latent], rope key [T, rope] and index key [T, dim]."""
     block, offset = split_slots(slots, kv.shape[1])
-    if kv.dtype == jnp.uint8:
-        rows = pack_latents(latent, rope_key, scale_fmt)
-    else:
-        rows = jnp.concatenate([latent, rope_key], axis=-1).astype(kv.dtype)
-    kv = kv.at[layer, block, offset].set(rows, mode="drop")
+    kv = kv.at[layer, block, offset].set(rows_of(latent, rope_key, kv.dtype, scale_fmt), mode="drop")
     if index.dtype != jnp.uint8:
         return kv, index.at[layer, block, offset].set(index_key.astype(index.dtype), mode="drop")
     dim = index_key.shape[-1]
-    values, scales = quantize(index_key, scale_fmt, group=dim)
+    values, scales = quantize(index_key, scale_fmt, dim)
     where = offset[:, None]
     value_at = where * dim + jnp.arange(dim)
     scale_at = BLOCK_SIZE * dim + where * 4 + jnp.arange(4)

@@ -2,9 +2,12 @@
 
 import jax
 
-from pallas_kernels.backend import resolve
-from pallas_kernels.chunking import CHUNK_BYTES
-from pallas_kernels.index_select import reference
+from pallas_kernels import mosaic
+from pallas_kernels.backend import KERNEL, resolve
+from pallas_kernels.index_select import mosaic_gpu, reference
+
+SCORE_BYTES = 96 * 2**20
+"""The default budget: under a tenth of the scores of 4096 tokens over 65,536 keys, and enough for 264 tokens a chunk."""
 
 
 def index_select(
@@ -17,15 +20,29 @@ def index_select(
     positions: jax.Array,
     *,
     k: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = SCORE_BYTES,
     backend: str = "auto",
 ) -> jax.Array:
-    """`top_k(indexer_logits(...), k)` in chunks of tokens; arguments as there.
+    """`top_k(indexer_logits(...), k)` in chunks of tokens, so that scores take at most `chunk_bytes` of memory.
+
+    Source: DeepSeek-V3.2-Exp report, section 1 (lightning indexer and token selection).
+
+    Args:
+      queries, head_weights, index, layer, block_tables, sequence, positions: see `indexer_logits`.
+      k: how many positions a token gets.
+      chunk_bytes: budget for the scores of a chunk; one token's scores are always held whole. In the reference these
+        are [tokens, heads, context] float32, in the kernels [tokens, context].
+      backend: "auto", "mosaic_gpu", "interpret" or "reference".
 
     Returns:
-      int32 [T, k] logical positions, -1 where fewer than k are visible.
+      int32 [T, k] logical positions, present ones first, then -1 where fewer than k are visible.
+
+    Raises:
+      BackendError: a named kernel backend does not take these arguments.
     """
-    resolve(backend, "index_select")
-    return reference.index_select(
-        queries, head_weights, index, layer, block_tables, sequence, positions, k, chunk_bytes
-    )
+    arguments = (queries, head_weights, index, layer, block_tables, sequence, positions)
+    chosen = resolve(backend, "index_select", KERNEL, mosaic_gpu.unsupported(*arguments, k))
+    if chosen == "reference":
+        return reference.index_select(*arguments, k, chunk_bytes)
+    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    return mosaic_gpu.index_select(*arguments, k, chunk_bytes, interpret)

@@ -1,10 +1,12 @@
 """Multi-head latent attention over each token's own chosen keys."""
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.backend import resolve
+from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import CHUNK_BYTES
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.mosaic import interpreter
+from pallas_kernels.sparse_mla import mosaic_gpu, reference
 from pallas_kernels.sparse_mla.reference import dense_mla
 
 __all__ = ["dense_mla", "sparse_mla"]
@@ -13,11 +15,12 @@ __all__ = ["dense_mla", "sparse_mla"]
 def sparse_mla(
     queries: jax.Array,
     kv: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     slots: jax.Array,
     *,
     scale: float,
     rope_dim: int,
+    lengths: jax.Array | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -25,19 +28,48 @@ def sparse_mla(
 
     Source: DeepSeek-V3.2-Exp report, section 1 (MQA form of MLA).
 
+    The kernel takes bfloat16 queries, 512 latent and 64 rope columns, up to 128 heads and 2048 keys, and a cache of
+    bfloat16 rows or FP8 records. It rounds probabilities and the output to bfloat16, and an FP8 record's scales and
+    values to bfloat16 (exact for scales that are powers of two). Its gradient is the reference's.
+
     Args:
       queries: [T, H, latent + rope].
       kv: the latent cache, all layers (see `cache_write`).
       layer: which layer.
-      slots: int32 [T, K] physical slots; -1 is absent; a duplicate counts twice.
+      slots: int32 [T, K] physical slots of that layer; -1 is absent; a duplicate counts twice.
       scale: of the scores; no default, since YaRN changes it.
       rope_dim: width of the rope part.
-      chunk_bytes: budget for the gathered rows of a chunk of tokens.
-      backend: "auto" or "reference".
+      lengths: int32 [T], a promise that `slots[t, :lengths[t]]` are all present; none after them counts. Without it any
+        slot may be absent, which costs the kernel a look at each.
+      chunk_bytes: the reference's budget for the gathered rows of a chunk of tokens.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference".
 
     Returns:
       out [T, H, latent] in the queries' dtype and lse float32 [T, H] (natural logarithm). A token without any slot has
       out 0 and lse -inf.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+      BackendError: the kernel was asked for and does not take these arguments.
     """
-    resolve(backend, "sparse_mla")
-    return reference.sparse_mla(queries, kv, layer, slots, scale, rope_dim, chunk_bytes)
+    ranks_fit = kv.ndim == 4 and queries.ndim == 3 and slots.ndim == 2
+    if (
+        not ranks_fit
+        or slots.shape[0] != queries.shape[0]
+        or (lengths is not None and lengths.shape != slots.shape[:1])
+    ):
+        raise ValueError(
+            f"sparse_mla needs queries [T, H, D], kv [layers, blocks, 64, D], slots [T, K] and lengths [T], not "
+            f"{queries.shape}, {kv.shape}, {slots.shape} and {None if lengths is None else lengths.shape}"
+        )
+    backend = resolve(backend, "sparse_mla", KERNEL, mosaic_gpu.unsupported(queries, kv, slots, scale, rope_dim))
+    if backend == "reference":
+        return reference.sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
+    interpret = interpreter() if backend == "interpret" else None
+
+    # What may be a tracer goes in as an argument; a missing array is an empty tree of them.
+    op = gradient_of_reference(
+        lambda *arrays: mosaic_gpu.sparse_mla(*arrays, scale, interpret=interpret),
+        lambda *arrays: reference.sparse_mla(*arrays, scale, rope_dim, chunk_bytes),
+    )
+    return op(queries, kv, jnp.asarray(layer, jnp.int32), slots, lengths)

@@ -31,20 +31,22 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Arra
     return out.astype(query.dtype), (top + jnp.log(total))[:, 0], probabilities
 
 
-def sparse_mla(queries, kv, layer, slots, scale, rope_dim, chunk_bytes):
+def sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes):
     value_dim = queries.shape[-1] - rope_dim
+    if lengths is None:
+        lengths = jnp.full(slots.shape[0], slots.shape[1], jnp.int32)
 
     def one_token(token):
-        query, chosen = token
-        valid = chosen >= 0
-        at = jnp.maximum(chosen, 0)
+        query, chosen, length = token
+        valid = (chosen >= 0) & (jnp.arange(chosen.shape[0]) < length)
+        at = jnp.where(valid, chosen, 0)
         rows = unpack_latents(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
         # Absent rows are zeroed too: slot 0 may hold anything, and 0 * NaN is NaN.
         rows = jnp.where(valid[:, None], rows, 0)
         return attend(query, rows, rows[:, :value_dim], valid, scale)[:2]
 
     largest = slots.shape[1] * max(queries.shape[2], queries.shape[1]) * 4
-    return map_tokens(one_token, (queries, slots), bytes_per_token=largest, chunk_bytes=chunk_bytes)
+    return map_tokens(one_token, (queries, slots, lengths), bytes_per_token=largest, chunk_bytes=chunk_bytes)
 
 
 def dense_mla(

@@ -1,26 +1,51 @@
 """Exact, deterministic selection of the k largest scores of each row."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.backend import resolve
-from pallas_kernels.top_k import reference
+from pallas_kernels import mosaic
+from pallas_kernels.backend import KERNEL, resolve
+from pallas_kernels.top_k import mosaic_gpu, reference
+from pallas_kernels.tuning import TOP_K_LIMIT
+
+LONGEST = 163840
+"""Scores in a row that the kernel takes."""
 
 
-def top_k(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
+def unsupported(shape: tuple[int, ...], dtype: Any, k: int) -> str | None:
+    """What the kernel does not take of scores and k; None if it takes all."""
+    if len(shape) != 2 or shape[1] > LONGEST or dtype != jnp.float32:
+        return f"scores of shape {tuple(shape)} and dtype {dtype}; it takes float32 [T, L] with L up to {LONGEST}"
+    if k > TOP_K_LIMIT:
+        return f"k={k}; it takes k up to {TOP_K_LIMIT}"
+    return None
+
+
+def top_k(scores: jax.Array, k: int, *, lengths: jax.Array | None = None, backend: str = "auto") -> jax.Array:
     """Positions of the k largest scores of each row; equal scores go to the lowest position, always.
 
     Args:
-      scores: float32 [T, L]; -inf and NaN are never chosen; -0 equals 0.
+      scores: float32 [T, L]; -inf and NaN are never chosen; -0 equals 0. The kernel copies scores whose L is not a
+        multiple of 256.
       k: how many, at least 1.
-      backend: "auto" or "reference".
+      lengths: int32 [T]: only scores[t, :lengths[t]] exist, and what lies beyond may be anything; all L if None.
+      backend: "auto", "mosaic_gpu", "reference" or "interpret" (see `pallas_kernels.backend`).
 
     Returns:
-      int32 [T, k]; -1 where a row has fewer than k that can be chosen. The order within a row is not specified.
+      int32 [T, k]: the chosen positions first, then -1 where a row has fewer than k that can be chosen. The order of
+      the positions is not specified, but the same in each run.
 
     Raises:
-      ValueError: k is less than 1.
+      ValueError: k is less than 1, lengths are not one a row, or the named kernel does not take these arguments.
     """
-    resolve(backend, "top_k")
     if k < 1:
         raise ValueError(f"top_k needs k >= 1, not {k}")
-    return reference.top_k(scores, k)
+    if lengths is not None and lengths.shape != scores.shape[:-1]:
+        raise ValueError(f"top_k needs a length for each row: {scores.shape[:-1]}, not {lengths.shape}")
+    chosen = resolve(backend, "top_k", KERNEL, unsupported(scores.shape, scores.dtype, k))
+    if chosen == "reference":
+        return reference.top_k(scores, k, lengths)
+    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    return mosaic_gpu.top_k(scores, k, lengths=lengths, interpret=interpret)

@@ -1,12 +1,23 @@
-"""Attention over chosen slots against float64 NumPy, and its edge cases."""
+"""Attention over chosen slots against float64 NumPy, and its edge cases; the kernel in Pallas' interpreter."""
 
+import dataclasses
+import os
+import re
+
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.cache_write import cache_write, record_bytes
-from pallas_kernels.sparse_mla import dense_mla, sparse_mla
+from pallas_kernels import tuning
+from pallas_kernels.backend import BackendError
+from pallas_kernels.cache_write import record_bytes, scatter
+from pallas_kernels.mosaic import interpreter
+from pallas_kernels.sparse_mla import dense_mla, mosaic_gpu, sparse_mla
+from pallas_kernels.sparse_mla.combine import combine
 from tests import numpy_model
+from tests.kernels.cases import sparse_mla as cases
 
 TOKENS, HEADS, LATENT, ROPE, BLOCKS, CHOSEN, SCALE = 5, 3, 128, 16, 3, 10, 0.11
 
@@ -105,7 +116,7 @@ def test_fp8_records_equal_their_dequantised_rows():
     latent, rope_key, key = (rng.standard_normal((BLOCKS * 64, n)).astype(np.float32) for n in (LATENT, ROPE, 8))
     rope_key = np.asarray(jnp.asarray(rope_key, jnp.bfloat16), np.float32)
     packed = jnp.zeros((2, BLOCKS, 64, record_bytes(LATENT, ROPE)), jnp.uint8)
-    packed, _ = cache_write(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
+    packed, _ = scatter(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
     rows = np.concatenate([numpy_model.fake_quantise(latent, "ue8m0"), rope_key], -1)
     plain = np.stack([np.zeros_like(rows), rows]).reshape(2, BLOCKS, 64, -1).astype(np.float32)
     assert_same(attend(queries, packed, slots), expected(queries, plain, slots))
@@ -127,3 +138,226 @@ def test_dense_equals_sparse_over_all_visible_keys(chunk_bytes):
         chunk_bytes=chunk_bytes,
     )
     np.testing.assert_allclose(dense, attend(queries, kv, slots)[0], rtol=2e-5, atol=2e-6)
+
+
+def run(case: cases.Case, **options):
+    arrays = [jnp.asarray(x) for x in case.arguments]
+    lengths = None if case.lengths is None else jnp.asarray(case.lengths)
+    return sparse_mla(*arrays, **{**case.options, "lengths": lengths}, **options)
+
+
+REFERENCE_CASES = [
+    cases.case("anywhere", [40, 0, 1, 17], heads=3, keys=40, blocks=2),
+    cases.case("prefix", [40, 0, 1, 17], heads=3, keys=40, blocks=2, prefix=True),
+    cases.case("records", [40, 0, 1, 17], heads=3, keys=40, blocks=2, fp8=True),
+    cases.case("records, other scales", [40, 0, 17], heads=3, keys=40, blocks=2, fp8=True, powers=False, prefix=True),
+    cases.case("rising", [40, 0, 17], heads=3, keys=40, blocks=2, prefix=True, rising=True),
+]
+
+
+@pytest.mark.parametrize("case", REFERENCE_CASES, ids=lambda case: case.name)
+def test_reference_on_hard_cases(case):
+    """In float32, where only the order of sums differs."""
+    case = dataclasses.replace(case, queries=case.queries.astype(np.float32))
+    cases.check(case, *run(case, backend="reference"), rms=1e-5, largest=1e-5, of_lse=1e-5)
+
+
+def test_keys_at_and_after_a_length_do_not_count():
+    queries, kv, slots = case()
+    lengths = np.array([10, 0, 1, 7, 3], np.int32)
+    shortened = np.where(np.arange(CHOSEN) < lengths[:, None], slots, -1).astype(np.int32)
+    got = attend(queries, kv, slots, lengths=jnp.asarray(lengths))
+    assert_same(got, attend(queries, kv, shortened))
+    assert_same(got, expected(queries, kv, shortened))
+
+
+def test_shapes_must_fit_together():
+    queries, kv, slots = (jnp.asarray(x) for x in case())
+    with pytest.raises(ValueError, match=r"lengths \[T\].*\(4,\)"):
+        attend(queries, kv, slots, lengths=jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"slots \[T, K\].*\(3, 10\)"):
+        attend(queries, kv, slots[:3])
+
+
+def shapes(tokens=2, heads=128, keys=2048, *, fp8=False, latent=512, rope=64, block=64, dtype=jnp.bfloat16, layers=2):
+    cache = (record_bytes(latent, rope), jnp.uint8) if fp8 else (latent + rope, jnp.bfloat16)
+    return (
+        jax.ShapeDtypeStruct((tokens, heads, latent + rope), dtype),
+        jax.ShapeDtypeStruct((layers, 8, block, cache[0]), cache[1]),
+        jax.ShapeDtypeStruct((tokens, keys), jnp.int32),
+    )
+
+
+def test_unsupported_calls_say_what_is_supported():
+    for arguments, scale, rope_dim, message in [
+        (shapes(dtype=jnp.float32), 0.1, 64, "queries of float32; it takes bfloat16"),
+        (shapes(latent=256), 0.1, 64, r"queries \(2, 128, 320\).*512 latent and 64 rope"),
+        (shapes(latent=256, fp8=True), 0.1, 64, r"records of 656 bytes"),
+        (shapes(), 0.1, 32, "rope_dim 32"),
+        (shapes(block=32), 0.1, 64, "blocks of 64"),
+        (shapes(heads=129), 0.1, 64, "129 heads; it takes 1 to 128"),
+        (shapes(keys=2049), 0.1, 64, "2049 keys a token; it takes 1 to 2048"),
+        (shapes(keys=0), 0.1, 64, "0 keys a token; it takes 1 to 2048"),
+        (shapes(layers=2**23), 0.1, 64, "less than 2\\^31"),
+        (shapes(), 0.0, 64, "scale 0.0; it takes a positive number"),
+    ]:
+        with pytest.raises(BackendError, match=message):
+            queries, kv, slots = arguments
+            sparse_mla(queries, kv, 0, slots, scale=scale, rope_dim=rope_dim, backend="mosaic_gpu")
+    assert mosaic_gpu.unsupported(*shapes(), 0.1, 64) is None
+    assert mosaic_gpu.unsupported(*shapes(fp8=True, heads=1, keys=1), 0.1, 64) is None
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------
+
+
+def lower(arguments, lengths, **options):
+    """Compiles for a GPU as far as that is possible without one; returns the text of the program."""
+    queries, kv, slots = arguments
+    lengths = jax.ShapeDtypeStruct(slots.shape[:1], jnp.int32) if lengths else None
+
+    def op(queries, kv, layer, slots, lengths):
+        return mosaic_gpu.sparse_mla(queries, kv, layer, slots, lengths, 0.1, **options)
+
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(op).trace(queries, kv, layer, slots, lengths).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("config", tuning.CONFIGS["sparse_mla"], ids=str)
+def test_every_config_lowers(config):
+    fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    text = lower(shapes(fp8=fp8), True, config=config)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == (1 if config.splits == 1 else 2)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("heads", "keys", "lengths"), [(3, 130, False), (64, 1, False), (65, 2048, True)])
+def test_other_shapes_lower(fp8, heads, keys, lengths):
+    lower(shapes(3, heads, keys, fp8=fp8), lengths)
+
+
+def test_the_cache_is_handed_over_whole():
+    """Nothing touches the cache, or a layer of it, but the flat view of it and the kernel."""
+    text = lower(shapes(layers=3), True, config=tuning.SPARSE_MLA_BF16)
+    sizes = ("3x8x64x576xbf16", "1536x576xbf16", "8x64x576xbf16", "512x576xbf16")
+    lines = [line for line in text.splitlines() if any(size in line for size in sizes)]
+    operations = [re.search(r"func\.func|stablehlo\.\w+", line) for line in lines]
+    assert [found and found.group() for found in operations] == [
+        "func.func",
+        "stablehlo.reshape",
+        "stablehlo.custom_call",
+    ]
+
+
+def test_choice_of_splits():
+    for fp8 in (False, True):
+        for tokens in (1, 2, 3, 8, 17, 32, 64, 67, 100, 128, 500, 4096):
+            for groups in (1, 2):
+                for keys in (1, 128, 129, 500, 2048):
+                    config = tuning.sparse_mla_config(tokens, groups, keys, fp8=fp8)
+                    assert config in tuning.CONFIGS["sparse_mla"]
+                    assert config.splits <= -(-keys // 128)
+                    assert config.splits == 1 or tokens * groups < 2 * tuning.SMS
+    assert tuning.sparse_mla_config(1, 2, 2048, fp8=True).splits == 16
+    assert tuning.sparse_mla_config(8, 2, 2048, fp8=True).splits == 8
+    assert tuning.sparse_mla_config(128, 2, 2048, fp8=True).splits == 1
+
+
+def test_configs_check_themselves():
+    for wrong in (
+        {"splits": 0},
+        {"ctas": 0},
+        {"ahead": 5},
+        {"slack": -1.0},
+        {"registers": (216, 80)},
+        {"registers": (212, 72)},
+    ):
+        with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+            dataclasses.replace(tuning.SPARSE_MLA_BF16, **wrong)
+
+
+def test_no_tokens():
+    queries, kv, slots = (jnp.zeros(x.shape, x.dtype) for x in shapes(tokens=0, keys=5))
+    out, lse = sparse_mla(queries, kv, 1, slots, scale=0.1, rope_dim=64, backend="interpret")
+    assert out.shape == (0, 128, 512) and out.dtype == jnp.bfloat16 and lse.shape == (0, 128)
+
+
+@pytest.fixture
+def interpreting(capfd):
+    """Checks afterwards that the interpreter saw no race.
+
+    A warpgroup that waits in the interpreter keeps a thread of XLA's pool, which has as many as NPROC says when JAX
+    starts, or as there are processors: with fewer than warpgroups, nobody would be left to do what they wait for.
+    """
+    assert int(os.environ.get("NPROC", os.cpu_count())) >= 4, "set NPROC=8 before JAX starts: see tests/conftest.py"
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+BF16, FP8 = tuning.SPARSE_MLA_BF16, tuning.SPARSE_MLA_FP8
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (
+            cases.case("three items in one CTA", [130, 0, 70], heads=3, keys=130, blocks=3, prefix=True),
+            dataclasses.replace(BF16, ctas=1),
+        ),
+        (
+            cases.case("absent keys, two head groups", [100], heads=65, keys=200, blocks=4),
+            dataclasses.replace(BF16, ctas=1, slack=0.0),
+        ),
+        (
+            cases.case("splits, one without keys", [0, 200, 40], heads=3, keys=300, blocks=5, fp8=True),
+            dataclasses.replace(FP8, ctas=2, splits=2),
+        ),
+        (
+            cases.case("rising", [250], heads=3, keys=250, blocks=5, fp8=True, prefix=True, rising=True),
+            dataclasses.replace(FP8, ctas=1),
+        ),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_kernel_in_the_interpreter(case, config, interpreting):
+    lengths = None if case.lengths is None else jnp.asarray(case.lengths)
+    arrays = [jnp.asarray(x) for x in case.arguments]
+    op = jax.jit(lambda *x: mosaic_gpu.sparse_mla(*x, cases.SCALE, config=config, interpret=interpreter()))
+    cases.check(case, *op(*arrays, lengths))
+
+
+@pytest.mark.interpret
+def test_gradient_of_the_kernel_is_that_of_the_reference(interpreting):
+    case = cases.case("tiny", [5], heads=2, keys=6, blocks=1, prefix=True)
+    kv = np.where(np.isnan(case.kv.astype(np.float32)), 0, case.kv.astype(np.float32)).astype(ml_dtypes.bfloat16)
+    case = dataclasses.replace(case, kv=kv)
+    weights = np.random.default_rng(0).standard_normal((1, 2, 512)).astype(np.float32)
+
+    def loss(queries, kv, backend):
+        arguments = dataclasses.replace(case, queries=queries, kv=kv)
+        out, lse = run(arguments, backend=backend)
+        return (out.astype(jnp.float32) * weights).sum() + lse.sum()
+
+    arguments = jnp.asarray(case.queries), jnp.asarray(case.kv)
+    got, wanted = (jax.grad(loss, (0, 1))(*arguments, backend) for backend in ("interpret", "reference"))
+    for g, w in zip(got, wanted, strict=True):
+        assert np.asarray(g, np.float32).any()
+        np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.interpret
+def test_combine_is_exact_and_leaves_out_what_was_never_written(interpreting):
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((2, 3, 2, 512)).astype(np.float32)
+    lse = (30 * rng.standard_normal((2, 3, 2))).astype(np.float32)
+    lse[0, 1], parts[0, 1] = -np.inf, np.nan
+    lse[1, :, 1], parts[1, :, 1] = -np.inf, np.nan
+    out, total = combine(jnp.asarray(parts), jnp.asarray(lse), jnp.float32, interpret=interpreter())
+    with np.errstate(divide="ignore"):
+        expected_total = np.log(np.exp(lse.astype(np.float64)).sum(1))
+        weights = np.exp(lse.astype(np.float64) - np.where(np.isinf(expected_total), 0, expected_total)[:, None])
+    expected = np.where(lse[..., None] > -np.inf, weights[..., None] * parts, 0).sum(1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-6)
+    assert not np.asarray(out)[1, 1].any() and np.isneginf(np.asarray(total)[1, 1])

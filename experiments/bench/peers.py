@@ -1,0 +1,70 @@
+"""Times of published kernels, as a peers' file carries them.
+
+Such a file is JSON: `device`, and `rows` of `peer`, `op`, `shape` and `seconds` (or `error`). It is written by a script
+that times other libraries on the same machine just before; a ratio across devices would mean nothing, and is refused.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv32_jax.errors import UserError
+from pallas_kernels.shapes import PeerRow, Shape
+
+
+class Peers:
+    """Rows of one or more files, by library, call and shape; of equal rows the last counts."""
+
+    def __init__(self, rows: dict[PeerRow, float | str] | None = None, files: Sequence[dict[str, Any]] = ()):
+        self.rows = rows or {}
+        self.files = list(files)
+
+    @classmethod
+    def read(cls, paths: Sequence[Path], device: str) -> "Peers":
+        """The rows that were measured on this kind of device.
+
+        Raises:
+          UserError: a file cannot be read or is no peers' file.
+        """
+        rows: dict[PeerRow, float | str] = {}
+        files = []
+        for path in paths:
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                found = {
+                    PeerRow(row["peer"], row["op"], row["shape"]): row.get("seconds", row.get("error", "no time"))
+                    for row in content["rows"]
+                    if "op" in row
+                }
+            except OSError as error:
+                raise UserError(f"--peers {path}: cannot be read: {error.strerror}") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"--peers {path}: not a file of a device and rows of peer, op, shape") from error
+            used = content.get("device") == device
+            files.append({"name": path.name, "device": content.get("device"), "used": used})
+            if used:
+                rows.update(found)
+        return cls(rows, files)
+
+    def seconds(self, row: PeerRow) -> float | None:
+        """The time of one row, if it was measured."""
+        found = self.rows.get(row)
+        return found if isinstance(found, float) else None
+
+    def join(self, shape: Shape) -> dict[str, Any] | None:
+        """The fastest alternative that was measured whole: its name, rows and seconds; None if there is none."""
+        best: dict[str, Any] | None = None
+        for rows in shape.peers:
+            times = [time for row in rows if (time := self.seconds(row)) is not None]
+            if len(times) < len(rows):
+                continue
+            total = sum(times)
+            if best is None or total < best["seconds"]:
+                names = list(dict.fromkeys(row.peer for row in rows))
+                best = {
+                    "name": " + ".join(names),
+                    "rows": [f"{row.peer}: {row.op}, {row.shape}" for row in rows],
+                    "seconds": total,
+                }
+        return best

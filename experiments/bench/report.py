@@ -1,0 +1,248 @@
+"""The results as a table on the terminal, as tables of the kernels' pages, and as a figure."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.results import RESULTS, read_result
+from pallas_kernels.shapes import SHAPES
+
+NAME = "attention_kernels"
+RESULT = RESULTS / f"{NAME}.json"
+PAGES = Path(__file__).parent.parent.parent / "docs" / "kernels"
+CURVE = "attention_curve.png"
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+HEADINGS = ("shape", "time", "spread", "TFLOP/s", "GB/s", "roofline", "memory", "reference", "peer", "target")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table, by `HEADINGS`."""
+    if "error" in row:
+        return [row["shape"], f"failed: {row['error'][:60]}", *[""] * (len(HEADINGS) - 2)]
+    times, bound, reference, peer = row["seconds"], row["roofline"], row.get("reference"), row.get("peer")
+    return [
+        row["shape"] + ("" if row["backend"] == "mosaic_gpu" else f" ({row['backend']})"),
+        duration(times["median"]),
+        f"{duration(times['min'])} to {duration(times['max'])}",
+        "" if row["tflops"] is None else f"{row['tflops']:.0f}" if row["tflops"] >= 10 else f"{row['tflops']:.2g}",
+        f"{row['gbytes_per_second']:.0f}",
+        "" if bound is None else f"{bound['fraction']:.0%} ({bound['bound']})",
+        size(row["memory"]),
+        beside(reference),
+        "" if peer is None else f"{peer['ratio']:.2f}x ({peer['name']})",
+        verdict(row),
+    ]
+
+
+def beside(reference: dict[str, Any] | None) -> str:
+    """How much faster than the reference; its tokens where its time is scaled."""
+    if reference is None:
+        return ""
+    if "error" in reference:
+        return "did not run"
+    part = f", {reference['measured_tokens']} tokens scaled"
+    scaled = reference["seconds_scaled_to_shape"] != reference["measured_seconds"]
+    return f"{reference['ratio']:.1f}x" + (part if scaled else "")
+
+
+def reached(row: dict[str, Any]) -> float | None:
+    """The number that the row's target speaks of, if it was measured."""
+    if "target" not in row or "error" in row:
+        return None
+    if row["target"]["of"] == "peer":
+        return None if row["peer"] is None else row["peer"]["ratio"]
+    return None if row["roofline"] is None else row["roofline"]["fraction"]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The target, and whether it is reached."""
+    if "target" not in row:
+        return ""
+    floor, goal, value = row["target"]["floor"], row["target"]["goal"], reached(row)
+    asked = f"{floor:g} / {goal:g}"
+    if value is None:
+        return f"{asked}: not measured"
+    return f"{asked}: " + ("goal" if value >= goal else "floor" if value >= floor else "missed")
+
+
+def duration(seconds: float) -> str:
+    """With three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * size:
+            return f"{three(seconds / size)} {unit}"
+    return f"{three(seconds / 1e-6)} us"
+
+
+def three(number: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+
+
+def dense(row: dict[str, Any]) -> tuple[float, str] | None:
+    """Of a row of the whole attention: the best dense time that was measured, and whose it is."""
+    found = []
+    reference, peer = row.get("reference"), row.get("peer")
+    if reference is not None and "error" not in reference:
+        found.append((reference["seconds_scaled_to_shape"], reference["name"]))
+    if peer is not None:
+        found.append((peer["seconds"], peer["name"]))
+    return min(found, default=None)
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """All rows on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("op", *HEADINGS):
+        table.add_column(heading, justify="left" if heading in ("op", "shape", "target") else "right", no_wrap=True)
+    devices = dict.fromkeys(device for device, _, _ in groups(content))
+    for device, op, rows in groups(content):
+        for n, row in enumerate(rows):
+            shown = op if len(devices) == 1 else f"{op}, {device}"
+            table.add_row(shown if n == 0 else "", *cells(row), end_section=n + 1 == len(rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has no width
+    console.print(table)
+
+
+def groups(content: dict[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(device, op, rows) in the order of the shapes."""
+    runs = {run["time"]: run for run in content["runs"]}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        found.setdefault((runs[row["run"]]["device"], row["op"]), []).append(row)
+    return [(device, op, rows) for (device, op), rows in found.items()]
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------
+
+
+def markdown(content: dict[str, Any], op: str) -> str:
+    """The table of an op for its page, one for each device."""
+    runs = {run["time"]: run for run in content["runs"]}
+    parts = []
+    for device, name, rows in groups(content):
+        if name != op:
+            continue
+        own = [runs[time] for time in dict.fromkeys(row["run"] for row in rows)]
+        lines = [f"{device}; " + "; ".join(sentence(run) for run in own) + ".", ""]
+        table = [attention_cells(row) for row in rows] if op == "attention" else [cells(row) for row in rows]
+        headings = ATTENTION_HEADINGS if op == "attention" else HEADINGS
+        # A column that nothing is in is left out.
+        kept = [n for n in range(len(headings)) if n == 0 or any(line[n] for line in table)]
+        lines.append("| " + " | ".join(headings[n] for n in kept) + " |")
+        lines.append("|" + "|".join(" --- " if n == 0 else " ---: " for n in kept) + "|")
+        lines += ["| " + " | ".join(line[n].replace("|", "/") for n in kept) + " |" for line in table]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
+ATTENTION_HEADINGS = ("shape", "time", "memory", "dense", "dense time", "dense memory", "faster by")
+
+
+def attention_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the whole attention, beside the best dense one."""
+    if "error" in row:
+        return cells(row)[: len(ATTENTION_HEADINGS)]
+    line = [row["shape"], duration(row["seconds"]["median"]), size(row["memory"])]
+    best = dense(row)
+    if best is None:
+        return [*line, "", "did not run", "", ""]
+    seconds, name = best
+    reference = row.get("reference") or {}
+    own = reference.get("name") == name
+    return [
+        *line,
+        name,
+        duration(seconds),
+        size(reference["memory"]) if own else "",
+        f"{seconds / row['seconds']['median']:.2f}x",
+    ]
+
+
+def size(memory: dict[str, int]) -> str:
+    """Temporaries and outputs together: what the call needs beside its inputs."""
+    total = sum(memory.values())
+    return f"{three(total / 1e9)} GB" if total >= 1e9 else f"{three(total / 1e6)} MB"
+
+
+def sentence(run: dict[str, Any]) -> str:
+    """When, with what, and what the device itself reached."""
+    rates = run["roofline"]["ceilings"]
+    shown = [
+        f"{label} {three(rates[name] / 1e12)} {unit}"
+        for name, label, unit in (("copy", "copy", "TB/s"), ("bf16", "bf16", "TFLOP/s"), ("fp8", "FP8", "TFLOP/s"))
+        if rates[name] is not None
+    ]
+    return f"{run['date']}, jax {run['versions']['jax']}; {', '.join(shown)}"
+
+
+def with_tables(page: str, content: dict[str, Any]) -> str:
+    """A page with the table of each op between its markers, `<!-- bench:OP -->` and `<!-- /bench -->`."""
+    for _, op, _ in MARKED.findall(page):
+        if op not in SHAPES:
+            raise ValueError(f"bench:{op}: no such op; ops are {', '.join(SHAPES)}")
+    return MARKED.sub(lambda found: found[1] + markdown(content, found[2]) + found[3], page)
+
+
+def write_pages(pages: Path = PAGES) -> list[Path]:
+    """Writes the measured tables into the kernels' pages, and the figure; returns what it wrote."""
+    content = read_result(NAME)
+    written = []
+    for path in sorted(pages.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        if MARKED.search(page):
+            path.write_text(with_tables(page, content), encoding="utf-8")
+            written.append(path)
+    if curve(content):
+        written.append(draw(content, pages / CURVE))
+    return written
+
+
+def curve(content: dict[str, Any]) -> list[tuple[str, list[tuple[int, float, float]]]]:
+    """By device: (tokens of a prompt, our seconds, best dense seconds), where both were measured."""
+    found = []
+    for device, op, rows in groups(content):
+        points = [
+            (row["dims"]["tokens"], row["seconds"]["median"], best[0])
+            for row in rows
+            if op == "attention" and row["dims"]["kind"] == "prefill" and "error" not in row and (best := dense(row))
+        ]
+        if len(points) > 1:
+            found.append((device, sorted(points)))
+    return found
+
+
+def draw(content: dict[str, Any], file: Path) -> Path:
+    """Time of a prompt's attention in one layer by its length, sparse and dense."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    for device, points in curve(content):
+        lengths, ours, theirs = zip(*points, strict=True)
+        (line,) = axes.plot(lengths, [second * 1e3 for second in ours], marker="o", label=f"sparse, {device}")
+        axes.plot(
+            lengths,
+            [second * 1e3 for second in theirs],
+            marker="s",
+            linestyle="--",
+            color=line.get_color(),
+            label=f"best dense, {device}",
+        )
+    ticks: Sequence[int] = sorted({point[0] for _, points in curve(content) for point in points})
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="ms", title="attention of one layer")
+    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+    return file

@@ -1,0 +1,105 @@
+"""What the device can do, measured in the same run, and how much of it a call reached."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench import timer as timing
+from experiments.bench.peers import Peers
+from pallas_kernels.shapes import PeerRow
+
+CEILINGS = ("copy", "bf16", "fp8")
+"""Bytes/s of a copy (read and write both counted), FLOP/s of bf16 and of FP8 products."""
+TORCH = {
+    "copy": PeerRow("torch", "copy", "2 GiB"),
+    "bf16": PeerRow("torch", "matmul bf16", "8192^3"),
+    "fp8": PeerRow("torch", "matmul fp8 per-tensor", "8192^3"),
+}
+"""The rows of a peers' file that measure the same."""
+
+
+def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, Any]:
+    """Each ceiling by each method, and the largest.
+
+    Returns:
+      `ceilings`: by `CEILINGS`, the largest rate; None where no method ran.
+      `methods`: by ceiling and method, the rate or the error.
+      `timer_check`: the methods that run the same library call as PyTorch's rows do: our seconds over theirs.
+      `empty_call_seconds`: what the timer says of nothing; no time has it subtracted.
+    """
+    side = 256 if tiny else 8192
+    size = (4 if tiny else 2048) * 2**20
+    operations = 2 * side**3
+    methods: dict[str, dict[str, Any]] = {name: {} for name in CEILINGS}
+    own: dict[tuple[str, str], float] = {}
+
+    def rate(ceiling: str, method: str, f: Callable[..., Any], arguments: Callable[[], tuple], work: int) -> None:
+        try:
+            ready = arguments()
+            compiled = jax.jit(f).lower(*ready).compile()
+            median = statistics.median(timing.seconds(timer, lambda: compiled(*ready)))
+        except Exception as error:  # a product that this device lacks leaves the others
+            methods[ceiling][method] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            return
+        own[ceiling, method] = median
+        methods[ceiling][method] = {"seconds": median, "rate": work / median}
+
+    def bytes_() -> tuple:
+        return (jax.random.bits(jax.random.key(0), (size,), jnp.uint8),)
+
+    def half() -> tuple:
+        return (jax.random.normal(jax.random.key(0), (size // 2,), jnp.bfloat16),)
+
+    def factors(dtype: Any) -> Callable[[], tuple]:
+        return lambda: tuple(
+            jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16).astype(dtype) for i in range(2)
+        )
+
+    rate("copy", "copy", jnp.copy, bytes_, 2 * size)
+    rate("copy", "x + 1", lambda x: x + 1, half, 2 * size)
+    rate("bf16", "matmul", jnp.matmul, factors(jnp.bfloat16), operations)
+    rate("fp8", "dot_general", fp8_product, factors(jnp.float8_e4m3fn), operations)
+    check = {}
+    if not tiny:
+        for (ceiling, method), mine in own.items():
+            theirs = peers.seconds(TORCH[ceiling])
+            if theirs is not None and method != "x + 1":
+                check[f"{ceiling} ({method})"] = {"seconds": mine, "torch": theirs, "ratio": mine / theirs}
+        for ceiling, row in TORCH.items():
+            theirs = peers.seconds(row)
+            if theirs is not None:
+                work = 2 * size if ceiling == "copy" else operations
+                methods[ceiling]["torch"] = {"seconds": theirs, "rate": work / theirs}
+    ceilings = {
+        name: max((entry["rate"] for entry in entries.values() if "rate" in entry), default=None)
+        for name, entries in methods.items()
+    }
+    empty = statistics.median([timer.once(lambda: None, timing.LEAST_SPIN) for _ in range(5)])
+    return {"ceilings": ceilings, "methods": methods, "timer_check": check, "empty_call_seconds": empty}
+
+
+def fp8_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b.T, the form that Hopper's FP8 units take."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+
+def bound(work: Mapping[str, int], bytes_: int, ceilings: Mapping[str, float | None]) -> tuple[float, str] | None:
+    """The least seconds that a call can take, and by what: "compute" or "memory".
+
+    Args:
+      work: operations by kind of product ("bf16", "fp8"); they share the tensor cores, so their times add up.
+      bytes_: what must cross device memory at least once.
+      ceilings: see `measure`.
+
+    Returns:
+      None if a ceiling that counts was not measured.
+    """
+    rates = {kind: rate for kind in (*work, "copy") if (rate := ceilings.get(kind)) is not None}
+    if len(rates) <= len(work):
+        return None
+    compute = sum(operations / rates[kind] for kind, operations in work.items())
+    memory = bytes_ / rates["copy"]
+    return (compute, "compute") if compute > memory else (memory, "memory")

@@ -1,0 +1,254 @@
+"""The measurement: shapes one after another, and a file that is whole after each."""
+
+import dataclasses
+import functools
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsv32_jax.errors import UserError
+from experiments.bench import attention, cases, roofline
+from experiments.bench import timer as timing
+from experiments.bench.peers import Peers
+from experiments.bench.report import three
+from experiments.results import environment, write_json
+from pallas_kernels.backend import BACKENDS
+from pallas_kernels.shapes import SHAPES, TINY, Attention, Shape
+
+REST_SECONDS = 0.25
+"""Between measurements, so that the power limit does not carry over from one to the next."""
+Content = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured and how.
+
+    Attributes:
+      ops: names; all if empty.
+      shape: a shape's name; all of the ops' if None.
+      backend: of the ops.
+      peers: peers' files.
+      out: the results' file, if one is written; rows of other ops, shapes and devices that it has are kept.
+      repetitions: at most, of one call.
+      budget_seconds: after this time no further shape is begun.
+      quick: only shapes with a target, and no reference.
+      tiny: small shapes, for tests.
+    """
+
+    ops: Sequence[str] = ()
+    shape: str | None = None
+    backend: str = "auto"
+    peers: Sequence[Path] = ()
+    out: Path | None = None
+    repetitions: int = 20
+    budget_seconds: float | None = None
+    quick: bool = False
+    tiny: bool = False
+
+
+def chosen_shapes(settings: Settings) -> list[Shape]:
+    """The shapes that these settings name.
+
+    Raises:
+      UserError: no such op or shape.
+    """
+    grid = TINY if settings.tiny else SHAPES
+    unknown = [op for op in settings.ops if op not in grid]
+    if unknown:
+        raise UserError(f"op {unknown[0]}: unknown; ops are {', '.join(grid)}")
+    found = [shape for op in settings.ops or grid for shape in grid[op]]
+    if settings.shape is not None:
+        named = [shape for shape in found if shape.name == settings.shape]
+        if not named:
+            raise UserError(f"--shape {settings.shape}: unknown; shapes are {', '.join(shape.name for shape in found)}")
+        found = named
+    return [shape for shape in found if shape.target is not None] if settings.quick else found
+
+
+def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Content, int]:
+    """Measures the chosen shapes.
+
+    Args:
+      settings: what and how.
+      say: takes a line of progress.
+
+    Returns:
+      The content of the results' file, and how many shapes failed.
+
+    Raises:
+      UserError: wrong settings, or no GPU and not `tiny`.
+    """
+    begun = time.monotonic()
+    shapes = chosen_shapes(settings)
+    if settings.backend not in BACKENDS:
+        raise UserError(f"--backend {settings.backend}: unknown; choose one of {', '.join(BACKENDS)}")
+    if jax.default_backend() != "gpu" and not settings.tiny:
+        raise UserError("bench: needs a GPU; --tiny runs small shapes on any device")
+    machine = environment()
+    peers = Peers.read(settings.peers, machine["device"])
+    for file in peers.files:
+        if not file["used"]:
+            say(f"{file['name']}: measured on {file['device']}, this is {machine['device']}; not used")
+    timer, trouble = timing.device_timer()
+    say(f"timer: {timer.name}" + (f" ({trouble})" if trouble else ""))
+    ceilings = roofline.measure(timer, peers, settings.tiny)
+    run = {
+        **machine,
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "tiny": settings.tiny,
+        "timer": timer.name,
+        "timer_trouble": trouble,
+        "peers": peers.files,
+        "roofline": ceilings,
+    }
+    for line in describe(ceilings):
+        say(line)
+    content = open_content(settings.out, run)
+    failed, left = 0, []
+    for shape in shapes:
+        if settings.budget_seconds is not None and time.monotonic() - begun > settings.budget_seconds:
+            left.append(f"{shape.op} {shape.name}")
+            continue
+        row = {**one(shape, settings, timer, peers, ceilings["ceilings"]), "run": run["time"]}
+        failed += "error" in row
+        place(content, row)
+        if settings.out is not None:
+            write_json(settings.out, content)
+        say(line_of(row))
+        time.sleep(0 if settings.tiny else REST_SECONDS)
+    if left:
+        say(f"not begun within {settings.budget_seconds:g} s: {', '.join(left)}")
+    return content, failed
+
+
+def one(
+    shape: Shape, settings: Settings, timer: timing.Timer, peers: Peers, ceilings: dict[str, float | None]
+) -> dict[str, Any]:
+    """The row of one shape. Whatever stops it, out of memory too, is in `error`."""
+    row: dict[str, Any] = {"op": shape.op, "shape": shape.name, "dims": shape.dims()}
+    if shape.target is not None:
+        row["target"] = dataclasses.asdict(shape.target)
+    module: Any = attention if isinstance(shape, Attention) else cases
+    row |= timed(functools.partial(module.build, shape, settings.backend), timer, settings.repetitions)
+    if "error" in row:
+        return row
+    median = row["seconds"]["median"]
+    operations = sum(row["work"].values())
+    row["tflops"] = operations / median / 1e12 if operations else None
+    row["gbytes_per_second"] = row["bytes"] / median / 1e9
+    bound = roofline.bound(row["work"], row["bytes"], ceilings)
+    row["roofline"] = None if bound is None else {"bound": bound[1], "seconds": bound[0], "fraction": bound[0] / median}
+    row["config"] = cases.config(shape) if row["backend"] == "mosaic_gpu" else None
+    row["peer"] = peers.join(shape)
+    if row["peer"] is not None:
+        row["peer"]["ratio"] = row["peer"]["seconds"] / median
+    if not settings.quick:
+        row["reference"] = reference(functools.partial(module.build_reference, shape), timer, settings, shape, median)
+    return row
+
+
+def reference(
+    build: Callable[[], cases.Case], timer: timing.Timer, settings: Settings, shape: Shape, median: float
+) -> dict[str, Any]:
+    """What plain JAX takes for the same; scaled by tokens where it ran on fewer."""
+    found = timed(build, timer, settings.repetitions)
+    if "error" in found:
+        return {"error": found["error"]}
+    tokens: int = getattr(shape, "tokens", found["tokens"])
+    own = found["seconds"]["median"]
+    scaled = own * tokens / found["tokens"]
+    return {
+        "name": found["name"],
+        "measured_tokens": found["tokens"],
+        "measured_seconds": own,
+        "seconds_scaled_to_shape": scaled,
+        "ratio": scaled / median,
+        "memory": found["memory"],
+    }
+
+
+def timed(build: Callable[[], cases.Case], timer: timing.Timer, repetitions: int) -> dict[str, Any]:
+    """A case built, run and forgotten: its numbers, or its error."""
+
+    def numbers() -> dict[str, Any]:
+        case = build()
+        jax.block_until_ready(case.run())
+        times = timing.seconds(timer, case.run, repetitions)
+        fields = {name: value for name, value in vars(case).items() if name != "run"}
+        return {**fields, "seconds": timing.summary(times)}
+
+    try:
+        return numbers()
+    except Exception as error:  # recorded; the other shapes are still measured
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+    finally:
+        gc.collect()  # the case's arrays, before the next shape's are made
+
+
+# ---- the file --------------------------------------------------------------------------------------------------
+
+
+def open_content(out: Path | None, run: dict[str, Any]) -> Content:
+    """The file's content with this run added, or a new one."""
+    content: Content = {"runs": [], "rows": []}
+    if out is not None and out.exists():
+        try:
+            content = json.loads(out.read_text(encoding="utf-8"))
+            if not (isinstance(content["runs"], list) and isinstance(content["rows"], list)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out {out}: is no results' file of bench; give another name") from error
+    content["runs"].append(run)
+    return content
+
+
+def place(content: Content, row: dict[str, Any]) -> None:
+    """Puts a row in the place of an older one of the same op, shape and device; forgets runs without rows."""
+    device = {run["time"]: run["device"] for run in content["runs"]}
+
+    def same(other: dict[str, Any]) -> bool:
+        return all(other[name] == row[name] for name in ("op", "shape")) and device[other["run"]] == device[row["run"]]
+
+    grid = [(op, shape.name) for shapes in (SHAPES, TINY) for op in shapes for shape in shapes[op]]
+    rows = [other for other in content["rows"] if not same(other)] + [row]
+    content["rows"] = sorted(rows, key=lambda other: (device[other["run"]], grid.index((other["op"], other["shape"]))))
+    used = {other["run"] for other in rows}
+    content["runs"] = [run for run in content["runs"] if run["time"] in used]
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------
+
+
+def describe(ceilings: dict[str, Any]) -> list[str]:
+    """Lines about the roofline and the timer."""
+    copy, bf16, fp8 = (ceilings["ceilings"][name] for name in roofline.CEILINGS)
+
+    def shown(rate: float | None) -> str:
+        return "-" if rate is None else three(rate / 1e12)
+
+    lines = [f"copy {shown(copy)} TB/s, bf16 {shown(bf16)} TFLOP/s, FP8 {shown(fp8)} TFLOP/s"]
+    lines += [
+        f"timer check, {name}: {entry['seconds'] * 1e6:.1f} us, PyTorch's {entry['torch'] * 1e6:.1f} us: "
+        f"{entry['ratio']:.3f}"
+        for name, entry in ceilings["timer_check"].items()
+    ]
+    return [*lines, f"timer, of nothing: {ceilings['empty_call_seconds'] * 1e6:.1f} us"]
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row on one line, as progress."""
+    head = f"{row['op']:<15} {row['shape']:<22}"
+    if "error" in row:
+        return f"{head} failed: {row['error'][:160]}"
+    line = f"{head} {row['seconds']['median'] * 1e6:>10.1f} us"
+    for name in ("peer", "reference"):
+        if row.get(name) and "ratio" in row[name]:
+            line += f"  {name} x{row[name]['ratio']:.2f}"
+    return line if row["backend"] == "mosaic_gpu" else f"{line}  ({row['backend']})"

@@ -1,0 +1,285 @@
+"""The indexer's scores on Hopper, from the paged FP8 cache.
+
+Work comes in tiles: some tokens of one sequence (a run) times 64 keys or more; [T, H, keys] never exists. All tiles of
+a call form one list, run after run, and each CTA takes an equal share of it, whatever the lengths (`shares.py`). Keys
+stream through a ring of TMA copies, two boxes a cache block. While one warpgroup sums over the heads, the products of
+the others run (`tile.py`).
+
+Many tokens a sequence: the warpgroups share each tile's keys and take two tokens each. About one token a sequence: they
+share the token and take 64 keys each.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import tuning
+from pallas_kernels.indexer_logits.shares import share_function, share_twin, shares
+from pallas_kernels.indexer_logits.tile import (
+    COLUMNS,
+    DIM,
+    HEADS,
+    SWIZZLE,
+    fill_function,
+    fill_twin,
+    tile_function,
+    tile_twin,
+)
+from pallas_kernels.paging import BLOCK_SIZE
+
+ROWS = BLOCK_SIZE + 2
+"""A cache block as rows of 128 bytes: 64 keys, then their float32 scales."""
+LISTED_TOKENS = 1024
+"""Up to so many runs of one token, each CTA finds its share of the tiles by itself."""
+
+
+def quotient(x, by: int):
+    """`x // by` of numbers that are not negative."""
+    return lax.div(x, jnp.int32(by))
+
+
+def remainder(x, by: int):
+    """`x % by` of numbers that are not negative."""
+    return lax.rem(x, jnp.int32(by))
+
+
+def body(layer, tables, sequence, positions, queries, weights, cache, *refs, config, blocks_of_layer, fill, interpret):
+    """See the module. `refs` begin with what `shares` made, if it was called; then the output and the scratch."""
+    plan, (out, q_s, k_s, scale_s, q_full, q_free, full, free) = refs[:-8], refs[-8:]
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    count, (sequences, blocks) = sequence.shape[0], tables.shape
+    limit, row = blocks * BLOCK_SIZE, out.shape[1]
+    tile_blocks = config.tile_keys // BLOCK_SIZE
+    tile_of = (tile_twin if interpret else tile_function)(config, row)
+    if plan:
+        token, tile, total = (plan[0][i, cta] for i in range(3))
+    else:
+        token, tile, total = (share_twin if interpret else share_function)(count, limit, config)(positions, cta)
+
+    def end_of(token):
+        """Keys that a token sees."""
+        return jnp.clip(positions[token] + 1, 0, limit)
+
+    def tiles_up_to(end):
+        return jnp.maximum(quotient(end + (config.tile_keys - 1), config.tile_keys), 1)
+
+    def run_at(token):
+        """The run that begins with `token`: (token, tokens, sequence, tiles)."""
+        length, most, own = token * 0 + 1, end_of(token), sequence[token]
+        same = token >= 0
+        for i in range(1, config.group):
+            other = jnp.minimum(token + i, count - 1)
+            in_group = remainder(token, config.group) + i < config.group
+            same = same & in_group & (token + i < count) & (sequence[other] == own)
+            length = length + same.astype(jnp.int32)
+            most = jnp.where(same, jnp.maximum(most, end_of(other)), most)
+        return token, length, jnp.clip(own, 0, sequences - 1), tiles_up_to(most)
+
+    # The first warpgroup also starts all copies. Its cursor (run, tile of the run, segment, number of the tile in the
+    # CTA's share, the tile's places in the cache; a segment is the CTA's part of a run) goes some tiles ahead of the
+    # tile that it works on, but not into a segment that needs a slot of queries which the warpgroup itself has not
+    # freed. The places are read a tile early, all at once: one after the other, their latency would bound the kernel.
+    first_block = layer[0] * blocks_of_layer
+
+    def places(owner, tile):
+        """Rows of the cache where the tile's blocks begin; what lies past the tokens is masked: any block will do."""
+        found = []
+        for i in range(tile_blocks):
+            block = tables[owner, jnp.minimum(tile * tile_blocks + i, blocks - 1)]
+            found.append((first_block + jnp.maximum(block, 0)) * ROWS)
+        return tuple(found)
+
+    def load_queries(token, segment):
+        slot = remainder(segment, config.query_slots)
+
+        @pl.when(segment >= config.query_slots)
+        def _():
+            plgpu.barrier_wait(q_free.at[slot])
+
+        for i in range(config.group):  # those of other runs are loaded too, so that the barrier counts the same
+            at = jnp.minimum(token + i, count - 1) * HEADS
+            plgpu.copy_gmem_to_smem(
+                queries.at[pl.ds(at, HEADS)], q_s.at[slot, pl.ds(i * HEADS, HEADS)], q_full.at[slot]
+            )
+
+    def load_keys(number, found):
+        slot = remainder(number, config.stages)
+
+        @pl.when(number >= config.stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        for i, at in enumerate(found):
+            keys_at = k_s.at[slot, pl.ds(i * BLOCK_SIZE, BLOCK_SIZE)]
+            plgpu.copy_gmem_to_smem(cache.at[pl.ds(at, BLOCK_SIZE)], keys_at, full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                cache.at[pl.ds(at + BLOCK_SIZE, 2)], scale_s.at[slot, pl.ds(2 * i, 2)], full.at[slot]
+            )
+
+    def load_next(cursor):
+        run, tile, segment, number, found = cursor
+        token, length, _, tiles = run
+
+        pl.when((tile == 0) | (number == 0))(lambda: load_queries(token, segment))
+
+        load_keys(number, found)
+        run, tile, segment = lax.cond(
+            (tile + 1 == tiles) & (number + 1 < total),
+            lambda: (run_at(token + length), tile * 0, segment + 1),
+            lambda: (run, tile + 1, segment),
+        )
+        return run, tile, segment, number + 1, places(run[2], tile)
+
+    def load_ahead(cursor, segment, number):
+        """Starts the copies of every tile up to `number + ahead`."""
+
+        def more(cursor):
+            _, _, cursor_segment, next_number, _ = cursor
+            wanted = (next_number <= number + config.ahead) & (next_number < total)
+            return wanted & (cursor_segment < segment + config.query_slots)
+
+        return lax.cond(warpgroup == 0, lambda: lax.while_loop(more, load_next, cursor), lambda: cursor)
+
+    none = token * 0
+    run = run_at(token)
+    cursor = load_ahead((run, tile, none, none, places(run[2], tile)), none, none)
+
+    if fill:
+        fill_row = (fill_twin if interpret else fill_function)(row)
+        workers = config.ctas * config.warpgroups
+        # Short of tokens, several warpgroups share a row.
+        piece = BLOCK_SIZE * pl.cdiv(blocks, pl.cdiv(2 * workers, count))
+        pieces = pl.cdiv(limit, piece)
+        first = cta * config.warpgroups + warpgroup
+
+        def fill_piece(i, _):
+            item = first + i * workers
+            at, begin = quotient(item, pieces), remainder(item, pieces) * piece
+            seen = quotient(end_of(at) + (BLOCK_SIZE - 1), BLOCK_SIZE) * BLOCK_SIZE
+            fill_row(out, at, jnp.maximum(begin, seen), jnp.minimum(begin + piece, limit))
+
+        items = jnp.maximum(count * pieces - first + (workers - 1), 0)
+        lax.fori_loop(0, quotient(items, workers), fill_piece, None)
+
+    def segment_step(state):
+        (token, length, owner, tiles), tile, segment, done, cursor = state
+        del owner
+        steps = jnp.minimum(tiles - tile, total - done)
+        q_slot = remainder(segment, config.query_slots)
+        mine = token if config.split_keys else token + warpgroup * config.tokens
+        own_weights, ends = [], []
+        for i in range(config.tokens):
+            at = jnp.minimum(mine + i, count - 1)
+            own_weights.append(plgpu.load(weights.at[pl.ds(at * HEADS, HEADS)], layout=COLUMNS, optimized=False))
+            ends.append(jnp.where(mine + i < token + length, end_of(at), 0))
+        plgpu.barrier_wait(q_full.at[q_slot])
+
+        def step(i, cursor):
+            number = done + i
+            cursor = load_ahead(cursor, segment, number)
+            slot = remainder(number, config.stages)
+            plgpu.barrier_wait(full.at[slot])
+            key = (tile + i) * config.tile_keys
+            if config.split_keys:
+                key = key + warpgroup * (config.blocks * BLOCK_SIZE)
+            tile_of(q_s, k_s, scale_s, out, tuple(own_weights), tuple(ends), mine, key, q_slot, slot, warpgroup)
+            plgpu.barrier_arrive(free.at[slot])
+            return cursor
+
+        cursor = lax.fori_loop(0, steps, step, cursor)
+        plgpu.barrier_arrive(q_free.at[q_slot])
+        after = run_at(jnp.minimum(token + length, count - 1))
+        return after, tile * 0, segment + 1, done + steps, cursor
+
+    start = (run, tile, none, none, cursor)
+    segments, done = lax.while_loop(lambda state: state[3] < total, segment_step, start)[2:4]
+
+    @pl.when(warpgroup == 0)
+    def _():  # every phase of a barrier is waited for, before its shared memory goes
+        def drain(barriers, slots, used):
+            first = jnp.maximum(used - slots, 0)
+            lax.fori_loop(first, used, lambda i, _: plgpu.barrier_wait(barriers.at[remainder(i, slots)]), None)
+
+        drain(free, config.stages, done)
+        drain(q_free, config.query_slots, segments)
+
+
+def unsupported(queries: jax.Array, index: jax.Array) -> str | None:
+    """What the kernel does not take of these arguments; None if it takes all."""
+    if index.dtype != jnp.uint8:
+        return f"index keys of dtype {index.dtype}; it takes the FP8 form of the cache (uint8)"
+    if queries.dtype != jnp.float8_e4m3fn:
+        return f"queries of dtype {queries.dtype}; it takes float8_e4m3fn"
+    if queries.shape[2] != DIM or index.shape[2] != ROWS * DIM:
+        return f"queries of shape {queries.shape} with blocks of {index.shape[2]} bytes; it takes keys of width {DIM}"
+    if not 1 <= queries.shape[1] <= HEADS:
+        return f"queries of shape {queries.shape}; it takes 1 to {HEADS} heads"
+    return None
+
+
+def indexer_logits(
+    queries: jax.Array,
+    head_weights: jax.Array,
+    index: jax.Array,
+    layer: int | jax.Array,
+    block_tables: jax.Array,
+    sequence: jax.Array,
+    positions: jax.Array,
+    *,
+    fill: bool = True,
+    interpret: Any = None,
+    config: tuning.IndexerLogits | None = None,
+) -> jax.Array:
+    """See `pallas_kernels.indexer_logits`; for what is not `unsupported`.
+
+    Without `fill`, blocks of 64 scores that lie wholly past a token's position are not written. `config` is for
+    measurements; the default is the choice of `tuning`.
+    """
+    (tokens, heads, _), (sequences, blocks) = queries.shape, block_tables.shape
+    if tokens == 0 or blocks == 0:
+        return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
+    config = config or tuning.indexer_logits(tokens, sequences)
+    layers, blocks_of_layer, _ = index.shape
+    if heads < HEADS:
+        queries = jnp.pad(queries, ((0, 0), (0, HEADS - heads), (0, 0)))
+        head_weights = jnp.pad(head_weights, ((0, 0), (0, HEADS - heads)))
+    # Decode plans inside the kernel, so that it is a single launch. The plan here depends on no layer's data: XLA
+    # computes it once for all layers of a step.
+    planned = config.group > 1 or tokens > LISTED_TOKENS
+    plan = (shares(sequence, positions, blocks * BLOCK_SIZE, config),) if planned else ()
+    kernel = plgpu.kernel(
+        functools.partial(
+            body, config=config, blocks_of_layer=blocks_of_layer, fill=fill, interpret=interpret is not None
+        ),
+        out_type=jax.ShapeDtypeStruct((tokens, blocks * BLOCK_SIZE), jnp.float32),
+        scratch_types=(
+            plgpu.SMEM((config.query_slots, config.group * HEADS, DIM), queries.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.tile_keys, DIM), jnp.uint8, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.tile_keys // BLOCK_SIZE * 2, DIM), jnp.uint8),
+            plgpu.Barrier(num_arrivals=config.group, num_barriers=config.query_slots),
+            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.query_slots),
+            plgpu.Barrier(num_arrivals=config.tile_keys // BLOCK_SIZE * 2, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+        ),
+        grid=(config.ctas,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return kernel(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        block_tables,
+        sequence,
+        positions,
+        queries.reshape(tokens * HEADS, DIM),
+        head_weights.astype(jnp.float32).reshape(-1),
+        index.reshape(layers * blocks_of_layer * ROWS, DIM),
+        *plan,
+    )

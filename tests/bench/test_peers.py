@@ -1,0 +1,67 @@
+"""Joining with other libraries' times."""
+
+import json
+
+import pytest
+
+from dsv32_jax.errors import UserError
+from experiments.bench.peers import Peers
+from pallas_kernels.shapes import PeerRow, TopK
+
+LOGITS, FAST, SLOW = PeerRow("A", "logits", "T=4"), PeerRow("B", "topk", "T=4"), PeerRow("C", "topk", "T=4")
+
+
+def peers_file(path, rows, device="GPU X"):
+    path.write_text(json.dumps({"device": device, "rows": rows}))
+    return path
+
+
+def as_row(key, **fields):
+    return {"peer": key.peer, "op": key.op, "shape": key.shape, **fields}
+
+
+def shape(*alternatives):
+    return TopK(name="x", tokens=4, context=256, peers=alternatives)
+
+
+def test_rows_of_one_alternative_add_up_and_the_fastest_alternative_counts(tmp_path):
+    rows = [as_row(LOGITS, seconds=2.0), as_row(FAST, seconds=1.0), as_row(SLOW, seconds=1.5)]
+    peers = Peers.read([peers_file(tmp_path / "p.json", rows)], "GPU X")
+    found = peers.join(shape((LOGITS, SLOW), (LOGITS, FAST)))
+    assert found == {"name": "A + B", "rows": ["A: logits, T=4", "B: topk, T=4"], "seconds": 3.0}
+
+
+def test_an_alternative_counts_only_whole(tmp_path):
+    rows = [as_row(FAST, seconds=1.0), as_row(LOGITS, error="no kernel"), as_row(SLOW, seconds=1.5)]
+    peers = Peers.read([peers_file(tmp_path / "p.json", rows)], "GPU X")
+    assert peers.join(shape((LOGITS, FAST))) is None
+    assert peers.join(shape((LOGITS, FAST), (SLOW,)))["seconds"] == 1.5
+    assert peers.join(shape()) is None
+
+
+def test_another_device_is_not_compared(tmp_path):
+    files = [
+        peers_file(tmp_path / "here.json", [as_row(FAST, seconds=1.0)]),
+        peers_file(tmp_path / "there.json", [as_row(SLOW, seconds=0.5)], device="GPU Y"),
+    ]
+    peers = Peers.read(files, "GPU X")
+    assert (peers.seconds(FAST), peers.seconds(SLOW)) == (1.0, None)
+    assert [(file["name"], file["used"]) for file in peers.files] == [("here.json", True), ("there.json", False)]
+
+
+def test_several_files_are_one_table(tmp_path):
+    files = [
+        peers_file(tmp_path / "a.json", [as_row(LOGITS, seconds=2.0), as_row(FAST, seconds=9.0)]),
+        peers_file(tmp_path / "b.json", [as_row(FAST, seconds=1.0), {"peer": "B", "error": "gone"}]),
+    ]
+    assert Peers.read(files, "GPU X").join(shape((LOGITS, FAST)))["seconds"] == 3.0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"device": "GPU X"}', '{"rows": [{"op": 1}]}'])
+def test_what_is_no_peers_file(tmp_path, text):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"p\.json"):
+        Peers.read([path], "GPU X")
+    with pytest.raises(UserError, match="cannot be read"):
+        Peers.read([tmp_path / "absent.json"], "GPU X")

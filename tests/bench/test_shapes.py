@@ -1,0 +1,58 @@
+"""The shared list of shapes: names, and the keys by which it is joined with other libraries' times."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from experiments.bench import cases
+from pallas_kernels.shapes import SHAPES, SMALL, TINY, PeerRow
+
+ALL = [(op, shape) for grid in (SHAPES, TINY, SMALL) for op in grid for shape in grid[op]]
+
+
+def test_names_are_unique_and_ops_are_their_own():
+    for grid in (SHAPES, TINY, SMALL):
+        for op, shapes in grid.items():
+            assert {shape.op for shape in shapes} == {op}
+            assert len({shape.name for shape in shapes}) == len(shapes)
+
+
+def test_dims_are_sizes_alone():
+    shape = SHAPES["top_k"][0]
+    assert shape.dims() == {"tokens": 1, "context": 131072, "chosen": 2048}
+
+
+def test_a_shape_cannot_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SHAPES["top_k"][0].tokens = 2
+
+
+def test_peer_keys_are_those_of_the_peers_script():
+    """Written out, because the script that makes the rows is not in this repository."""
+    rows = {row for shapes in SHAPES.values() for shape in shapes for rows in shape.peers for row in rows}
+    assert PeerRow("FlashMLA", "sparse_mla prefill bf16", "T=4096 L=65536 K=2048 H=128") in rows
+    assert PeerRow("FlashMLA", "sparse_mla decode fp8 cache", "T=128 L=32768 K=2048 H=128") in rows
+    assert PeerRow("DeepGEMM", "indexer_logits fp8 prefill", "T=4096 L=131072 heads=64") in rows
+    assert PeerRow("DeepGEMM", "indexer_logits fp8 paged", "T=64 L=32768 heads=64") in rows
+    assert PeerRow("FlashInfer", "topk 2048", "T=1024 L=32768") in rows
+    assert PeerRow("torch", "topk 2048", "T=1 L=131072") in rows
+
+
+def test_floors_are_under_goals():
+    for _, shape in ALL:
+        if shape.target is not None:
+            assert 0 < shape.target.floor < shape.target.goal and shape.target.of in ("peer", "roofline")
+            assert shape.target.of == "roofline" or shape.peers
+
+
+@pytest.mark.parametrize("shape", [shape for _, shape in ALL], ids=[f"{op}-{shape.name}" for op, shape in ALL])
+def test_every_shape_has_a_config(shape):
+    assert cases.config(shape)
+
+
+def test_shapes_need_no_jax():
+    code = "import sys, pallas_kernels.shapes\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,122 @@
+"""`tests/gpu/test_small.py` under compute-sanitizer: `python -m tests.gpu.sanitize [OP]... [--tool TOOL]...`.
+
+What each tool said, or why it could not run, is in `experiments/results/sanitizer.json` after each run. The exit code
+is 1 if a tool found something or a test failed, and 2 if a tool did not run.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+OPS = ("sparse_mla", "indexer_logits", "top_k", "index_select", "cache_write")
+TOOLS = ("memcheck", "synccheck", "racecheck")
+FOUND = 77
+"""Exit code of the sanitizer when it found something, whatever pytest's own."""
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
+COUNTS = re.compile(r"\b(\d+) (?:error|hazard|warning)")
+TESTS = re.compile(r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*?)\s*=*$", re.MULTILINE)
+"""pytest's last line."""
+
+
+def command(op: str, tool: str) -> list[str]:
+    """The tests of an op under a tool."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    tests = [sys.executable, "-m", "pytest", "tests/gpu/test_small.py", "-k", op, "-q", "-p", "no:cacheprovider"]
+    return [*sanitizer, "--target-processes", "all", *tests]
+
+
+def judged(tool: str, code: int | None, output: str) -> dict[str, Any]:
+    """What a run says.
+
+    Args:
+      tool: which.
+      code: its exit code; None if it ran out of time.
+      output: its standard output and error.
+
+    Returns:
+      `verdict`: "clean", "found", "tests failed" or "not run"; `summary`: the tool's own line, or why it did not run.
+    """
+    summaries = SUMMARY.findall(output)
+    tests = TESTS.findall(output)
+    said = [line for line in output.splitlines() if line.strip()]
+    result: dict[str, Any] = {"tool": tool, "exit_code": code, "tests": tests[-1] if tests else None}
+    if code is None:
+        return {**result, "verdict": "not run", "summary": "out of time"}
+    if not summaries or not tests or not re.search("passed|failed", tests[-1]):
+        return {**result, "verdict": "not run", "summary": said[-1][:300] if said else "no output"}
+    summary = summaries[-1].strip()
+    if code == FOUND or any(int(number) for line in summaries for number in COUNTS.findall(line)):
+        return {**result, "verdict": "found", "summary": summary}
+    return {**result, "verdict": "clean" if code == 0 else "tests failed", "summary": summary}
+
+
+def sanitized(op: str, tool: str, seconds: float) -> dict[str, Any]:
+    """One op under one tool."""
+    # The sanitizer keeps its own memory on the device beside JAX's.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    start = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            command(op, tool),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        return {"op": op, **judged(tool, 127, "compute-sanitizer is not on the PATH"), "seconds": 0.0}
+    code: int | None
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # pytest too, which would keep the device
+        output, _ = process.communicate()
+        code = None
+    if code != 0:
+        print(output[-3000:], flush=True)
+    return {"op": op, **judged(tool, code, output), "seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: {', '.join(OPS)}")
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all three; may be repeated")
+    parser.add_argument("--seconds", type=float, default=120, help="for each op and tool")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "sanitizer.json")
+    arguments = parser.parse_args()
+    if set(arguments.ops) - set(OPS):
+        parser.error(f"ops are {', '.join(OPS)}")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks JAX for the device's name
+    from experiments.results import environment, write_json
+
+    version = None
+    if path := shutil.which("compute-sanitizer"):
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        version = next((line for line in shown.splitlines() if line.startswith("Version")), None)
+    content: dict[str, Any] = {**environment(), "compute_sanitizer": version, "runs": []}
+    for tool in arguments.tool or TOOLS:
+        for op in arguments.ops or OPS:
+            result = sanitized(op, tool, arguments.seconds)
+            content["runs"].append(result)
+            write_json(arguments.out, content)
+            print(
+                f"{tool:<10} {op:<15} {result['verdict']:<12} {result['seconds']:>6} s  {result['summary']}", flush=True
+            )
+    verdicts = {result["verdict"] for result in content["runs"]}
+    sys.exit(1 if verdicts & {"found", "tests failed"} else 2 if "not run" in verdicts else 0)
+
+
+if __name__ == "__main__":
+    main()
