@@ -93,10 +93,10 @@ def indexer_logits(tokens: int, sequences: int) -> IndexerLogits:
 
 
 def index_select_chunk(tokens: int, affordable: int) -> int:
-    """Tokens of a chunk, at most `affordable`: a whole number for every multiprocessor where there are enough."""
+    """Tokens of a chunk, at most `affordable`: as many rows as the selection has CTAs, or whole multiples."""
     if affordable >= tokens:
         return tokens
-    return affordable // SMS * SMS or affordable
+    return affordable // TOP_K_MANY.ctas * TOP_K_MANY.ctas or affordable // SMS * SMS or affordable
 
 
 # ---- cache_write -----------------------------------------------------------------------------------------------
@@ -126,14 +126,9 @@ class CacheWrite:
         return 4 * self.warpgroups * self.tokens
 
 
-CACHE_WRITE_SHORT = CacheWrite(tokens=1)
-CACHE_WRITE_LONG = CacheWrite(tokens=4)
-CONFIGS["cache_write"] = [CACHE_WRITE_SHORT, CACHE_WRITE_LONG]
-
-
-def cache_write(tokens: int) -> CacheWrite:
-    """One token a warp while that fills the GPU at most twice; then several, which overlap loads with work."""
-    return CACHE_WRITE_SHORT if tokens <= 64 * SMS else CACHE_WRITE_LONG
+CACHE_WRITE = CacheWrite()
+"""One token a warp: the other warps of a multiprocessor hide its latency better than a second token of its own."""
+CONFIGS["cache_write"] = [CACHE_WRITE]
 
 
 # ---- top_k -----------------------------------------------------------------------------------------------------
@@ -200,9 +195,15 @@ TOP_K_LIMIT = 2048
 TOP_K_MANY = TopK(warpgroups=2, per_thread=16, stages=3, capacity=6912, ctas=2 * SMS)
 """Two CTAs on a multiprocessor: while one ends its row, the other streams."""
 TOP_K_FEW = TopK(warpgroups=4, per_thread=8, stages=8, capacity=8192)
+TOP_K_PAIR = TopK(warpgroups=4, per_thread=16, stages=3, capacity=11008, cluster=2)
+"""Two CTAs a row, each of which takes many chunks: larger ones."""
 TOP_K_INTERPRETED = TopK(warpgroups=1, per_thread=4, stages=2, capacity=3328, sample=512, ctas=3)
 """For the interpreter, which knows one warpgroup a CTA here; few CTAs, so that each has several rows."""
-CONFIGS["top_k"] = [TOP_K_MANY, *(dataclasses.replace(TOP_K_FEW, cluster=cluster) for cluster in (1, 2, 4, 8))]
+CONFIGS["top_k"] = [
+    TOP_K_MANY,
+    TOP_K_PAIR,
+    *(dataclasses.replace(TOP_K_FEW, cluster=cluster) for cluster in (1, 2, 4, 8)),
+]
 
 
 def top_k(rows: int, length: int) -> TopK:
@@ -212,6 +213,8 @@ def top_k(rows: int, length: int) -> TopK:
     cluster = 8 if rows <= SMS // 8 else 4 if rows <= SMS // 4 else 2 if rows <= SMS // 2 else 1
     while cluster > 1 and cluster * TOP_K_FEW.chunk > length:
         cluster //= 2
+    if cluster == 2 and length >= 8 * TOP_K_PAIR.chunk:
+        return TOP_K_PAIR
     return dataclasses.replace(TOP_K_FEW, cluster=cluster)
 
 

@@ -10,6 +10,8 @@ import pytest
 # Tests are for the CPU, also on a machine with a GPU, except when tests/gpu is what was asked for.
 if not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["JAX_PLATFORMS"] = "cpu"
+# A warpgroup that waits in the GPU interpreter holds a thread of XLA's pool; there must be more than warpgroups.
+os.environ.setdefault("NPROC", "8")
 # A test must not pass because of a program that an earlier version of the code compiled.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

@@ -108,7 +108,7 @@ def config(shape: Shape) -> dict[str, Any]:
         case TopK():
             chosen = tuning.top_k(shape.tokens, shape.context)
         case CacheWrite():
-            chosen = tuning.cache_write(shape.tokens)
+            chosen = tuning.CACHE_WRITE
         case _:
             return {}
     return dataclasses.asdict(chosen)

@@ -107,7 +107,7 @@ def cache_write(
             eps=(norms.latent_eps, norms.index_eps),
             quantize_latent=quantize_latent,
             scale_fmt=scale_fmt,
-            config=tuning.cache_write(slots.shape[0]),
+            config=tuning.CACHE_WRITE,
             interpret=mosaic.interpreter() if chosen == "interpret" else None,
         )
 

@@ -1,5 +1,6 @@
 """Scores and selection on Hopper: the two kernels, chunk after chunk, over one buffer of scores."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from pallas_kernels.top_k import mosaic_gpu as selection_kernel
 
 ROW_BLOCKS = 4
 """Rows of scores are a multiple of so many blocks: what the selection's copies take."""
+UNROLLED = 32
+"""Up to so many chunks are written out: a loop of XLA's launches small kernels of its own in every round."""
 
 
 def unsupported(queries, head_weights, index, layer, block_tables, sequence, positions, k: int) -> str | None:
@@ -38,24 +41,40 @@ def index_select(
         return jnp.zeros((0, k), jnp.int32)
     block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % ROW_BLOCKS)), constant_values=-1)
     width = block_tables.shape[1] * BLOCK_SIZE
-
-    def select(tokens: tuple[jax.Array, ...]) -> jax.Array:
-        queries, head_weights, sequence, positions = tokens
-        scores = logits_kernel.indexer_logits(
-            queries, head_weights, index, layer, block_tables, sequence, positions, fill=False, interpret=interpret
-        )
-        return selection_kernel.top_k(scores, k, lengths=jnp.minimum(positions + 1, width), interpret=interpret)
-
     chunk = tuning.index_select_chunk(count, max(1, chunk_bytes // (4 * width)))
-    tokens = (queries, head_weights, sequence, positions)
+    queries, head_weights = logits_kernel.pad_heads(queries, head_weights)
+    pad = -count % chunk if chunk < count else 0
+    # A last chunk's missing tokens are at position -1: they see nothing.
+    sequence, positions = jnp.pad(sequence, (0, pad)), jnp.pad(positions, (0, pad), constant_values=-1)
+    lengths = jnp.clip(positions + 1, 0, width)
+    arrays = (queries, head_weights, index, layer, block_tables, sequence, positions)
     if chunk >= count:
-        return select(tokens)
-    pad = -count % chunk
+        scores = logits_kernel.indexer_logits(*arrays, fill=False, interpret=interpret)
+        return selection_kernel.top_k(scores, k, lengths=lengths, interpret=interpret)
+    shares = logits_kernel.shares_of_parts(sequence, positions, width, chunk)
+    select = functools.partial(select_part, arrays, lengths, shares, tokens=chunk, interpret=interpret)
+    chunks, chosen = (count + pad) // chunk, jnp.zeros((count + pad, k), jnp.int32)
+    if chunks > UNROLLED:
+        chosen = jax.lax.fori_loop(0, chunks, select, chosen)
+    else:
+        for number in range(chunks):
+            chosen = select(jnp.int32(number), chosen)
+    return chosen[:count]
 
-    def chunked(x: jax.Array, padding: int = 0) -> jax.Array:
-        x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=padding)
-        return x.reshape(-1, chunk, *x.shape[1:])
 
-    # Padding tokens see nothing: their position is -1.
-    chunks = (chunked(queries), chunked(head_weights), chunked(sequence), chunked(positions, -1))
-    return jax.lax.map(select, chunks).reshape(-1, k)[:count]
+@functools.partial(jax.jit, static_argnames=("tokens", "interpret"))
+def select_part(
+    arrays: tuple[jax.Array, ...],
+    lengths: jax.Array,
+    shares: jax.Array,
+    number: jax.Array,
+    chosen: jax.Array,
+    *,
+    tokens: int,
+    interpret: Any,
+) -> jax.Array:
+    """`chosen` with the rows of part `number` written, in two launches; jitted, so that it is traced once."""
+    part = logits_kernel.Part(number, tokens, shares)
+    scores = logits_kernel.indexer_logits(*arrays, fill=False, part=part, interpret=interpret)
+    into = selection_kernel.Part(number, chosen)
+    return selection_kernel.top_k(scores, chosen.shape[1], lengths=lengths, part=into, interpret=interpret)

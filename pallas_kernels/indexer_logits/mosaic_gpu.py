@@ -10,7 +10,7 @@ share the token and take 64 keys each.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -48,34 +48,42 @@ def remainder(x, by: int):
     return lax.rem(x, jnp.int32(by))
 
 
-def body(layer, tables, sequence, positions, queries, weights, cache, *refs, config, blocks_of_layer, fill, interpret):
-    """See the module. `refs` begin with what `shares` made, if it was called; then the output and the scratch."""
+def body(which, tables, sequence, positions, queries, weights, cache, *refs, config, blocks_of_layer, fill, interpret):
+    """See the module. `which` are the layer and the part; `refs` begin with the parts' shares, if they were planned;
+    then the output and the scratch. A token's number is its place in the part, which is its row of the output.
+    """
     plan, (out, q_s, k_s, scale_s, q_full, q_free, full, free) = refs[:-8], refs[-8:]
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    count, (sequences, blocks) = sequence.shape[0], tables.shape
+    count, (sequences, blocks) = out.shape[0], tables.shape
+    layer, part = which[0], which[1]
+    first_token, last_row = part * count, queries.shape[0] // HEADS - 1
     limit, row = blocks * BLOCK_SIZE, out.shape[1]
     tile_blocks = config.tile_keys // BLOCK_SIZE
     tile_of = (tile_twin if interpret else tile_function)(config, row)
     if plan:
-        token, tile, total = (plan[0][i, cta] for i in range(3))
+        token, tile, total = (plan[0][part, i, cta] for i in range(3))
     else:
         token, tile, total = (share_twin if interpret else share_function)(count, limit, config)(positions, cta)
 
     def end_of(token):
         """Keys that a token sees."""
-        return jnp.clip(positions[token] + 1, 0, limit)
+        return jnp.clip(positions[first_token + token] + 1, 0, limit)
+
+    def row_of(token):
+        """The first of a token's rows in queries and weights."""
+        return jnp.minimum(first_token + token, last_row) * HEADS
 
     def tiles_up_to(end):
         return jnp.maximum(quotient(end + (config.tile_keys - 1), config.tile_keys), 1)
 
     def run_at(token):
         """The run that begins with `token`: (token, tokens, sequence, tiles)."""
-        length, most, own = token * 0 + 1, end_of(token), sequence[token]
+        length, most, own = token * 0 + 1, end_of(token), sequence[first_token + token]
         same = token >= 0
         for i in range(1, config.group):
             other = jnp.minimum(token + i, count - 1)
             in_group = remainder(token, config.group) + i < config.group
-            same = same & in_group & (token + i < count) & (sequence[other] == own)
+            same = same & in_group & (token + i < count) & (sequence[first_token + other] == own)
             length = length + same.astype(jnp.int32)
             most = jnp.where(same, jnp.maximum(most, end_of(other)), most)
         return token, length, jnp.clip(own, 0, sequences - 1), tiles_up_to(most)
@@ -84,7 +92,7 @@ def body(layer, tables, sequence, positions, queries, weights, cache, *refs, con
     # CTA's share, the tile's places in the cache; a segment is the CTA's part of a run) goes some tiles ahead of the
     # tile that it works on, but not into a segment that needs a slot of queries which the warpgroup itself has not
     # freed. The places are read a tile early, all at once: one after the other, their latency would bound the kernel.
-    first_block = layer[0] * blocks_of_layer
+    first_block = layer * blocks_of_layer
 
     def places(owner, tile):
         """Rows of the cache where the tile's blocks begin; what lies past the tokens is masked: any block will do."""
@@ -102,10 +110,8 @@ def body(layer, tables, sequence, positions, queries, weights, cache, *refs, con
             plgpu.barrier_wait(q_free.at[slot])
 
         for i in range(config.group):  # those of other runs are loaded too, so that the barrier counts the same
-            at = jnp.minimum(token + i, count - 1) * HEADS
-            plgpu.copy_gmem_to_smem(
-                queries.at[pl.ds(at, HEADS)], q_s.at[slot, pl.ds(i * HEADS, HEADS)], q_full.at[slot]
-            )
+            rows = pl.ds(row_of(jnp.minimum(token + i, count - 1)), HEADS)
+            plgpu.copy_gmem_to_smem(queries.at[rows], q_s.at[slot, pl.ds(i * HEADS, HEADS)], q_full.at[slot])
 
     def load_keys(number, found):
         slot = remainder(number, config.stages)
@@ -175,7 +181,8 @@ def body(layer, tables, sequence, positions, queries, weights, cache, *refs, con
         own_weights, ends = [], []
         for i in range(config.tokens):
             at = jnp.minimum(mine + i, count - 1)
-            own_weights.append(plgpu.load(weights.at[pl.ds(at * HEADS, HEADS)], layout=COLUMNS, optimized=False))
+            rows = pl.ds(row_of(at), HEADS)
+            own_weights.append(plgpu.load(weights.at[rows], layout=COLUMNS, optimized=False))
             ends.append(jnp.where(mine + i < token + length, end_of(at), 0))
         plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -222,6 +229,32 @@ def unsupported(queries: jax.Array, index: jax.Array) -> str | None:
     return None
 
 
+class Part(NamedTuple):
+    """One of the equal parts that the tokens of a call are cut into.
+
+    Attributes:
+      number: int32 [], which.
+      tokens: of a part.
+      shares: int32 [parts, 3, CTAs], of each part, see `shares`.
+    """
+
+    number: jax.Array
+    tokens: int
+    shares: jax.Array
+
+
+def shares_of_parts(sequence: jax.Array, positions: jax.Array, limit: int, tokens: int) -> jax.Array:
+    """`Part.shares` of parts of `tokens` tokens, a divisor of T; by the config that `indexer_logits` takes for them."""
+    cut = [x.reshape(-1, tokens) for x in (sequence, positions)]
+    return jax.vmap(functools.partial(shares, limit=limit, config=tuning.INDEXER_PREFILL))(*cut)
+
+
+def pad_heads(queries: jax.Array, head_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zero heads up to the 64 of the products."""
+    pad = HEADS - queries.shape[1]
+    return jnp.pad(queries, ((0, 0), (0, pad), (0, 0))), jnp.pad(head_weights, ((0, 0), (0, pad)))
+
+
 def indexer_logits(
     queries: jax.Array,
     head_weights: jax.Array,
@@ -232,26 +265,37 @@ def indexer_logits(
     positions: jax.Array,
     *,
     fill: bool = True,
+    part: Part | None = None,
     interpret: Any = None,
     config: tuning.IndexerLogits | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.indexer_logits`; for what is not `unsupported`.
 
-    Without `fill`, blocks of 64 scores that lie wholly past a token's position are not written. `config` is for
-    measurements; the default is the choice of `tuning`.
+    Args:
+      fill: without it, blocks of 64 scores that lie wholly past a token's position are not written.
+      part: the scores of one part of the tokens alone; `sequence` and `positions` then have whole parts, the last one
+        filled up with tokens at position -1.
+      config: for measurements; the default is the choice of `tuning`.
+
+    Returns:
+      float32 [T, N * 64], or [part.tokens, N * 64].
     """
     (tokens, heads, _), (sequences, blocks) = queries.shape, block_tables.shape
+    if part:
+        tokens, config = part.tokens, tuning.INDEXER_PREFILL
     if tokens == 0 or blocks == 0:
         return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
     config = config or tuning.indexer_logits(tokens, sequences)
     layers, blocks_of_layer, _ = index.shape
     if heads < HEADS:
-        queries = jnp.pad(queries, ((0, 0), (0, HEADS - heads), (0, 0)))
-        head_weights = jnp.pad(head_weights, ((0, 0), (0, HEADS - heads)))
+        queries, head_weights = pad_heads(queries, head_weights)
     # Decode plans inside the kernel, so that it is a single launch. The plan here depends on no layer's data: XLA
     # computes it once for all layers of a step.
     planned = config.group > 1 or tokens > LISTED_TOKENS
-    plan = (shares(sequence, positions, blocks * BLOCK_SIZE, config),) if planned else ()
+    if part:
+        plan: tuple[jax.Array, ...] = (part.shares,)
+    else:
+        plan = (shares(sequence, positions, blocks * BLOCK_SIZE, config)[None],) if planned else ()
     kernel = plgpu.kernel(
         functools.partial(
             body, config=config, blocks_of_layer=blocks_of_layer, fill=fill, interpret=interpret is not None
@@ -274,11 +318,11 @@ def indexer_logits(
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        jnp.stack([jnp.asarray(layer, jnp.int32).reshape(()), part.number if part else jnp.int32(0)]),
         block_tables,
         sequence,
         positions,
-        queries.reshape(tokens * HEADS, DIM),
+        queries.reshape(-1, DIM),
         head_weights.astype(jnp.float32).reshape(-1),
         index.reshape(layers * blocks_of_layer * ROWS, DIM),
         *plan,

@@ -16,6 +16,24 @@ def round_up_to_power_of_two(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
+@jax.custom_jvp
+def round_to_e4m3(x: jax.Array) -> jax.Array:
+    """float32 values of at most 448 rounded to the nearest e4m3 value, ties to even, still float32; gradient 1.
+
+    XLA may drop a cast to FP8 and back within one program ("excess precision"; on GPUs it does). Of values that are
+    rounded already, the cast changes nothing, whether it happens or not.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    kept = (bits + 0x7FFFF + ((bits >> 20) & 1)) & jnp.uint32(0xFFF00000)  # 3 of 23 bits of the mantissa
+    below_normal = jnp.round(x * 2**9) * 2**-9
+    return jnp.where(jnp.abs(x) < 2**-6, below_normal, jax.lax.bitcast_convert_type(kept, jnp.float32))
+
+
+@round_to_e4m3.defjvp
+def _(primals, tangents):
+    return round_to_e4m3(*primals), tangents[0]
+
+
 def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array, jax.Array]:
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
     amax = jnp.maximum(jnp.max(jnp.abs(grouped), axis=-1), SMALLEST_AMAX)
@@ -23,7 +41,7 @@ def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array
     if scale_fmt == "ue8m0":
         scales = round_up_to_power_of_two(scales)
     # Clipping first: a cast of more than 464 gives NaN here, and saturates in other libraries.
-    values = jnp.clip(grouped / scales[..., None], -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
+    values = round_to_e4m3(jnp.clip(grouped / scales[..., None], -FP8_MAX, FP8_MAX)).astype(jnp.float8_e4m3fn)
     return values.reshape(x.shape), scales
 
 

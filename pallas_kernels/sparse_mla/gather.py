@@ -61,7 +61,7 @@ THREADS = 128
 WARP_KEYS = KEYS // 4
 BIAS = 4
 """First of the two rows of the statistics that hold 0 for a present key and -inf for an absent one, a row a slot."""
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 TILE_BYTES = 8 * 128
 ROW_TILES = WIDTH // 64
@@ -116,8 +116,8 @@ class DeviceGather:
     """What both forms share: barriers, and which keys a thread works on.
 
     A warp has 16 keys of a block, and each of its lanes the row number of one of them; it gets others from its
-    neighbours. The mbarriers are plain shared memory: a `plgpu.Barrier` cannot be passed to
-    `inline_mgpu`, and asynchronous copies must arrive at them.
+    neighbours. The mbarriers are plain shared memory: a `plgpu.Barrier` cannot be passed to `inline_mgpu`, and
+    asynchronous copies must arrive at them.
     """
 
     rows_at_a_time: int
@@ -196,8 +196,9 @@ class DeviceGather:
 
         @plgpu.inline_mgpu(arg_types=(REF, per_thread(1, 1)))
         def prefetch(ctx, kv, rows):
-            [[row], [_, width]] = unpack(rows), ir.MemRefType(kv.type).shape
-            size = width * ir.MemRefType(kv.type).element_type.width // 8
+            [row], memory = unpack(rows), ir.MemRefType(kv.type)
+            element: Any = memory.element_type
+            size = memory.shape[1] * element.width // 8
             wanted = row.signed_less(0).where(32, thread_index() & 31) < WARP_KEYS
             address = offset(global_address(kv), row.signed_max(0), size)
             ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", address, predicate=wanted)
@@ -243,11 +244,11 @@ class CopyingGather(DeviceGather):
                 source = offset(offset(global_address(kv), key_row.signed_max(0), 2 * WIDTH), chunk, 16)
                 source_left = offset(source, half, 2 * HALF)
                 size = key_row.signed_less(0).where(0, 16)  # of which 0 are read, and the rest is zeros
-                copy = "cp.async.cg.shared.global.L2::256B [$0+{}], [$1+{}], 16, $2;"
-                text = "\n".join(copy.format(at + TILE_BYTES * j, 128 * j) for j in range(HALF // 64))
+                piece = "cp.async.cg.shared.global.L2::256B [$0+{}], [$1+{}], 16, $2;"
+                text = "\n".join(piece.format(at + TILE_BYTES * j, 128 * j) for j in range(HALF // 64))
                 ptx(text, left, source_left, size)
                 if part:
-                    ptx(copy.format(at + LATENT // 64 * TILE_BYTES, 2 * LATENT), place, source, size)
+                    ptx(piece.format(at + LATENT // 64 * TILE_BYTES, 2 * LATENT), place, source, size)
             address = mbarrier(ready, slot, part)
             arrive_when_copied(address)
             if self.masked and part == 0:

@@ -9,7 +9,8 @@ so that the ring, the lengths and the order of rows and chunks are executed and 
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -101,12 +102,12 @@ class Steps:
             found = device.absorb(scores, first, length, step, Progress(*map(scalar, progress)), k)
             return tuple(splat(x) for x in found)
 
-        @plgpu.inline_mgpu(arg_types=(REF,) * 5 + (SCALAR,) * 8)
-        def finish(ctx, scores, out, candidates, histogram, scratch, row, length, rank, threshold, *progress):
-            """Writes the row's k best; `threshold` is what it started with."""
-            row, length, rank, threshold = map(scalar, (row, length, rank, threshold))
+        @plgpu.inline_mgpu(arg_types=(REF,) * 5 + (SCALAR,) * 9)
+        def finish(ctx, scores, out, candidates, histogram, scratch, row, to_row, length, rank, threshold, *progress):
+            """Writes the row's k best into `to_row`; `threshold` is what it started with."""
+            row, to_row, length, rank, threshold = map(scalar, (row, to_row, length, rank, threshold))
             source = offset(global_address(scores), row, 4 * row_length)
-            to = offset(global_address(out), row, 4 * k)
+            to = offset(global_address(out), to_row, 4 * k)
             device = streaming(candidates, histogram, scratch)
             device.finish(source, to, length, Progress(*map(scalar, progress)), threshold, rank, k)
 
@@ -158,14 +159,17 @@ class Twins:
         last = lax.bitcast_convert_type(~descending[self.k - 1], jnp.int32)
         return jnp.where(full, self.k, count), counted, jnp.where(full, last, threshold), shift
 
-    def finish(self, scores, out, candidates, histogram, scratch, row, length, rank, threshold, count, *progress):
+    def finish(
+        self, scores, out, candidates, histogram, scratch, row, to_row, length, rank, threshold, count, *progress
+    ):
         at = candidates[self.config.capacity :][: self.k].astype(jnp.int32)
-        out[row] = jnp.where(jnp.arange(self.k) < count, at, -1)
+        out[to_row] = jnp.where(jnp.arange(self.k) < count, at, -1)
 
 
 def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: int, steps: Any) -> None:
-    """The kernel: every CTA's rows, chunk by chunk."""
-    scores, *lengths, out, ring, candidates, histogram, scratch, full = refs
+    """The kernel: every CTA's rows, chunk by chunk. Lengths and output may be those of more rows: see `Part`."""
+    scores, *operands, out, ring, candidates, histogram, scratch, full = refs
+    lengths, part = (*operands, None, None)[:2]
     memory = candidates, histogram, scratch
     cluster, chunk, box = config.cluster, config.chunk, config.chunk // LANE_ROW
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -175,6 +179,7 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         """This CTA's place in a round of rows: there and back, so that a slope in their lengths evens out."""
         return jnp.where(lax.rem(i, jnp.int32(2)) == 1, ctas - 1 - cta, cta)
 
+    first_row = cta * 0 if part is None else part[0] * rows
     whole_rounds, rest = divmod(rows, ctas)
     count = whole_rounds + (in_round(cta * 0 + whole_rounds) < rest).astype(jnp.int32)
 
@@ -184,9 +189,9 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         return i * ctas + in_round(i)
 
     def length_of(i: jax.Array) -> jax.Array:
-        if not lengths:
+        if lengths is None:
             return i * 0 + row_length
-        return lax.clamp(jnp.int32(0), lengths[0][row_of(i)], jnp.int32(row_length))
+        return lax.clamp(jnp.int32(0), lengths[first_row + row_of(i)], jnp.int32(row_length))
 
     def chunks_of(i: jax.Array) -> jax.Array:
         """Chunks of the row that this CTA takes, at least one."""
@@ -231,10 +236,23 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         state = (slot, *ahead, i * 0, i * 0, threshold, shift)
         slot, *ahead, _count, _counted, _threshold, _shift = state = lax.fori_loop(0, chunks_of(i), one_chunk, state)
         sample = steps.load_sample(scores, *memory, row_of(i + 1), length_of(i + 1))  # arrives during the rest
-        steps.finish(scores, out, *memory, row_of(i), length, rank, threshold, *state[4:])
+        row = row_of(i)
+        steps.finish(scores, out, *memory, row, first_row + row, length, rank, threshold, *state[4:])
         return (slot, *ahead, sample)
 
     lax.fori_loop(0, count, one_row, (zero, *ahead, sample))
+
+
+class Part(NamedTuple):
+    """Which part of a longer list the rows of a call are.
+
+    Attributes:
+      number: int32 [], counted in parts of as many rows as the call has.
+      out: int32 [rows of all parts, k], where the part's rows are written, in place.
+    """
+
+    number: jax.Array
+    out: jax.Array
 
 
 def top_k(
@@ -242,10 +260,14 @@ def top_k(
     k: int,
     *,
     lengths: jax.Array | None = None,
+    part: Part | None = None,
     config: Config | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """See `pallas_kernels.top_k`. Rows that are not a multiple of 256 long are copied into rows that are."""
+    """See `pallas_kernels.top_k`. Rows that are not a multiple of 256 long are copied into rows that are.
+
+    With `part`, `lengths` are those of all parts' rows, and so is what is returned.
+    """
     rows, length = scores.shape
     if rows == 0:
         return jnp.zeros((0, k), jnp.int32)
@@ -254,20 +276,30 @@ def top_k(
         scores = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     if config is None:
         config = tuning.TOP_K_INTERPRETED if interpret else tuning.top_k(rows, length)
-    kernel = functools.partial(launch, k=k, config=config, interpret=interpret)
-    return without_gradient(kernel, "top_k")(scores, *(() if lengths is None else (lengths,)))
+    if part:
+        operands = (lengths, part.number.reshape(1))
+        run = launch(scores.shape, k, (), config, interpret)
+        return pl.run_state(lambda out: run(box(scores), *operands, out))(part.out)
+    run = launch(scores.shape, k, jax.ShapeDtypeStruct((rows, k), jnp.int32), config, interpret)
+    kernel = without_gradient(lambda scores, *lengths: run(box(scores), *lengths), "top_k")
+    return kernel(scores, *(() if lengths is None else (lengths,)))
 
 
-def launch(scores: jax.Array, *lengths: jax.Array, k: int, config: Config, interpret: Any) -> jax.Array:
+def box(scores: jax.Array) -> jax.Array:
+    """Rows as the copies take them: [T, L / 256, 256]."""
+    return scores.reshape(scores.shape[0], -1, LANE_ROW)
+
+
+def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interpret: Any) -> Callable[..., Any]:
     """The kernel on rows of a multiple of 256 scores."""
-    rows, row_length = scores.shape
+    rows, row_length = shape
     ctas = min(rows, config.ctas)
     steps = (Twins if interpret else Steps)(config, row_length, k)
     histograms = 1 if config.cluster == 1 else 2
     clusters: Any = {} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("rank",)}
     return plgpu.kernel(
         functools.partial(body, config=config, rows=rows, row_length=row_length, k=k, ctas=ctas, steps=steps),
-        out_type=jax.ShapeDtypeStruct((rows, k), jnp.int32),
+        out_type=out_type,
         scratch_types=(
             plgpu.SMEM((config.stages, config.chunk // LANE_ROW, LANE_ROW), jnp.float32),
             plgpu.SMEM((2 * config.capacity,), jnp.uint32),
@@ -282,4 +314,4 @@ def launch(scores: jax.Array, *lengths: jax.Array, k: int, config: Config, inter
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret or False,
-    )(scores.reshape(rows, row_length // LANE_ROW, LANE_ROW), *lengths)
+    )

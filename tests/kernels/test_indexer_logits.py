@@ -1,4 +1,4 @@
-"""Indexer scores over a paged context, and the selection made from them."""
+"""Indexer scores over a paged context."""
 
 import dataclasses
 import functools
@@ -10,7 +10,6 @@ import pytest
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.cache_write import index_block_bytes, scatter
-from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits, mosaic_gpu
 from pallas_kernels.indexer_logits.shares import shares
 from pallas_kernels.quantize import quantize
@@ -58,18 +57,6 @@ def test_scores_match_numpy(form, chunk_bytes):
     visible = np.arange(expected.shape[1]) <= POSITIONS[:, None]
     assert (scores[~visible] == -np.inf).all()
     np.testing.assert_allclose(scores[visible], expected[visible], rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("k", [4, 64, 200])
-@pytest.mark.parametrize("chunk_bytes", [1, 2**26])
-def test_selection_is_the_best_visible(k, chunk_bytes):
-    arguments, expected = case("float32")
-    chosen = np.asarray(index_select(*arguments, k=k, chunk_bytes=chunk_bytes))
-    assert chosen.shape == (TOKENS, k)
-    for t in range(TOKENS):
-        want = set(numpy_model.top_positions(expected[t], k).tolist())
-        assert {p for p in chosen[t].tolist() if p >= 0} == want
-        assert (chosen[t] >= 0).sum() == len(want)
 
 
 @pytest.mark.parametrize("case", cases.tiny(), ids=lambda case: case.name)
