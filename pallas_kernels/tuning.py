@@ -259,7 +259,7 @@ class SparseMLAConfig:
 
 
 SPARSE_MLA_BF16 = SparseMLAConfig()
-SPARSE_MLA_FP8 = SparseMLAConfig(registers=(208, 88), ahead=2, prefetch=True)
+SPARSE_MLA_FP8 = SparseMLAConfig(registers=(200, 104), ahead=3, prefetch=True)
 """An FP8 cache's keys go through the registers of the loading threads."""
 
 

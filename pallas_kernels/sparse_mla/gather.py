@@ -67,8 +67,10 @@ TILE_BYTES = 8 * 128
 ROW_TILES = WIDTH // 64
 EIGHT_ROWS = ROW_TILES * TILE_BYTES
 SLOT_BYTES = KEYS * WIDTH * 2
-BF16_ONE_PER_E4M3_ONE = 0x7B80
-"""2^120 in bf16: e4m3 bits put into a bf16's fields read 2^120 too small, subnormal numbers too."""
+LINE = 128
+"""Bytes that L2 loads at once."""
+TWO_TO_120 = 0x7B807B80
+"""A pair of bf16."""
 
 
 def per_thread(count: int, vector: int) -> Any:
@@ -199,9 +201,13 @@ class DeviceGather:
             [row], memory = unpack(rows), ir.MemRefType(kv.type)
             element: Any = memory.element_type
             size = memory.shape[1] * element.width // 8
-            wanted = row.signed_less(0).where(32, thread_index() & 31) < WARP_KEYS
+            # Two lanes know a row: each asks for half of it, line by line. One bulk prefetch a row would be issued lane
+            # after lane.
+            half_lines = -(-size // (2 * LINE))
             address = offset(global_address(kv), row.signed_max(0), size)
-            ptx(f"cp.async.bulk.prefetch.L2.global [$0], {size};", address, predicate=wanted)
+            address = offset(address, (thread_index() >> 4) & 1, half_lines * LINE)
+            for line in range(half_lines):
+                ptx(f"prefetch.global.L2 [$0+{line * LINE}];", address)
 
         prefetch(kv, rows)
 
@@ -295,11 +301,13 @@ class DequantisingGather(DeviceGather):
             loaded, loaded_scales = [], []
             for i in self.unit_steps(unit):
                 row = self.row(rows, i, (lane >> 2) & 1)
-                text = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
+                text = "ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
                 loaded += ptx_words(text, 4, offset(values, row.signed_max(0), RECORD))
                 # The values of an absent key are those of some row, finite whatever its bytes are; 0 times them is 0.
-                text = "{ .reg .pred p; setp.ge.s32 p, $1, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$2]; }"
+                text = "{ .reg .pred p; setp.ge.s32 p, $1, 0; mov.b32 $0, 0; @p ld.relaxed.gpu.global.b32 $0, [$2]; }"
                 loaded_scales.append(ptx_word(text, row, offset(scales, row.signed_max(0), RECORD)))
+            # ptxas would sink the loads down to their use, and the latency they are early for would show.
+            ptx("bar.warp.sync 0xffffffff;")
             return pack(loaded + loaded_scales, words)
 
         return load(kv, rows, half)
@@ -358,21 +366,19 @@ def _float(word: Word) -> ir.Value:
 def dequantise(word: Word, scale: Word) -> list[Word]:
     """Four e4m3 values as two words of two bf16 each, times a pair of equal bf16 scales; exact up to that product.
 
-    The hardware's conversion is several times slower than these bit fields. There is no NaN: 0x7f reads as 480.
+    A byte s eeee mmm becomes s 0000eeee mmm0000 of a bf16, which reads 2^120 too small, subnormal numbers too. The
+    hardware's conversion is several times slower than these bit fields. There is no NaN: 0x7f reads as 480.
     """
-    one = BF16_ONE_PER_E4M3_ONE << 16 | BF16_ONE_PER_E4M3_ONE
-    lines = ["{ .reg .b32 a, b, c, d;"]
-    for a, b, selector in (("a", "b", 0x1404), ("c", "d", 0x3424)):
-        lines += [
-            f"prmt.b32 {a}, $2, 0, {selector};",  # a byte each at the top of two halves
-            f"shr.u32 {b}, {a}, 4;",
-            f"and.b32 {b}, {b}, 0x07f007f0;",
-            f"lop3.b32 {a}, {a}, 0x80008000, {b}, 0xea;",  # (a & sign) | b
-            f"mul.rn.bf16x2 {a}, {a}, $4;",
-            f"mul.rn.bf16x2 {a}, {a}, $3;",
-        ]
-    lines += ["mov.b32 $0, a; mov.b32 $1, c; }"]
-    return ptx_words("\n".join(lines), 2, word, scale, as_word(one))
+    text = (
+        "{ .reg .b32 low, high, a, b;"
+        "and.b32 low, $2, 0x0f0f0f0f; shl.b32 low, low, 4;"
+        "shr.u32 high, $2, 4; and.b32 high, high, 0x07070707;"
+        "lop3.b32 high, $2, 0x80808080, high, 0xea;"  # (word & signs) | high
+        "prmt.b32 a, low, high, 0x5140; prmt.b32 b, low, high, 0x7362;"
+        "mul.rn.bf16x2 a, a, $4; mul.rn.bf16x2 b, b, $4;"
+        "mul.rn.bf16x2 $0, a, $3; mul.rn.bf16x2 $1, b, $3; }"
+    )
+    return ptx_words(text, 2, word, scale, as_word(TWO_TO_120))
 
 
 class InterpretedGather:

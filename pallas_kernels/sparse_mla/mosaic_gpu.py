@@ -391,8 +391,6 @@ class Kernel:
             def block(b, carry):
                 rows, next_rows, held = carry
                 slot = lax.bitwise_and(b, jnp.int32(1))
-                rows_after_next = rows_of(b + 2)
-                gather.prefetch(self.kv, next_rows)
                 for unit in range(units):
                     part, unit_of_part = divmod(unit, gather.units)
                     which = 2 * slot + part
@@ -404,6 +402,11 @@ class Kernel:
 
                     refs = self.kv, self.k, self.stat, self.ready
                     gather.fill(*refs, rows, held[0], slot, half_of(slot, part), part=part, unit=unit_of_part)
+                    if unit == units // 2 - 1:
+                        # Here, and not at the block's begin: the load waits for one that shares its scoreboard, and
+                        # those of the unit that comes next must be there now anyway.
+                        rows_after_next = rows_of(b + 2)
+                        gather.prefetch(self.kv, next_rows)
                     # The first units of the next block are on their way before it has a place.
                     later = unit + gather.ahead
                     at = (rows, slot) if later < units else (next_rows, 1 - slot)
