@@ -93,10 +93,10 @@ def indexer_logits(tokens: int, sequences: int) -> IndexerLogits:
 
 
 def index_select_chunk(tokens: int, affordable: int) -> int:
-    """Tokens of a chunk, at most `affordable`: as many rows as the selection has CTAs, or whole multiples."""
+    """Tokens of a chunk, at most `affordable`: equally many for every multiprocessor, if there are enough."""
     if affordable >= tokens:
         return tokens
-    return affordable // TOP_K_MANY.ctas * TOP_K_MANY.ctas or affordable // SMS * SMS or affordable
+    return affordable // SMS * SMS or affordable
 
 
 # ---- cache_write -----------------------------------------------------------------------------------------------
@@ -194,6 +194,8 @@ TOP_K_LIMIT = 2048
 """The largest k."""
 TOP_K_MANY = TopK(warpgroups=2, per_thread=16, stages=3, capacity=6912, ctas=2 * SMS)
 """Two CTAs on a multiprocessor: while one ends its row, the other streams."""
+TOP_K_ALONE = TopK(warpgroups=4, per_thread=16, stages=4, capacity=11008)
+"""One larger CTA on a multiprocessor: a round of rows is half as many, for numbers of rows that suit it better."""
 TOP_K_FEW = TopK(warpgroups=4, per_thread=8, stages=8, capacity=8192)
 TOP_K_PAIR = TopK(warpgroups=4, per_thread=16, stages=3, capacity=11008, cluster=2)
 """Two CTAs a row, each of which takes many chunks: larger ones."""
@@ -201,15 +203,21 @@ TOP_K_INTERPRETED = TopK(warpgroups=1, per_thread=4, stages=2, capacity=3328, sa
 """For the interpreter, which knows one warpgroup a CTA here; few CTAs, so that each has several rows."""
 CONFIGS["top_k"] = [
     TOP_K_MANY,
+    TOP_K_ALONE,
     TOP_K_PAIR,
     *(dataclasses.replace(TOP_K_FEW, cluster=cluster) for cluster in (1, 2, 4, 8)),
 ]
 
 
+ALONE_COST = 0.54
+"""Time of a round of `TOP_K_ALONE` in rounds of `TOP_K_MANY`, by their times for 4096 rows."""
+
+
 def top_k(rows: int, length: int) -> TopK:
     """Few rows are shared by clusters, so that all multiprocessors have work; each CTA of one has at least a chunk."""
     if rows > SMS:
-        return TOP_K_MANY
+        rounds, rounds_alone = -(-rows // TOP_K_MANY.ctas), -(-rows // TOP_K_ALONE.ctas)
+        return TOP_K_ALONE if ALONE_COST * rounds_alone < rounds else TOP_K_MANY
     cluster = 8 if rows <= SMS // 8 else 4 if rows <= SMS // 4 else 2 if rows <= SMS // 2 else 1
     while cluster > 1 and cluster * TOP_K_FEW.chunk > length:
         cluster //= 2

@@ -12,6 +12,9 @@ from typing import Any
 from dsv32_jax.errors import UserError
 from pallas_kernels.shapes import PeerRow, Shape
 
+EMPTY = PeerRow("torch", "empty call", "nothing")
+"""What the peers' timer says of no work at all."""
+
 
 class Peers:
     """Rows of one or more files, by library, call and shape; of equal rows the last counts."""
@@ -51,6 +54,22 @@ class Peers:
         """The time of one row, if it was measured."""
         found = self.rows.get(row)
         return found if isinstance(found, float) else None
+
+    def ratio(self, peer: dict[str, Any], seconds: float, empty: float) -> dict[str, Any]:
+        """How many times faster a call is than a peer's, each less what its own timer says of no work.
+
+        Args:
+          peer: from `join`.
+          seconds: of the call.
+          empty: of no work, by our timer.
+
+        Returns:
+          `ratio`, and `net` whether the peers' file has their timer's empty call; without it, the times as they are.
+        """
+        own = self.seconds(EMPTY)
+        if own is None:
+            return {"ratio": peer["seconds"] / seconds, "net": False}
+        return {"ratio": (peer["seconds"] - len(peer["rows"]) * own) / (seconds - empty), "net": True}
 
     def join(self, shape: Shape) -> dict[str, Any] | None:
         """The fastest alternative that was measured whole: its name, rows and seconds; None if there is none."""

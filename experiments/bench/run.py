@@ -116,7 +116,7 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
         if settings.budget_seconds is not None and time.monotonic() - begun > settings.budget_seconds:
             left.append(f"{shape.op} {shape.name}")
             continue
-        row = {**one(shape, settings, timer, peers, ceilings["ceilings"]), "run": run["time"]}
+        row = {**one(shape, settings, timer, peers, ceilings), "run": run["time"]}
         failed += "error" in row
         place(content, row)
         if settings.out is not None:
@@ -129,7 +129,7 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
 
 
 def one(
-    shape: Shape, settings: Settings, timer: timing.Timer, peers: Peers, ceilings: dict[str, float | None]
+    shape: Shape, settings: Settings, timer: timing.Timer, peers: Peers, ceilings: dict[str, Any]
 ) -> dict[str, Any]:
     """The row of one shape. Whatever stops it, out of memory too, is in `error`."""
     row: dict[str, Any] = {"op": shape.op, "shape": shape.name, "dims": shape.dims()}
@@ -143,12 +143,12 @@ def one(
     operations = sum(row["work"].values())
     row["tflops"] = operations / median / 1e12 if operations else None
     row["gbytes_per_second"] = row["bytes"] / median / 1e9
-    bound = roofline.bound(row["work"], row["bytes"], ceilings)
+    bound = roofline.bound(row["work"], row["bytes"], ceilings["ceilings"])
     row["roofline"] = None if bound is None else {"bound": bound[1], "seconds": bound[0], "fraction": bound[0] / median}
     row["config"] = cases.config(shape) if row["backend"] == "mosaic_gpu" else None
     row["peer"] = peers.join(shape)
     if row["peer"] is not None:
-        row["peer"]["ratio"] = row["peer"]["seconds"] / median
+        row["peer"] |= peers.ratio(row["peer"], median, ceilings["empty_call_seconds"])
     if not settings.quick:
         row["reference"] = reference(functools.partial(module.build_reference, shape), timer, settings, shape, median)
     return row

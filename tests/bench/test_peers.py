@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv32_jax.errors import UserError
-from experiments.bench.peers import Peers
+from experiments.bench.peers import EMPTY, Peers
 from pallas_kernels.shapes import PeerRow, TopK
 
 LOGITS, FAST, SLOW = PeerRow("A", "logits", "T=4"), PeerRow("B", "topk", "T=4"), PeerRow("C", "topk", "T=4")
@@ -37,6 +37,15 @@ def test_an_alternative_counts_only_whole(tmp_path):
     assert peers.join(shape((LOGITS, FAST))) is None
     assert peers.join(shape((LOGITS, FAST), (SLOW,)))["seconds"] == 1.5
     assert peers.join(shape()) is None
+
+
+def test_each_timer_s_own_empty_call_is_taken_off(tmp_path):
+    rows = [as_row(LOGITS, seconds=2.0), as_row(FAST, seconds=1.0)]
+    both = shape((LOGITS, FAST))
+    plain = Peers.read([peers_file(tmp_path / "plain.json", rows)], "GPU X")
+    assert plain.ratio(plain.join(both), 1.5, empty=0.5) == {"ratio": 2.0, "net": False}
+    known = Peers.read([peers_file(tmp_path / "known.json", [*rows, as_row(EMPTY, seconds=0.25)])], "GPU X")
+    assert known.ratio(known.join(both), 1.5, empty=0.5) == {"ratio": 2.5, "net": True}
 
 
 def test_another_device_is_not_compared(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 
 from experiments.bench import cases
 from pallas_kernels.shapes import SMALL
+from tests.kernels.cases import cache_write as write_cases
 
-ALL = [shape for shapes in SMALL.values() for shape in shapes]
+ALL = [shape for op, shapes in SMALL.items() for shape in shapes if op != "cache_write"]
 
 
 def relative_error(found, expected):
@@ -42,9 +43,14 @@ def test_small(shape):
         assert relative_error(found, expected) <= 1e-3
     elif shape.op == "top_k":
         assert overlap(found, expected) == 1
-    elif shape.op == "index_select":
-        assert overlap(found, expected) >= 0.98  # scores that are nearly equal may change places
     else:
-        assert shape.op == "cache_write"
-        for kernel, reference in zip(found, expected, strict=True):
-            assert (kernel == np.asarray(reference)).mean() >= 0.999
+        assert shape.op == "index_select"
+        assert overlap(found, expected) >= 0.98  # scores that are nearly equal may change places
+
+
+def test_small_cache_write():
+    """Its reference is not jitted: within one program XLA keeps numbers that should have been rounded to bfloat16."""
+    (shape,) = SMALL["cache_write"]
+    case = write_cases.case("small", write_cases.scattered(shape.tokens, 3), blocks=3)
+    kernel = jax.jit(lambda *arguments: write_cases.run(case, "mosaic_gpu", arguments))
+    write_cases.check_against_reference(case, *kernel(*map(jnp.asarray, case.arguments)))
