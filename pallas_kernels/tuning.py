@@ -238,7 +238,6 @@ class SparseMLAConfig:
     Attributes:
       splits: parts of a token's keys, each an item of its own; a second kernel adds them up.
       registers: of a math thread and of a loading thread. Three warpgroups start with 168 each.
-      ahead: FP8 only: how many quarters of a block are on their way to the loading threads' registers, 1 to 4.
       prefetch: whether rows are brought into L2 a block before they are loaded.
       slack: log2 of the growth of a row's maximum that passes before the output is rescaled; 0 rescales always.
       ctas: blocks of the persistent grid.
@@ -246,7 +245,6 @@ class SparseMLAConfig:
 
     splits: int = 1
     registers: tuple[int, int] = (216, 72)
-    ahead: int = 2
     prefetch: bool = False
     slack: float = 8.0
     ctas: int = SMS
@@ -254,8 +252,6 @@ class SparseMLAConfig:
     def __post_init__(self):
         if self.splits < 1 or self.ctas < 1:
             raise ValueError(f"splits {self.splits} and ctas {self.ctas} must be at least 1")
-        if not 1 <= self.ahead <= 4:
-            raise ValueError(f"ahead {self.ahead} must be from 1 to 4 quarters of a block")
         if not 0 <= self.slack <= 64:
             raise ValueError(f"slack {self.slack} must be from 0 to 64: probabilities of up to 2^slack are added up")
         math, loads = self.registers
@@ -267,7 +263,7 @@ class SparseMLAConfig:
 
 
 SPARSE_MLA_BF16 = SparseMLAConfig()
-SPARSE_MLA_FP8 = SparseMLAConfig(registers=(200, 104), ahead=3, prefetch=True)
+SPARSE_MLA_FP8 = SparseMLAConfig(registers=(208, 88), prefetch=True)
 """An FP8 cache's keys go through the registers of the loading threads."""
 
 
@@ -275,7 +271,7 @@ def sparse_mla_config(tokens: int, head_groups: int, keys: int, *, fp8: bool) ->
     """The config for `tokens` x `head_groups` (of 64 heads) items of `keys` keys each.
 
     The number of splits is that of the shortest time by a simple model, in units of one pair of key blocks (3.5 us): an
-    item costs its pairs and half of one more; a split also its float32 partial output, written and read again.
+    item costs its pairs and half of one more; a split also its partial output, written and read again.
     """
     pairs = -(-keys // 128)
 

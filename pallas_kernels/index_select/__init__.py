@@ -45,4 +45,7 @@ def index_select(
     if chosen == "reference":
         return reference.index_select(*arguments, k, chunk_bytes)
     interpret = mosaic.interpreter() if chosen == "interpret" else None
-    return mosaic_gpu.index_select(*arguments, k, chunk_bytes, interpret)
+    # Positions have no gradient, in the reference either; the kernels are not differentiated to find that out.
+    queries, head_weights, index = jax.lax.stop_gradient((queries, head_weights, index))
+    rest = (layer, block_tables, sequence, positions)
+    return mosaic_gpu.index_select(queries, head_weights, index, *rest, k, chunk_bytes, interpret)

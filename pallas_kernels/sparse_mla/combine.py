@@ -33,7 +33,7 @@ def _body(parts, lse, out, lse_out, *, heads_per_cta: int):
         # The output of a split without keys was never written: it is left out, not multiplied by 0.
         everywhere = functools.partial(jnp.broadcast_to, shape=(width,))
         terms = [
-            jnp.where(everywhere(number) > -jnp.inf, value * everywhere(weight * inverse), 0.0)
+            jnp.where(everywhere(number) > -jnp.inf, value.astype(jnp.float32) * everywhere(weight * inverse), 0.0)
             for number, weight, value in zip(numbers, weights, values, strict=True)
         ]
         out.at[token, head][...] = functools.reduce(operator.add, terms).astype(out.dtype)
@@ -48,7 +48,7 @@ def combine(
     """The outputs of splits, weighted by their share of the whole sum.
 
     Args:
-      parts: float32 [T, S, H, D], D a multiple of 128; undefined where a split has no keys.
+      parts: bf16 or float32 [T, S, H, D], D a multiple of 128; undefined where a split has no keys.
       lse: float32 [T, S, H], -inf where a split has no keys.
       dtype: of the result.
       heads_per_cta: must divide H; one is best for few tokens.

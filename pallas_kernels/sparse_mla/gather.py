@@ -127,9 +127,9 @@ class DeviceGather:
     units: int
     """Units of a part."""
 
-    def __init__(self, masked: bool, ahead: int, prefetches: bool):
-        """Any key may be absent; units under way to registers; whether `prefetch` does anything."""
-        self.masked, self.ahead, self.prefetches = masked, ahead, prefetches
+    def __init__(self, masked: bool, prefetches: bool):
+        """Any key may be absent; whether `prefetch` does anything."""
+        self.masked, self.prefetches = masked, prefetches
         self.steps = KEYS // self.rows_at_a_time
 
     def arrivals(self, part: int) -> int:
@@ -230,9 +230,9 @@ class CopyingGather(DeviceGather):
     def arrivals(self, part: int) -> int:
         return 2 if self.masked and part == 0 else 1
 
-    def fetch(self, kv: Any, rows: Any, half: Any, *, unit: int) -> Any:
+    def fetch(self, kv: Any, rows: Any, half: Any, first_row: Any, after: Any, *, unit: int) -> Any:
         """Nothing goes through registers."""
-        del kv, rows, half, unit
+        del kv, rows, half, first_row, after, unit
 
     def fill(self, kv, keys, stat, ready, rows, held, slot, half, *, part: int, unit: int) -> None:
         del held, unit
@@ -287,17 +287,29 @@ class DequantisingGather(DeviceGather):
         """The steps that a unit does."""
         return range(unit * self.steps // self.units, (unit + 1) * self.steps // self.units)
 
-    def fetch(self, kv: Any, rows: Any, half: Any, *, unit: int) -> Any:
+    def fetch(self, kv: Any, rows: Any, half: Any, first_row: Any, after: Any, *, unit: int) -> Any:
+        """Starts the loads of a unit, once those of `after` have arrived.
+
+        All loads of a warp are counted by one scoreboard, so that whoever waits for some waits for all. Therefore the
+        next unit's begin when this one's are there, and have the time of its conversion.
+        """
         words, layout = self.held
+        before = () if after is None else (after,)
 
         @plgpu.inline_mgpu(
-            arg_types=(REF, per_thread(1, 1), SCALAR),
+            arg_types=(REF, per_thread(1, 1), SCALAR, SCALAR, *[layout for _ in before]),
             return_type=plgpu.ShapeDtypeStruct((THREADS * words,), jnp.int32, layout=layout),
         )
-        def load(ctx, kv, rows, half):
+        def load(ctx, kv, rows, half, first_row, *before):
             lane, half, [rows] = thread_index() & 31, scalar(half), unpack(rows)
-            values = offset(global_address(kv), (half << 8) + ((lane >> 3) << 6) + ((lane & 3) << 4), 1)
-            scales = offset(global_address(kv), (half << 3) + ((lane >> 4) << 2) + LATENT, 1)
+            # Part of every address, which the compilers do not know to be 0.
+            zero = scalar(first_row) >> 31
+            for held in before:
+                count = words // 5
+                for word in [*unpack(held)[: 4 * count : 4], *unpack(held)[4 * count :]]:  # one of each load
+                    zero = zero & word
+            values = offset(global_address(kv), zero + (half << 8) + ((lane >> 3) << 6) + ((lane & 3) << 4), 1)
+            scales = offset(global_address(kv), zero + (half << 3) + ((lane >> 4) << 2) + LATENT, 1)
             loaded, loaded_scales = [], []
             for i in self.unit_steps(unit):
                 row = self.row(rows, i, (lane >> 2) & 1)
@@ -306,11 +318,11 @@ class DequantisingGather(DeviceGather):
                 # The values of an absent key are those of some row, finite whatever its bytes are; 0 times them is 0.
                 text = "{ .reg .pred p; setp.ge.s32 p, $1, 0; mov.b32 $0, 0; @p ld.relaxed.gpu.global.b32 $0, [$2]; }"
                 loaded_scales.append(ptx_word(text, row, offset(scales, row.signed_max(0), RECORD)))
-            # ptxas would sink the loads down to their use, and the latency they are early for would show.
+            # ptxas would sink the loads down to their use.
             ptx("bar.warp.sync 0xffffffff;")
             return pack(loaded + loaded_scales, words)
 
-        return load(kv, rows, half)
+        return load(kv, rows, half, first_row, *before)
 
     def fill(self, kv, keys, stat, ready, rows, held, slot, half, *, part: int, unit: int) -> None:
         layout = self.held[1]
@@ -386,9 +398,9 @@ class InterpretedGather:
 
     units = 1
 
-    def __init__(self, masked: bool, ahead: int, prefetches: bool):
+    def __init__(self, masked: bool, prefetches: bool):
         del prefetches
-        self.masked, self.ahead = masked, min(ahead, 2)
+        self.masked = masked
 
     def scratch(self) -> Any:
         return plgpu.Barrier(num_barriers=PARTS)
@@ -408,8 +420,8 @@ class InterpretedGather:
     def prefetch(self, kv: Any, rows: Any) -> None:
         del kv, rows
 
-    def fetch(self, kv: Any, rows: Any, half: Any, *, unit: int) -> Any:
-        del unit
+    def fetch(self, kv: Any, rows: Any, half: Any, first_row: Any, after: Any, *, unit: int) -> Any:
+        del first_row, after, unit
         values = unpack_latents(kv[...][jnp.maximum(rows, 0)], ROPE, jnp.bfloat16)
         values = jnp.where(rows[:, None] >= 0, values, jnp.zeros_like(values))
         return lax.dynamic_slice_in_dim(values, half * HALF, HALF, axis=1), values[:, LATENT:]

@@ -327,9 +327,9 @@ class Kernel:
 
     # ---- results ----
 
-    def place(self, item: Item) -> tuple[Any, ...]:
-        """Where an item's rows go in `out` and `lse`."""
-        heads = pl.ds(item.head, HEADS)
+    def place(self, item: Item, row: int = 0, count: int = HEADS) -> tuple[Any, ...]:
+        """Where an item's heads go in `out` and `lse`: `count` of them from `row` on."""
+        heads = pl.ds(item.head + row, count)
         return (item.token, heads) if self.problem.config.splits == 1 else (item.token, item.split, heads)
 
     def finish(self, item: Item, output: Any, maxima: Any, sums: Any, half: int) -> None:
@@ -339,18 +339,14 @@ class Kernel:
         plgpu.barrier_wait(self.sum_ready)
         sums = sums + plgpu.load(self.stat.at[SUMS + 1 - half], layout=ROW)
         output = output * rows(jnp.where(sums > 0, 1.0 / sums, 0.0), output.shape)
-        columns, where = self.columns(half), self.place(item)
+        columns = self.columns(half)
         if half == 1:
-            self.lse.at[where][...] = (maxima + jnp.log2(sums)) * math.log(2.0)
-        if self.problem.config.splits > 1:
-            plgpu.barrier_arrive(self.q_free)
-            self.out.at[(*where, columns)][...] = output
-            return
+            self.lse.at[self.place(item)][...] = (maxima + jnp.log2(sums)) * math.log(2.0)
         self.q.at[0, :, columns][...] = output.astype(jnp.bfloat16)  # nobody needs the queries any more
         plgpu.commit_smem()
         for row in range(0, HEADS, 8):  # 8 rows of 256 columns are contiguous, as a copy to device memory must be
             plgpu.copy_smem_to_gmem(
-                self.q.at[0, pl.ds(row, 8), columns], self.out.at[item.token, pl.ds(item.head + row, 8), columns]
+                self.q.at[0, pl.ds(row, 8), columns], self.out.at[(*self.place(item, row, 8), columns)]
             )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(self.q_free)
@@ -384,9 +380,9 @@ class Kernel:
             def rows_of(block):
                 return gather.rows(self.slots, first_row, item.token, item.start + block * KEYS, item.limit)
 
-            def fetch(block_rows, slot, unit):
+            def fetch(block_rows, slot, unit, after):
                 part, unit = divmod(unit, gather.units)
-                return gather.fetch(self.kv, block_rows, half_of(slot, part), unit=unit)
+                return gather.fetch(self.kv, block_rows, half_of(slot, part), first_row, after, unit=unit)
 
             def block(b, carry):
                 rows, next_rows, held = carry
@@ -394,6 +390,12 @@ class Kernel:
                 for unit in range(units):
                     part, unit_of_part = divmod(unit, gather.units)
                     which = 2 * slot + part
+                    # The next unit is on its way before it has a place.
+                    at = (rows, slot) if unit + 1 < units else (next_rows, 1 - slot)
+                    following = fetch(*at, (unit + 1) % units, held)
+                    if unit == units // 2 - 1:
+                        rows_after_next = rows_of(b + 2)
+                        gather.prefetch(self.kv, next_rows)
                     if unit_of_part == 0:
 
                         @pl.when(item.done * 2 + b >= 2)
@@ -401,16 +403,8 @@ class Kernel:
                             plgpu.barrier_wait(self.k_free.at[which])
 
                     refs = self.kv, self.k, self.stat, self.ready
-                    gather.fill(*refs, rows, held[0], slot, half_of(slot, part), part=part, unit=unit_of_part)
-                    if unit == units // 2 - 1:
-                        # Here, and not at the block's begin: the load waits for one that shares its scoreboard, and
-                        # those of the unit that comes next must be there now anyway.
-                        rows_after_next = rows_of(b + 2)
-                        gather.prefetch(self.kv, next_rows)
-                    # The first units of the next block are on their way before it has a place.
-                    later = unit + gather.ahead
-                    at = (rows, slot) if later < units else (next_rows, 1 - slot)
-                    held = (*held[1:], fetch(*at, later % units))
+                    gather.fill(*refs, rows, held, slot, half_of(slot, part), part=part, unit=unit_of_part)
+                    held = following
 
                 @pl.when(jnp.logical_and(item.done > 0, b == 1))
                 def _next_queries():  # in the place of the outputs just stored
@@ -423,8 +417,7 @@ class Kernel:
             zero = item.done * 0  # a literal could not be captured
             rows, next_rows = rows_of(zero), rows_of(zero + 1)
             gather.prefetch(self.kv, rows)
-            held = tuple(fetch(rows, zero, unit) for unit in range(gather.ahead))
-            lax.fori_loop(0, 2 * item.pairs, block, (rows, next_rows, held))
+            lax.fori_loop(0, 2 * item.pairs, block, (rows, next_rows, fetch(rows, zero, 0, None)))
 
         total = self.for_items(one)
 
@@ -454,12 +447,12 @@ def attention(
       lengths: int32 [T]: no key at or after it is present.
 
     Returns:
-      Without splits out bf16 [T, H, 512] and lse float32 [T, H]; with them out float32 [T, splits, H, 512] and lse
-      [T, splits, H], where lse is -inf and out undefined for a split without keys.
+      out bf16 [T, H, 512] and lse float32 [T, H]; with splits [T, splits, H, 512] and [T, splits, H], where lse is -inf
+      and out undefined for a split without keys.
     """
     config = problem.config
     form: Any = DequantisingGather if kv.dtype == jnp.uint8 else CopyingGather
-    gather = (InterpretedGather if interpret else form)(problem.masked, config.ahead, config.prefetch)
+    gather = (InterpretedGather if interpret else form)(problem.masked, config.prefetch)
     products = InterpretedProducts() if interpret else Products()
     tokens, heads, _ = queries.shape
     shape = (tokens, heads) if config.splits == 1 else (tokens, config.splits, heads)
@@ -467,7 +460,7 @@ def attention(
     return plgpu.kernel(
         lambda *refs: Kernel(problem, gather, products, *refs).run(),
         out_type=(
-            jax.ShapeDtypeStruct((*shape, LATENT), bf16 if config.splits == 1 else f32),
+            jax.ShapeDtypeStruct((*shape, LATENT), bf16),
             jax.ShapeDtypeStruct(shape, f32),
         ),
         scratch_types=(

@@ -67,9 +67,7 @@ def test_every_config(config, prefix, seed):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(
-    "changes", [{"slack": 0.0}, {"ctas": 1}, {"ctas": 5}, {"ahead": 1}, {"ahead": 3}, {"ahead": 4}, {"prefetch": True}]
-)
+@pytest.mark.parametrize("changes", [{"slack": 0.0}, {"ctas": 1}, {"ctas": 5}, {"prefetch": True}])
 def test_other_configs(fp8, changes, seed):
     config = dataclasses.replace(tuning.SPARSE_MLA_FP8 if fp8 else tuning.SPARSE_MLA_BF16, **changes)
     check(cases.case("", COUNTS, heads=65, keys=2048, blocks=64, fp8=fp8, prefix=True, seed=seed), config)

@@ -267,7 +267,6 @@ def test_configs_check_themselves():
     for wrong in (
         {"splits": 0},
         {"ctas": 0},
-        {"ahead": 5},
         {"slack": -1.0},
         {"registers": (216, 80)},
         {"registers": (212, 72)},

@@ -1,0 +1,140 @@
+"""What ptxas says of every kernel configuration: `python -m experiments.bench.registers`, on a GPU.
+
+Registers a thread, stack and spills, in `experiments/results/kernel_registers.json`. Spills in an inner loop are the
+first thing to look for in a slow kernel.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.results import RESULTS, environment, write_json
+from pallas_kernels import tuning
+from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_write import mosaic_gpu as cache_write
+from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
+from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
+from pallas_kernels.top_k import mosaic_gpu as top_k
+
+RESULT = RESULTS / "kernel_registers.json"
+DUMP = "MOSAIC_GPU_DUMP_PTXAS"
+SPILLS = re.compile(r"^\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", re.MULTILINE)
+REGISTERS = re.compile(r"Used (\d+) registers")
+SERIALISED = re.compile(r"\(C75(?:10|12)\)")
+"""ptxas' warnings that it waits after each product; C7519, which every kernel has, is harmless."""
+
+
+def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDtypeStruct]]]:
+    """(op, config, function, what it takes) of every configuration that `tuning` can choose."""
+    of = jax.ShapeDtypeStruct
+    fp8_rows, fp8_keys = of((1, 8, 64, record_bytes(512, 64)), jnp.uint8), of((1, 8, index_block_bytes(128)), jnp.uint8)
+    layer = of((), jnp.int32)
+
+    for config in tuning.CONFIGS["sparse_mla"]:
+        fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+
+        def attend(queries, kv, layer, slots, lengths, config=config):
+            return sparse_mla.sparse_mla(queries, kv, layer, slots, lengths, 0.1, config=config)
+
+        kv = fp8_rows if fp8 else of((1, 8, 64, 576), jnp.bfloat16)
+        tokens = [of((3, 128, 576), jnp.bfloat16), kv, layer, of((3, 2048), jnp.int32), of((3,), jnp.int32)]
+        yield "sparse_mla", config, attend, tokens
+
+    for config in tuning.CONFIGS["indexer_logits"]:
+
+        def scores(*arrays, config=config):
+            return indexer_logits.indexer_logits(*arrays, config=config)
+
+        count = of((12,), jnp.int32)
+        queries = [of((12, 64, 128), jnp.float8_e4m3fn), of((12, 64), jnp.float32)]
+        yield "indexer_logits", config, scores, [*queries, fp8_keys, layer, of((12, 8), jnp.int32), count, count]
+
+    for config in tuning.CONFIGS["top_k"]:
+
+        def select(scores, lengths, config=config):
+            return top_k.top_k(scores, 2048, lengths=lengths, config=config)
+
+        yield "top_k", config, select, [of((3, 65536), jnp.float32), of((3,), jnp.int32)]
+
+    for config in tuning.CONFIGS["cache_write"]:
+
+        def write(*arrays, config=config):
+            how = {"quantize_latent": True, "scale_fmt": "ue8m0", "config": config}
+            return cache_write.cache_write(*arrays, eps=(1e-6, 1e-6), **how)
+
+        projections = [of((3, 576), jnp.bfloat16), of((3, 128), jnp.bfloat16)]
+        weights = [of((n,), jnp.float32) for n in (512, 128, 128)]
+        angles = [of((3, 32), jnp.float32)] * 2
+        arrays = [fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32), *projections, *weights, *angles]
+        yield "cache_write", config, write, arrays
+
+
+def parsed(report: str) -> list[dict[str, Any]]:
+    """Kernels of a report of ptxas, in order."""
+    spills, registers = SPILLS.findall(report), REGISTERS.findall(report)
+    return [
+        {
+            "registers": int(used),
+            "stack_bytes": int(stack),
+            "spill_store_bytes": int(stores),
+            "spill_load_bytes": int(loads),
+            "products_serialised": bool(SERIALISED.search(report)),
+        }
+        for used, (stack, stores, loads) in zip(registers, spills, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[Callable[[], str]]:
+    """What anybody, compilers too, writes to standard output and error meanwhile."""
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = [os.dup(descriptor) for descriptor in (1, 2)]
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+
+        def text() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield text
+        finally:
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    out = parser.parse_args().out
+    if jax.default_backend() != "gpu":
+        parser.error("needs a GPU: only its compiler tells")
+    os.environ[DUMP] = "1"
+    rows = []
+    for op, config, function, shapes in programs():
+        arrays = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+        with captured() as report:
+            jax.block_until_ready(jax.jit(function)(*arrays))
+            kernels = parsed(report())
+        rows.append({"op": op, "config": dataclasses.asdict(config), "kernels": kernels})
+        for kernel in kernels:
+            print(f"{op:<15} {kernel['registers']:>3} registers, spills {kernel['spill_load_bytes']} bytes", flush=True)
+    write_json(out, {**environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
