@@ -89,18 +89,15 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
         return token, length, jnp.clip(own, 0, sequences - 1), tiles_up_to(most)
 
     # The first warpgroup also starts all copies. Its cursor (run, tile of the run, segment, number of the tile in the
-    # CTA's share, the tile's places in the cache; a segment is the CTA's part of a run) goes some tiles ahead of the
+    # CTA's share, the tile's blocks; a segment is the CTA's part of a run) goes some tiles ahead of the
     # tile that it works on, but not into a segment that needs a slot of queries which the warpgroup itself has not
-    # freed. The places are read a tile early, all at once: one after the other, their latency would bound the kernel.
+    # freed. The table is read a tile early, all entries at once, and they are not touched until they are needed: their
+    # latency, added to each tile, would bound the kernel.
     first_block = layer * blocks_of_layer
 
-    def places(owner, tile):
-        """Rows of the cache where the tile's blocks begin; what lies past the tokens is masked: any block will do."""
-        found = []
-        for i in range(tile_blocks):
-            block = tables[owner, jnp.minimum(tile * tile_blocks + i, blocks - 1)]
-            found.append((first_block + jnp.maximum(block, 0)) * ROWS)
-        return tuple(found)
+    def blocks_of(owner, tile):
+        """Entries of the block table; what lies past the tokens is masked: any block will do."""
+        return tuple(tables[owner, jnp.minimum(tile * tile_blocks + i, blocks - 1)] for i in range(tile_blocks))
 
     def load_queries(token, segment):
         slot = remainder(segment, config.query_slots)
@@ -120,7 +117,8 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        for i, at in enumerate(found):
+        for i, block in enumerate(found):
+            at = (first_block + jnp.maximum(block, 0)) * ROWS
             keys_at = k_s.at[slot, pl.ds(i * BLOCK_SIZE, BLOCK_SIZE)]
             plgpu.copy_gmem_to_smem(cache.at[pl.ds(at, BLOCK_SIZE)], keys_at, full.at[slot])
             plgpu.copy_gmem_to_smem(
@@ -139,7 +137,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
             lambda: (run_at(token + length), tile * 0, segment + 1),
             lambda: (run, tile + 1, segment),
         )
-        return run, tile, segment, number + 1, places(run[2], tile)
+        return run, tile, segment, number + 1, blocks_of(run[2], tile)
 
     def load_ahead(cursor, segment, number):
         """Starts the copies of every tile up to `number + ahead`."""
@@ -153,7 +151,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
 
     none = token * 0
     run = run_at(token)
-    cursor = load_ahead((run, tile, none, none, places(run[2], tile)), none, none)
+    cursor = load_ahead((run, tile, none, none, blocks_of(run[2], tile)), none, none)
 
     if fill:
         fill_row = (fill_twin if interpret else fill_function)(row)
