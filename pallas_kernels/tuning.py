@@ -232,7 +232,7 @@ SPARSE_MLA_SPLITS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseMLAConfig:
+class SparseMLA:
     """How sparse_mla divides its work.
 
     Attributes:
@@ -262,12 +262,12 @@ class SparseMLAConfig:
             )
 
 
-SPARSE_MLA_BF16 = SparseMLAConfig()
-SPARSE_MLA_FP8 = SparseMLAConfig(registers=(208, 88), prefetch=True)
+SPARSE_MLA_BF16 = SparseMLA()
+SPARSE_MLA_FP8 = SparseMLA(registers=(208, 88), prefetch=True)
 """An FP8 cache's keys go through the registers of the loading threads."""
 
 
-def sparse_mla_config(tokens: int, head_groups: int, keys: int, *, fp8: bool) -> SparseMLAConfig:
+def sparse_mla(tokens: int, head_groups: int, keys: int, *, fp8: bool) -> SparseMLA:
     """The config for `tokens` x `head_groups` (of 64 heads) items of `keys` keys each.
 
     The number of splits is that of the shortest time by a simple model, in units of one pair of key blocks (3.5 us): an

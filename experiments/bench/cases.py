@@ -102,7 +102,7 @@ def config(shape: Shape) -> dict[str, Any]:
     match shape:
         case SparseMLA() | Attention():
             heads = -(-shape.heads // 64)
-            chosen: Any = tuning.sparse_mla_config(shape.tokens, heads, shape.chosen, fp8=shape.cache == "fp8")
+            chosen: Any = tuning.sparse_mla(shape.tokens, heads, shape.chosen, fp8=shape.cache == "fp8")
         case IndexerLogits() | IndexSelect():
             chosen = tuning.indexer_logits(shape.tokens, shape.sequences)
         case TopK():

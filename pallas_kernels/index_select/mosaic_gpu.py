@@ -51,7 +51,7 @@ def index_select(
     if chunk >= count:
         scores = logits_kernel.indexer_logits(*arrays, fill=False, interpret=interpret)
         return selection_kernel.top_k(scores, k, lengths=lengths, interpret=interpret)
-    shares = logits_kernel.shares_of_parts(sequence, positions, width, chunk)
+    shares = logits_kernel.shares_of_parts(sequence, positions, block_tables, chunk)
     select = functools.partial(select_part, arrays, lengths, shares, tokens=chunk, interpret=interpret)
     chunks, chosen = (count + pad) // chunk, jnp.zeros((count + pad, k), jnp.int32)
     if chunks > UNROLLED:

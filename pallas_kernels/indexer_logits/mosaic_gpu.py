@@ -241,10 +241,12 @@ class Part(NamedTuple):
     shares: jax.Array
 
 
-def shares_of_parts(sequence: jax.Array, positions: jax.Array, limit: int, tokens: int) -> jax.Array:
+def shares_of_parts(sequence: jax.Array, positions: jax.Array, block_tables: jax.Array, tokens: int) -> jax.Array:
     """`Part.shares` of parts of `tokens` tokens, a divisor of T; by the config that `indexer_logits` takes for them."""
+    sequences, blocks = block_tables.shape
+    config = tuning.indexer_logits(tokens, sequences)
     cut = [x.reshape(-1, tokens) for x in (sequence, positions)]
-    return jax.vmap(functools.partial(shares, limit=limit, config=tuning.INDEXER_PREFILL))(*cut)
+    return jax.vmap(functools.partial(shares, limit=blocks * BLOCK_SIZE, config=config))(*cut)
 
 
 def pad_heads(queries: jax.Array, head_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -280,7 +282,7 @@ def indexer_logits(
     """
     (tokens, heads, _), (sequences, blocks) = queries.shape, block_tables.shape
     if part:
-        tokens, config = part.tokens, tuning.INDEXER_PREFILL
+        tokens = part.tokens
     if tokens == 0 or blocks == 0:
         return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
     config = config or tuning.indexer_logits(tokens, sequences)

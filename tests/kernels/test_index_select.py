@@ -43,8 +43,8 @@ def check(chosen: np.ndarray, case: cases.Case, k: int) -> None:
 @pytest.mark.parametrize("name", ["mixture with decode tokens and padding", "one token a sequence"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_kernels_in_the_interpreter(name, whole, monkeypatch, capfd):
-    monkeypatch.setattr(tuning, "INDEXER_PREFILL", dataclasses.replace(tuning.INDEXER_PREFILL, **SMALL))
-    monkeypatch.setattr(tuning, "indexer_logits", lambda *_: tuning.INDEXER_PREFILL)
+    choice = tuning.indexer_logits
+    monkeypatch.setattr(tuning, "indexer_logits", lambda *shape: dataclasses.replace(choice(*shape), **SMALL))
     case = CASES[name]
     width = -(-case.visible.shape[1] // 256) * 256
     tokens = len(case.positions) if whole else 2

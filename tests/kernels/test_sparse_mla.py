@@ -254,13 +254,13 @@ def test_choice_of_splits():
         for tokens in (1, 2, 3, 8, 17, 32, 64, 67, 100, 128, 500, 4096):
             for groups in (1, 2):
                 for keys in (1, 128, 129, 500, 2048):
-                    config = tuning.sparse_mla_config(tokens, groups, keys, fp8=fp8)
+                    config = tuning.sparse_mla(tokens, groups, keys, fp8=fp8)
                     assert config in tuning.CONFIGS["sparse_mla"]
                     assert config.splits <= -(-keys // 128)
                     assert config.splits == 1 or tokens * groups < 2 * tuning.SMS
-    assert tuning.sparse_mla_config(1, 2, 2048, fp8=True).splits == 16
-    assert tuning.sparse_mla_config(8, 2, 2048, fp8=True).splits == 8
-    assert tuning.sparse_mla_config(128, 2, 2048, fp8=True).splits == 1
+    assert tuning.sparse_mla(1, 2, 2048, fp8=True).splits == 16
+    assert tuning.sparse_mla(8, 2, 2048, fp8=True).splits == 8
+    assert tuning.sparse_mla(128, 2, 2048, fp8=True).splits == 1
 
 
 def test_configs_check_themselves():
