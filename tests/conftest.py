@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-# Tests are for the CPU, also on a machine with a GPU, except when tests/gpu is what was asked for.
-if not any("tests/gpu" in argument for argument in sys.argv):
+# Tests are for the CPU, also on a machine with a GPU, except when tests/gpu is what was asked for. Workers of
+# pytest-xdist do not see the arguments, but the environment.
+if any("tests/gpu" in argument for argument in sys.argv):
+    os.environ["DSV32_GPU_TESTS"] = "1"
+elif "DSV32_GPU_TESTS" not in os.environ:
     os.environ["JAX_PLATFORMS"] = "cpu"
 # A warpgroup that waits in the GPU interpreter holds a thread of XLA's pool; there must be more than warpgroups.
 os.environ.setdefault("NPROC", "8")

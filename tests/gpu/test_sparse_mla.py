@@ -74,20 +74,28 @@ def test_other_configs(fp8, changes, seed):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("heads", [1, 4, 16, 63, 64, 65, 127])
-@pytest.mark.parametrize("keys", [1, 100, 128, 130, 700])
-def test_heads_and_keys(fp8, heads, keys, seed):
+@pytest.mark.parametrize(
+    ("heads", "keys", "prefix"),
+    [
+        (1, 1, True),
+        (4, 100, False),
+        (16, 128, True),
+        (63, 130, False),
+        (64, 700, True),
+        (65, 128, False),
+        (127, 1, True),
+    ],
+)
+def test_heads_and_keys(fp8, heads, keys, prefix, seed):
     counts = [keys, 0, keys // 2, 1]
-    for prefix in (False, True):
-        check(cases.case("", counts, heads=heads, keys=keys, blocks=12, fp8=fp8, prefix=prefix, seed=seed))
+    check(cases.case("", counts, heads=heads, keys=keys, blocks=12, fp8=fp8, prefix=prefix, seed=seed))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 32, 67])
+@pytest.mark.parametrize(("tokens", "prefix"), [(1, True), (3, False), (8, True), (32, True), (67, False)])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_few_tokens(fp8, tokens, seed):
+def test_few_tokens(fp8, tokens, prefix, seed):
     counts = np.random.default_rng(seed).integers(0, 2049, tokens).tolist()
-    for prefix in (False, True):
-        check(cases.case("", counts, heads=128, keys=2048, blocks=64, fp8=fp8, prefix=prefix, seed=seed))
+    check(cases.case("", counts, heads=128, keys=2048, blocks=64, fp8=fp8, prefix=prefix, seed=seed))
 
 
 @pytest.mark.parametrize("splits", [1, 4])
