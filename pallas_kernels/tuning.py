@@ -131,6 +131,40 @@ CACHE_WRITE = CacheWrite()
 CONFIGS["cache_write"] = [CACHE_WRITE]
 
 
+# ---- moe_dispatch ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEPlan:
+    """How the routing plan is made.
+
+    Attributes:
+      warpgroups: of a CTA.
+      cluster: CTAs.
+    """
+
+    warpgroups: int
+    cluster: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.warpgroups <= 8:
+            raise ValueError(f"a CTA has 1 to 8 warpgroups, not {self.warpgroups}")
+        if self.cluster not in (1, 2, 4, 8):
+            raise ValueError(f"a cluster has 1, 2, 4 or 8 CTAs, not {self.cluster}")
+
+
+CONFIGS["moe_dispatch"] = [
+    *(MoEPlan(warpgroups=warpgroups) for warpgroups in (1, 2, 4)),
+    *(MoEPlan(warpgroups=4, cluster=cluster) for cluster in (2, 4, 8)),
+]
+
+
+def moe_plan(choices: int) -> MoEPlan:
+    """At most two choices a thread, as far as there are threads."""
+    configs = CONFIGS["moe_dispatch"]
+    return next((c for c in configs if 256 * c.warpgroups * c.cluster >= choices), configs[-1])
+
+
 # ---- top_k -----------------------------------------------------------------------------------------------------
 
 
@@ -289,3 +323,190 @@ CONFIGS["sparse_mla"] = [
     for config in (SPARSE_MLA_BF16, SPARSE_MLA_FP8)
     for splits in SPARSE_MLA_SPLITS
 ]
+
+
+# ---- matrix products of many rows ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyRowsMatmul:
+    """How a CTA multiplies many rows by a weight, one expert's or the only one.
+
+    Attributes:
+      rows: of a tile: 64 or 128. Both math warpgroups take all of them, and 128 of the tile's 256 columns each.
+      stages: 128 bytes of K of both operands, in shared memory.
+      group: tiles of rows that are worked on side by side, so that a panel of the weight is read once for all of them.
+      registers: of a math thread and of a copying thread. Three warpgroups start with 168 each.
+      ctas: of the persistent grid.
+    """
+
+    rows: int = 128
+    stages: int = 4
+    group: int = 16
+    registers: tuple[int, int] = (232, 40)
+    ctas: int = SMS
+
+    def __post_init__(self) -> None:
+        if self.rows not in (64, 128):
+            raise ValueError(f"a tile has 64 or 128 rows, not {self.rows}")
+        if self.stages < 2 or self.group < 1 or self.ctas < 1:
+            raise ValueError(f"at least 2 stages, a group of 1 and 1 CTA are needed: {self}")
+        math, copies = self.registers
+        if math % 8 or copies % 8 or not (24 <= copies <= 168 <= math <= 248) or 2 * math + copies > 3 * 168:
+            raise ValueError(
+                f"registers {self.registers} must be multiples of 8; three warpgroups have 168 each to share"
+            )
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Operands, the rows' scales (in whole kilobytes), outputs on their way and barriers."""
+        scales = -(-self.stages * self.rows * 4 // 1024) * 1024
+        return self.stages * (self.rows + 256) * 128 + scales + 2 * 2 * 8192 + 16 * self.stages
+
+
+MANY_ROWS = ManyRowsMatmul()
+MANY_ROWS_SHORT_TILES = ManyRowsMatmul(rows=64)
+CONFIGS["many_rows_matmul"] = [MANY_ROWS, MANY_ROWS_SHORT_TILES]
+
+
+def many_rows_matmul(rows: int, columns: int, tile: int | None = None) -> ManyRowsMatmul:
+    """By rows and columns of the result, or by the rows of an expert's tile, a multiple of 64.
+
+    Short tiles also where twice as many of them still leave no multiprocessor with two.
+    """
+    if tile is None:
+        short = rows <= 64 or 2 * -(-rows // 128) * -(-columns // 256) <= SMS
+    else:
+        short = tile % 128 != 0
+    return MANY_ROWS_SHORT_TILES if short else MANY_ROWS
+
+
+# ---- few_rows --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewRows:
+    """How a CTA of the FP8 product with few rows works.
+
+    Attributes:
+      tile: tokens of a tile.
+      rows: of the weight, that a CTA takes at a time; a warpgroup takes up to 64 of them.
+      blocks: of 128 along K, in a stage: 1, 2 or 4.
+      stages: in shared memory.
+      ctas: of the grid.
+    """
+
+    tile: int
+    rows: int
+    blocks: int
+    stages: int
+    ctas: int = SMS
+
+    def __post_init__(self) -> None:
+        if self.tile not in (8, 16, 32, 64, 128):
+            raise ValueError(f"a tile has 8, 16, 32, 64 or 128 tokens, not {self.tile}")
+        if self.rows not in (32, 64, 128, 256):
+            raise ValueError(f"a CTA takes 32, 64, 128 or 256 rows of the weight, not {self.rows}")
+        if self.blocks not in (1, 2, 4):
+            raise ValueError(f"a stage has 1, 2 or 4 blocks, not {self.blocks}")
+        if self.stages < 2:
+            raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a CTA."""
+        return max(1, self.rows // 64)
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of the weight's scales that a strip has."""
+        return max(1, self.rows // 128)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Weights, tokens, both scales (each in whole kilobytes) and barriers."""
+        scales = sum(-(-self.stages * each // 1024) * 1024 for each in (16 * self.tile, 128))
+        return self.stages * self.blocks * 128 * (self.rows + self.tile) + scales + 16 * self.stages
+
+
+FEW_ROWS_NARROW = {
+    8: FewRows(tile=8, rows=32, blocks=4, stages=10),
+    16: FewRows(tile=16, rows=32, blocks=4, stages=8),
+}
+"""Strips of 32 rows: half of each product is for nothing, but twice as many multiprocessors read."""
+FEW_ROWS = {
+    8: FewRows(tile=8, rows=64, blocks=2, stages=6, ctas=2 * SMS),
+    16: FewRows(tile=16, rows=64, blocks=2, stages=5, ctas=2 * SMS),
+    32: FewRows(tile=32, rows=64, blocks=2, stages=4, ctas=2 * SMS),
+    64: FewRows(tile=64, rows=64, blocks=2, stages=6),
+    128: FewRows(tile=128, rows=64, blocks=1, stages=8),
+}
+"""Two CTAs on a multiprocessor, where they fit: while one ends an item, the other streams."""
+FEW_ROWS_WIDE = {
+    64: FewRows(tile=64, rows=128, blocks=2, stages=4),
+    128: FewRows(tile=128, rows=128, blocks=1, stages=6),
+}
+"""Many tokens: two warpgroups share them."""
+CONFIGS["few_rows"] = [*FEW_ROWS_NARROW.values(), *FEW_ROWS.values(), *FEW_ROWS_WIDE.values()]
+
+
+def few_rows(tile: int, rows: int, tiles: int) -> FewRows:
+    """By the tokens of a tile, the weight's N, and the tiles that may be used: strips for all multiprocessors."""
+    if tile in FEW_ROWS_WIDE and rows % 128 == 0 and rows // 128 * tiles >= SMS * 3 // 4:
+        return FEW_ROWS_WIDE[tile]
+    if tile in FEW_ROWS_NARROW and rows // 64 * tiles < SMS * 3 // 4:
+        return FEW_ROWS_NARROW[tile]
+    return FEW_ROWS[tile]
+
+
+# ---- few_rows_int4 ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewRowsInt4:
+    """How a CTA of the product of a few rows with four-bit weights works.
+
+    Attributes:
+      tile: tokens of a tile.
+      stages: of 64 rows of the weight and 512 of K, in shared memory.
+      ctas: of the grid.
+    """
+
+    tile: int
+    stages: int
+    ctas: int = SMS
+
+    def __post_init__(self) -> None:
+        if self.tile not in (8, 16, 32):
+            raise ValueError(f"a tile has 8, 16 or 32 tokens, not {self.tile}")
+        if self.stages < 2:
+            raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+
+    @property
+    def rows(self) -> int:
+        """Of the weight, that a CTA takes at a time."""
+        return 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Values, tokens, scales, the sums of three warpgroups, and barriers."""
+        return self.stages * (64 * 256 + 1024 * self.tile + 1024 + 16) + 3 * 256 * self.tile + 8
+
+
+FEW_ROWS_INT4 = {
+    8: FewRowsInt4(tile=8, stages=8),
+    16: FewRowsInt4(tile=16, stages=6),
+    32: FewRowsInt4(tile=32, stages=4),
+}
+CONFIGS["few_rows_int4"] = list(FEW_ROWS_INT4.values())
+
+
+def few_rows_int4(tile: int) -> FewRowsInt4:
+    """By the tokens of a tile: as many stages as fit."""
+    return FEW_ROWS_INT4[tile]

@@ -23,6 +23,8 @@ from pallas_kernels import tuning
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
 from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
+from pallas_kernels.moe_dispatch import planning
+from pallas_kernels.quant_matmul import few_rows, few_rows_int4, many_rows
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
 from pallas_kernels.top_k import mosaic_gpu as top_k
 
@@ -77,6 +79,40 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         angles = [of((3, 32), jnp.float32)] * 2
         arrays = [fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32), *projections, *weights, *angles]
         yield "cache_write", config, write, arrays
+
+    for config in tuning.CONFIGS["many_rows_matmul"]:
+
+        def products(x, row_scales, weights, weight_scales, experts, used, dense_x, dense_weights, config=config):
+            fp8 = many_rows.many_rows_matmul(x, row_scales, weights, weight_scales, experts, used, config=config)
+            return fp8, many_rows.many_rows_matmul(dense_x, None, dense_weights, None, config=config)
+
+        fp8, bf16 = jnp.float8_e4m3fn, jnp.bfloat16
+        rows = [of((256, 512), fp8), of((4, 256), jnp.float32)]
+        weights = [of((3, 512, 512), fp8), of((3, 4, 4), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
+        yield "many_rows_matmul", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
+
+    for config in tuning.CONFIGS["few_rows"]:
+
+        def product(*arrays, config=config):
+            return few_rows.matmul(*arrays, config=config)
+
+        x = [of((config.tile, 512), jnp.float8_e4m3fn), of((config.tile, 4), jnp.float32)]
+        yield "few_rows", config, product, [*x, of((512, 512), jnp.float8_e4m3fn), of((4, 4), jnp.float32)]
+
+    for config in tuning.CONFIGS["few_rows_int4"]:
+
+        def int4_product(*arrays, config=config):
+            return few_rows_int4.matmul(*arrays, config=config)
+
+        weights = [of((512, 256), jnp.uint8), of((4, 512), jnp.uint32)]
+        yield "few_rows_int4", config, int4_product, [of((config.tile, 512), jnp.bfloat16), *weights]
+
+    for config in tuning.CONFIGS["moe_dispatch"]:
+
+        def plan(experts, valid, config=config):
+            return planning.make_plan(experts, valid, num_experts=256, tile=8, config=config)
+
+        yield "moe_dispatch", config, plan, [of((5, 8), jnp.int32), of((5,), jnp.bool_)]
 
 
 def parsed(report: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from jax import lax
 
 from pallas_kernels import mosaic, rowwise
 from pallas_kernels.cache_write import reference
+from pallas_kernels.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX
@@ -96,36 +97,6 @@ class Shapes:
 
 
 # ---- device code: FP8 ------------------------------------------------------------------------------------------
-
-
-def group_maximum(words: list[Word], lanes: int) -> Float:
-    """The largest magnitude of packed bfloat16 values over `lanes` neighbouring lanes."""
-
-    def larger(a: Word, b: Word) -> Word:
-        return mosaic.ptx_word("max.NaN.bf16x2 $0, $1, $2;", a, b)
-
-    largest = functools.reduce(larger, [word & 0x7FFF7FFF for word in words])
-    for distance in (16, 8, 4, 2, 1):
-        if distance < lanes:
-            largest = larger(largest, mosaic.shuffle("bfly", largest, distance))
-    low, high = mosaic.unpack_bf16([largest])
-    return low.max(high)
-
-
-def quantize(words: list[Word], lanes: int, scale_fmt: str | None) -> tuple[list[Word], Float]:
-    """Packed bfloat16 values of `lanes` neighbouring lanes -> this lane's packed e4m3 values, and the scale of all."""
-    largest = group_maximum(words, lanes).max(SMALLEST_AMAX)
-    values, scale = mosaic.unpack_bf16(words), largest * float(np.float32(1 / FP8_MAX))
-    if scale_fmt is None:
-        return mosaic.pack_e4m3([x / scale for x in values]), scale
-    scale, inverse = power_of_two(scale)
-    return mosaic.pack_e4m3([x * inverse for x in values]), scale
-
-
-def power_of_two(scale: Float) -> tuple[Float, Float]:
-    """`scale` rounded up to one, and its exact inverse."""
-    exponent = (scale.bits() >> 23) + (scale.bits() & 0x7FFFFF).differs(0).to_word()
-    return Float.of_bits(exponent << 23), Float.of_bits((254 - exponent) << 23)
 
 
 def fake_quantize(words: list[Word], lanes: int, scale_fmt: str | None) -> list[Word]:

@@ -10,15 +10,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
 from pallas_kernels.paging import BLOCK_SIZE
+from pallas_kernels.wgmma import DIM, descriptor, finish, floats, start_product
 
-DIM = 128
 HEADS = 64
 """Of the products; fewer heads are padded with weights of zero."""
 BYTES = 64 * DIM
@@ -27,50 +26,6 @@ SWIZZLE = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
 """Rows have 128 bytes, so this alone is the layout of wgmma's operands."""
 SWIZZLED = plgpu.RefType(SWIZZLE)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
-
-def floats(text: str, results: int, *arguments: Word | ir.Value) -> list[ir.Value]:
-    """PTX with float32 results, `$0` to `$(results - 1)`."""
-    found = mgu.inline_ptx(
-        text,
-        *[x.value if isinstance(x, Word) else x for x in arguments],
-        result_types=(ir.F32Type.get(),) * results,
-        has_side_effects=True,
-        convergent=True,
-    )
-    return list(found) if isinstance(found, list | tuple) else [found]
-
-
-def descriptor(address: Word) -> ir.Value:
-    """wgmma's operand of rows of 128 bytes, 128-byte swizzle, 1024 bytes between groups of 8 rows."""
-    return arith.ori((address >> 4).wide(), mosaic.i64((1 << 62) | (64 << 32) | (1 << 16)))
-
-
-def start_product(keys: ir.Value, queries: ir.Value, columns: int) -> list[ir.Value]:
-    """Starts D[64, columns] = keys[64, 128] queries[columns, 128]^T; a thread's part of it is there after `finish`."""
-    count = columns // 2
-    names = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
-    text = (
-        "{ .reg .b64 a, b; .reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0;\n"
-        "wgmma.fence.sync.aligned;\n"
-    )
-    for k in range(DIM // 32):
-        text += (
-            f"add.s64 a, ${count}, {2 * k}; add.s64 b, ${count + 1}, {2 * k};\n"
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {names}, a, b, "
-            f"{'later' if k else 'first'}, 1, 1;\n"
-        )
-    return floats(text + "wgmma.commit_group.sync.aligned; }", count, keys, queries)
-
-
-def finish(product: list[ir.Value], flying: int) -> list[ir.Value]:
-    """Waits until no more than `flying` younger products are under way."""
-    mosaic.ptx(f"wgmma.wait_group.sync.aligned {flying};")
-    # The registers become new values here, so that no use of them moves before the wait.
-    count, f32 = len(product), ir.F32Type.get()
-    tie = ",".join(["=f"] * count + [str(i) for i in range(count)])
-    found = llvm.inline_asm(llvm.StructType.get_literal([f32] * count), product, "", tie, has_side_effects=True)
-    return [llvm.extractvalue(f32, found, [i]) for i in range(count)]
 
 
 def head_sum(product: list[ir.Value], weights: list[ir.Value]) -> list[ir.Value]:

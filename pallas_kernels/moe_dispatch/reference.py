@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize.reference import GROUP, quantize
+
 
 def route(logits, bias, num_groups, groups_kept, experts_per_token, normalize, scaling_factor):
     scores = jax.nn.sigmoid(logits)
@@ -48,12 +50,17 @@ def tile_rows(choices: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (choices // num_experts).bit_length()))
 
 
+def tiles_of_plan(choices: int, num_experts: int, tile: int) -> int:
+    """Tiles that no routing can need more of."""
+    return min(choices, choices // tile + num_experts)
+
+
 def make_plan(experts: jax.Array, valid: jax.Array, num_experts: int, tile: int | None = None) -> RoutingPlan:
     """The plan for chosen `experts` int32 [T, K]; tokens that are not `valid` (bool [T]) take no row."""
     tokens, choices = experts.shape
     count = tokens * choices
     tile = tile or tile_rows(count, num_experts)
-    tiles = min(count, count // tile + num_experts)  # no routing can need more
+    tiles = tiles_of_plan(count, num_experts, tile)
     flat = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.zeros(num_experts + 1, jnp.int32).at[flat].add(1)[:num_experts]
@@ -79,6 +86,11 @@ def make_plan(experts: jax.Array, valid: jax.Array, num_experts: int, tile: int 
 def gather_rows(x: jax.Array, plan: RoutingPlan) -> jax.Array:
     """x [T, D] -> [P, D] in the plan's order; padding rows are 0."""
     return jnp.where(plan.row_token[:, None] >= 0, x[plan.row_token], 0)
+
+
+def gather_rows_fp8(x, plan, scale_fmt, scales_by_group):
+    values, scales = quantize(gather_rows(x, plan), scale_fmt, GROUP)
+    return values, scales.T if scales_by_group else scales
 
 
 def combine(rows: jax.Array, weights: jax.Array, plan: RoutingPlan) -> jax.Array:

@@ -1,12 +1,26 @@
 """Matrix product with a block-quantised weight."""
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.backend import resolve
-from pallas_kernels.quant_matmul import reference
+from pallas_kernels import mosaic
+from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
+from pallas_kernels.quant_matmul import few_rows, many_rows, reference
 from pallas_kernels.quant_matmul.reference import BLOCK, dequantize_blocks
+from pallas_kernels.quantize import quantize
 
-__all__ = ["BLOCK", "dequantize_blocks", "quant_matmul"]
+__all__ = ["BLOCK", "dequantize_blocks", "quant_matmul", "unsupported"]
+
+
+def unsupported(x: jax.Array, values: jax.Array, quantize_input: bool) -> str | None:
+    """What neither kernel, of few rows nor of many, takes of these arguments; None if one takes all."""
+    if not quantize_input:
+        return "an input that stays as it is; it takes quantize_input=True"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x of dtype {x.dtype}; it takes bfloat16 and float32"
+    if few_rows.unsupported(x, values) is None:
+        return None
+    return many_rows.unsupported(x, values, fp8=True)
 
 
 def quant_matmul(
@@ -28,7 +42,9 @@ def quant_matmul(
       scales: float32 [ceil(N / 128), ceil(K / 128)], multipliers.
       quantize_input: quantise x to FP8 in groups of 128 first, as the official code does; else only the weight is FP8.
       scale_fmt: of the input's scales, see `quantize`.
-      backend: "auto" or "reference".
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take quantised inputs and N in
+        multiples of 64; K in multiples of 128 in bfloat16, of 512 in float32, which they take for up to 128 rows alone.
+        Their gradient is the reference's.
 
     Returns:
       [M, N] in x's dtype, accumulated in float32.
@@ -36,11 +52,25 @@ def quant_matmul(
     Raises:
       ValueError: shapes do not fit, or K is no multiple of 128 while the input is quantised.
     """
-    resolve(backend, "quant_matmul")
+    chosen = resolve(backend, "quant_matmul", UNMEASURED_KERNEL, unsupported(x, values, quantize_input))
     grid = tuple(-(-side // BLOCK) for side in values.shape)
     if x.shape[-1] != values.shape[-1] or scales.shape != grid:
         raise ValueError(
             f"x {x.shape}, values {values.shape} and scales {scales.shape} do not fit: "
             f"the last axes of x and values must agree and scales must be {grid}"
         )
-    return reference.quant_matmul(x, values, scales, quantize_input, scale_fmt)
+
+    def plain(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+        return reference.quant_matmul(x, values, scales, quantize_input, scale_fmt)
+
+    if chosen == "reference":
+        return plain(x, values, scales)
+
+    def kernel(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+        interpret = mosaic.interpreter() if chosen == "interpret" else None
+        rows, row_scales = quantize(x, scale_fmt)
+        if few_rows.unsupported(x, values) is None:
+            return few_rows.matmul(rows, row_scales, values, scales, dtype=x.dtype, interpret=interpret)
+        return many_rows.many_rows_matmul(rows, row_scales.T, values, scales, interpret=interpret)
+
+    return gradient_of_reference(kernel, plain)(x, values, scales)

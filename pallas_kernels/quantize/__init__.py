@@ -1,12 +1,23 @@
-"""FP8 quantisation of activations in groups along the last axis."""
+"""Quantisation of activations: FP8 in groups along the last axis, alone or behind an RMSNorm, and int8 by token."""
+
+import functools
 
 import jax
 
-from pallas_kernels.backend import resolve
-from pallas_kernels.quantize import reference
+from pallas_kernels import mosaic
+from pallas_kernels.backend import UNMEASURED_KERNEL, resolve, without_gradient
+from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS, dequantize
 
-__all__ = ["FP8_MAX", "GROUP", "SCALE_FORMATS", "dequantize", "quantize"]
+__all__ = ["FP8_MAX", "GROUP", "SCALE_FORMATS", "dequantize", "quantize", "quantize_int8", "rms_norm_quantize"]
+
+
+def check(x: jax.Array, scale_fmt: str | None, group: int) -> None:
+    """Raises ValueError if N is no multiple of `group`, or `scale_fmt` is unknown."""
+    if x.shape[-1] % group:
+        raise ValueError(f"FP8 groups of {group} need a last axis that is a multiple of {group}, not {x.shape[-1]}")
+    if scale_fmt not in SCALE_FORMATS:
+        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
 
 
 def quantize(
@@ -20,7 +31,7 @@ def quantize(
       x: float [..., N].
       scale_fmt: "ue8m0" rounds scales up to powers of two; None keeps amax / 448.
       group: values to a scale; must divide N.
-      backend: "auto" or "reference".
+      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
 
     Returns:
       values float8_e4m3fn [..., N] and scales float32 [..., N / group]; x is about values * scales.
@@ -28,9 +39,57 @@ def quantize(
     Raises:
       ValueError: N is no multiple of `group`, or `scale_fmt` is unknown.
     """
-    resolve(backend, "quantize")
-    if x.shape[-1] % group:
-        raise ValueError(f"FP8 groups of {group} need a last axis that is a multiple of {group}, not {x.shape[-1]}")
-    if scale_fmt not in SCALE_FORMATS:
-        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
-    return reference.quantize(x, scale_fmt, group)
+    unsupported = mosaic_gpu.unsupported(x, group)
+    chosen = resolve(backend, "quantize", UNMEASURED_KERNEL, unsupported)
+    check(x, scale_fmt, group)
+    if chosen == "reference" or x.size == 0:
+        return reference.quantize(x, scale_fmt, group)
+    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    kernel = functools.partial(mosaic_gpu.quantize, scale_fmt=scale_fmt, interpret=interpret)
+    return without_gradient(kernel, "quantize")(x)
+
+
+def rms_norm_quantize(
+    x: jax.Array, weight: jax.Array, eps: float, scale_fmt: str | None = "ue8m0", *, backend: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize(rms_norm(x, weight, eps), scale_fmt)` in one pass, the norm rounded to x's dtype in between.
+
+    Args:
+      x: float [..., N], N a multiple of 128.
+      weight: [N].
+      eps: added to the mean square.
+      scale_fmt: see `quantize`.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient;
+        it adds up the squares in another order, so a value may be the neighbour of the reference's.
+
+    Returns:
+      values float8_e4m3fn [..., N] and scales float32 [..., N / 128].
+
+    Raises:
+      ValueError: N is no multiple of 128, or `scale_fmt` is unknown.
+    """
+    unsupported = mosaic_gpu.norm_unsupported(x, weight)
+    chosen = resolve(backend, "rms_norm_quantize", UNMEASURED_KERNEL, unsupported)
+    check(x, scale_fmt, GROUP)
+    if chosen == "reference" or x.size == 0:
+        return reference.rms_norm_quantize(x, weight, eps, scale_fmt)
+    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    kernel = functools.partial(mosaic_gpu.rms_norm_quantize, eps=eps, scale_fmt=scale_fmt, interpret=interpret)
+    return without_gradient(kernel, "rms_norm_quantize")(x, weight)
+
+
+def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
+    """Symmetric int8 values of `x`, one scale for each row: its largest magnitude / 127.
+
+    Args:
+      x: float [..., N].
+      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
+
+    Returns:
+      values int8 [..., N], from -127 to 127, and scales float32 [...]; x is about values * scales.
+    """
+    chosen = resolve(backend, "quantize_int8", UNMEASURED_KERNEL, mosaic_gpu.int8_unsupported(x))
+    if chosen == "reference" or x.size == 0:
+        return reference.quantize_int8(x)
+    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    return without_gradient(functools.partial(mosaic_gpu.quantize_int8, interpret=interpret), "quantize_int8")(x)

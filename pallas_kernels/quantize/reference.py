@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import rowwise
+
 FP8_MAX = 448.0
+INT8_MAX = 127.0
 GROUP = 128
 SMALLEST_AMAX = 1e-4
 SCALE_FORMATS = ("ue8m0", None)
@@ -43,6 +46,17 @@ def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array
     # Clipping first: a cast of more than 464 gives NaN here, and saturates in other libraries.
     values = round_to_e4m3(jnp.clip(grouped / scales[..., None], -FP8_MAX, FP8_MAX)).astype(jnp.float8_e4m3fn)
     return values.reshape(x.shape), scales
+
+
+def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) * jnp.float32(1 / INT8_MAX)
+    values = jnp.clip(jnp.round(x / scales[..., None]), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+    return values, scales
+
+
+def rms_norm_quantize(x, weight, eps, scale_fmt):
+    return quantize(rowwise.rms_norm(x, weight, eps), scale_fmt, GROUP)
 
 
 def dequantize(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import dequantize, quantize, quantize_int8, rms_norm_quantize
+from tests.kernels.cases import quantize as cases
 
 
 @pytest.mark.parametrize("scale_fmt", ["ue8m0", None])
@@ -22,3 +23,39 @@ def test_values_really_are_rounded(scale_fmt):
         np.testing.assert_array_equal(found, expected)
     assert np.mean(found != expected) <= 1e-3
     assert len(np.unique(np.abs(found[0, :128]))) <= 100  # of 128 values; unrounded ones are all different
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (1, 7168), (33, 640), (4096, 7168)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scale_fmt", ["ue8m0", None])
+def test_kernel_gives_the_bits_of_the_reference(shape, dtype, scale_fmt):
+    x = cases.rows(*shape, dtype)
+    got = jax.block_until_ready(quantize(jnp.asarray(x), scale_fmt, backend="mosaic_gpu"))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = quantize(jnp.asarray(x), scale_fmt, backend="reference")
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (300, 1536), (130, 7168), (3, 16384)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scale_fmt", ["ue8m0", None])
+def test_norm_kernel(shape, dtype, scale_fmt):
+    x, weight = cases.rows(*shape, "bfloat16"), cases.weight(shape[1], dtype)
+    call = jax.jit(lambda x, weight: rms_norm_quantize(x, weight, 1e-6, scale_fmt, backend="mosaic_gpu"))
+    got, again = (jax.block_until_ready(call(jnp.asarray(x), jnp.asarray(weight))) for _ in range(2))
+    for a, b in zip(got, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = rms_norm_quantize(jnp.asarray(x), jnp.asarray(weight), 1e-6, scale_fmt, backend="reference")
+    cases.check_nearly(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (33, 640), (4096, 7168), (3, 16384)])
+def test_int8_kernel_gives_the_bits_of_the_reference(shape):
+    x = cases.rows(*shape, "bfloat16")
+    got = jax.block_until_ready(quantize_int8(jnp.asarray(x), backend="mosaic_gpu"))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = quantize_int8(jnp.asarray(x), backend="reference")
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -93,7 +93,7 @@ def test_errors_name_what_is_wrong():
         quantize(jnp.zeros((2, 100)))
     with pytest.raises(ValueError, match="scale_fmt 'e5m2'"):
         quantize(jnp.zeros((2, 128)), "e5m2")
-    with pytest.raises(ValueError, match="no 'mosaic_gpu' backend"):
-        quantize(jnp.zeros((2, 128)), backend="mosaic_gpu")
+    with pytest.raises(ValueError, match="kernel of quantize does not take groups of 64; it takes 128"):
+        quantize(jnp.zeros((2, 128)), group=64, backend="mosaic_gpu")
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         quantize(jnp.zeros((2, 128)), backend="cuda")

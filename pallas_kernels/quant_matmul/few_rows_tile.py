@@ -1,0 +1,184 @@
+"""A warpgroup's part of a stage of `few_rows`: scaled products of 128 of K each, added up in registers.
+
+The sums of a warpgroup are [64 weight rows, tile tokens]; a thread has, for each 8 tokens, 2 of them for 2 weight rows,
+which is how wgmma leaves them. Strips of 32 rows use half of that: the product reads 32 rows past them, whatever is
+there, and nobody looks at the result.
+"""
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import mosaic, tuning
+from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
+from pallas_kernels.wgmma import descriptor, finish, start_product
+
+BLOCK = 128
+"""K of a scale."""
+GROUP = 4
+"""Scales along K that are copied together: 16 bytes, the least that TMA takes."""
+SWIZZLE: Any = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
+"""Rows have 128 bytes, so this alone is the layout of wgmma's operands."""
+SWIZZLED = plgpu.RefType(SWIZZLE)
+
+
+def layout_of(config: tuning.FewRows) -> Any:
+    """Of a warpgroup's sums: an array that gives each thread its own."""
+    return plgpu.Layout.WG_STRIDED((64 * config.tile,), vec_size=4)
+
+
+def zeros(config: tuning.FewRows) -> Any:
+    """Sums of nothing."""
+    return plgpu.layout_cast(jnp.zeros((64 * config.tile,), jnp.float32), layout_of(config))
+
+
+def unpack(array: Any, kind: Any = Float) -> list[Any]:
+    """A thread's numbers: `Float`s, or `Word`s of an int32 array."""
+    return [kind(llvm.extractelement(x, mosaic.i32(i))) for x in array.registers.flat for i in range(4)]
+
+
+def pack(numbers: list[Any], layout: Any) -> Any:
+    """The inverse of `unpack`."""
+    registers = []
+    for i in range(0, len(numbers), 4):
+        register = llvm.mlir_undef(ir.VectorType.get((4,), numbers[i].value.type))
+        for j in range(4):
+            register = llvm.insertelement(register, numbers[i + j].value, mosaic.i32(j))
+        registers.append(register)
+    return mgpu.FragmentedArray(
+        _registers=np.array(registers, dtype=object),
+        _layout=layout.to_mgpu(),
+        _is_signed=True if isinstance(numbers[0], Word) else None,
+    )
+
+
+def first_column(thread: Word) -> Word:
+    """Of each 8 tokens, the first of the thread's two."""
+    return (thread & 3) << 1
+
+
+def tile_function(config: tuning.FewRows):
+    """A function of a warpgroup: the sums, and the products of one stage.
+
+    Its arguments:
+      weights, x: e4m3 [stages, blocks * rows, 128] and [stages, blocks * tile, 128] in shared memory.
+      x_scales, scales: float32 [stages, tile, 4] and [stages, 8, 4] there; a row of `scales` is for 128 weight rows.
+      sums: as `layout_of`.
+      slot: the stage; place: of its first block in the groups of 4 scales; warpgroup: its number.
+    """
+    layout = layout_of(config)
+
+    @plgpu.inline_mgpu(
+        arg_types=(SWIZZLED, SWIZZLED, REF, REF, layout, SCALAR, SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.float32, layout=layout),
+    )
+    def tile(ctx, weights, x, x_scales, scales, sums, slot, place, warpgroup):
+        del ctx
+        sums = unpack(sums)
+        slot, place, warpgroup = map(mosaic.scalar, (slot, place, warpgroup))
+        row = slot * (config.blocks * config.rows) + (warpgroup << 6)
+        left = descriptor(mosaic.shared_address(weights) + row * BLOCK)
+        right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
+        column = slot * config.tile + first_column(mosaic.thread_index())
+        own_x_scales = SharedWords(x_scales).part((column << 2) + place)
+        own_scale = SharedWords(scales).part((slot << 5) + ((warpgroup >> 1) << 2) + place)
+
+        def start(block):
+            a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
+            b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
+            return start_product(a, b, config.tile)
+
+        flying = start(0)
+        for block in range(config.blocks):
+            product, more = flying, block + 1 < config.blocks
+            if more:
+                flying = start(block + 1)
+            scale = Float.of_bits(own_scale.load(block))
+            factors = [
+                Float.of_bits(own_x_scales.load(GROUP * (8 * i + j) + block)) * scale
+                for i in range(config.tile // 8)
+                for j in range(2)
+            ]
+            product = finish(product, flying=1 if more else 0)
+            # A thread's numbers, for each 8 tokens: two tokens of one weight row, then of the row 8 below.
+            sums = [
+                Float(x).times_plus(factors[2 * (i // 4) + i % 2], total)
+                for i, (x, total) in enumerate(zip(product, sums, strict=True))
+            ]
+        return pack(sums, layout)
+
+    return tile
+
+
+def tile_twin(config: tuning.FewRows):
+    """`tile_function` for the interpreter."""
+    own = min(64, config.rows)
+
+    def tile(weights, x, x_scales, scales, sums, slot, place, warpgroup):
+        sums = sums.reshape(64, config.tile)
+        left = [
+            weights[slot, pl.ds(i * config.rows + warpgroup * own, own), :].astype(jnp.float32)
+            for i in range(config.blocks)
+        ]
+        right = x[slot].astype(jnp.float32)
+        factors = x_scales[slot] * scales[slot, pl.ds(warpgroup // 2, 1), :]
+        # Ordinary loads, which the next copy into the slot must not overtake.
+        plgpu.commit_smem()
+        for i in range(config.blocks):
+            part = jnp.dot(left[i], right[i * config.tile : (i + 1) * config.tile].T, precision="highest")
+            factor = jnp.where(jnp.arange(GROUP) == place + i, factors, 0).sum(axis=1)
+            sums = sums + jnp.pad(part * factor, ((0, 64 - own), (0, 0)))
+        return sums.reshape(-1)
+
+    return tile
+
+
+def store_number(address: ir.Value, x: Float, predicate: Word, dtype: Any) -> None:
+    """A float32 or bfloat16 in device memory."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; "
+    if dtype == jnp.float32:
+        text += "@p st.global.f32 [$0], $1; }"
+    else:
+        text += ".reg .b16 h; cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h; }"
+    mosaic.ptx(text, address, x.value, predicate.to_word())
+
+
+def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
+    """`store(out [tokens, rows], sums, token, row, warpgroup)`: the sums of a strip that starts there, in `dtype`."""
+    layout = layout_of(config)
+    size = jnp.dtype(dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(REF, layout, SCALAR, SCALAR, SCALAR))
+    def store(ctx, out, sums, token, row, warpgroup):
+        del ctx
+        token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
+        thread = mosaic.thread_index() & 127
+        own = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        token = token + first_column(thread)
+        address = mosaic.offset(mosaic.global_address(out), token, rows * size)
+        address = mosaic.offset(address, row + (warpgroup << 6) + own, size)
+        for i, x in enumerate(unpack(sums)):
+            column, below = 8 * (i // 4) + i % 2, 8 * (i // 2 % 2)
+            there = (token + column < tokens) & (own + below < config.rows)
+            at = arith.addi(address, mosaic.i64((column * rows + below) * size))
+            store_number(at, x, there, dtype)
+
+    return store
+
+
+def store_twin(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
+    """`store_function` for the interpreter; whole tiles only."""
+    del tokens, rows
+    own = min(64, config.rows)
+
+    def store(out, sums, token, row, warpgroup):
+        part = sums.reshape(64, config.tile)[:own].T.astype(dtype)
+        out[pl.ds(token, config.tile), pl.ds(row + warpgroup * own, own)] = part
+
+    return store

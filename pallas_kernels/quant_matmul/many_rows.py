@@ -1,0 +1,377 @@
+"""Products of many rows with weights as stored, on Hopper: dense, and grouped by expert.
+
+A CTA takes tiles of 64 or 128 rows by 256 columns of the output, one after the other, each over the whole of K:
+
+  warpgroup 2       copies 128 bytes of K of a tile's rows and of its columns at a time into a ring, ahead of the others
+  warpgroups 0, 1   multiply all rows by 128 columns each
+
+Weights in FP8 have a scale for each block of 128 x 128, rows one for each 128 of K. So each step of K is a fresh
+product on the tensor cores, 64 rows at a time, which a warpgroup then multiplies by both scales and adds to float32
+sums in its registers, while the product of the other warpgroup runs. In bfloat16 the tensor cores add up by themselves.
+
+Tiles are taken column by column within a group of tiles of rows. What all CTAs work on at a time is then about square:
+a panel of the weight that is in L2 serves the group's rows, and these serve some columns. Rows sorted by expert are no
+different; a tile's expert only says where its weight is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import tuning
+from pallas_kernels.quant_matmul.accumulate import (
+    BLOCK,
+    COLUMNS,
+    PART,
+    SWIZZLE,
+    accumulate_function,
+    accumulate_twin,
+    start,
+)
+
+MATH = 2
+"""Warpgroups that multiply."""
+PIECE = 64
+"""Columns of a tile of bfloat16 in shared memory: 128 bytes."""
+TILED = (plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel is compiled for: x [rows, depth] times weights [experts, columns, depth]."""
+
+    rows: int
+    columns: int
+    depth: int
+    fp8: bool
+    config: tuning.ManyRowsMatmul
+
+    @property
+    def row_tiles(self) -> int:
+        return self.rows // self.config.rows
+
+    @property
+    def column_tiles(self) -> int:
+        return -(-self.columns // COLUMNS)
+
+    @property
+    def tiles(self) -> int:
+        return self.row_tiles * self.column_tiles
+
+    @property
+    def step(self) -> int:
+        """Values of K in 128 bytes."""
+        return 128 if self.fp8 else 64
+
+    @property
+    def steps(self) -> int:
+        return self.depth // self.step
+
+    @property
+    def box(self) -> int:
+        """Columns of a copy: as many as surely lie within the weight, if one of them does."""
+        return next(box for box in (256, 128, 64) if self.columns % box == 0)
+
+    @property
+    def copies(self) -> int:
+        """Into a slot of the ring."""
+        return 1 + COLUMNS // self.box + self.fp8
+
+    @property
+    def ctas(self) -> int:
+        return min(self.tiles, self.config.ctas)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One CTA's program. The fields after `interpret` are refs; `experts`, `used`, the scales may be None."""
+
+    problem: Problem
+    interpret: bool
+    experts: Any
+    used: Any
+    x: Any
+    row_scales: Any
+    weights: Any
+    weight_scales: Any
+    out: Any
+    left: Any
+    right: Any
+    scales: Any
+    staged: Any
+    full: Any
+    free: Any
+
+    def run(self) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        math_registers, copy_registers = self.problem.config.registers
+
+        @pl.when(warpgroup < MATH)
+        def _():
+            plgpu.set_max_registers(math_registers, action="increase")
+            self.for_tiles(self.multiply_fp8 if self.problem.fp8 else self.multiply_bf16)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(warpgroup == MATH)
+        def _():
+            plgpu.set_max_registers(copy_registers, action="decrease")
+            self.for_tiles(self.copy)
+            self.drain()
+
+    def for_tiles(self, f: Any) -> None:
+        """`f(row tile, column tile, expert, steps done before)` of each of this CTA's tiles."""
+        problem, cta = self.problem, lax.axis_index("cta")
+        group, column_tiles = problem.config.group, problem.column_tiles
+
+        def one(i, _):
+            index = cta + i * problem.ctas
+            whole = lax.div(index, jnp.int32(group * column_tiles))
+            within = index - whole * (group * column_tiles)
+            side_by_side = jnp.minimum(self.row_tiles() - whole * group, group)
+            column = lax.div(within, side_by_side)
+            row = whole * group + within - column * side_by_side
+            expert = index * 0 if self.experts is None else self.experts[row]
+            f(row, column, expert, i * problem.steps)
+
+        lax.fori_loop(0, self.tile_count(), one, None)
+
+    def row_tiles(self) -> Any:
+        """Tiles of rows that hold some."""
+        if self.used is None:
+            return jnp.int32(self.problem.row_tiles)
+        return jnp.clip(self.used[0], 0, self.problem.row_tiles)
+
+    def tile_count(self) -> Any:
+        """Tiles of this CTA."""
+        rest = self.row_tiles() * self.problem.column_tiles - lax.axis_index("cta") + (self.problem.ctas - 1)
+        return lax.div(jnp.maximum(rest, 0), jnp.int32(self.problem.ctas))
+
+    def slot(self, number: Any) -> Any:
+        return lax.rem(number, jnp.int32(self.problem.config.stages))
+
+    # ---- copies ----
+
+    def copy(self, row: Any, column: Any, expert: Any, done: Any) -> None:
+        """Starts all copies of a tile, as slots become free."""
+        problem = self.problem
+        rows, box, stages = problem.config.rows, problem.box, problem.config.stages
+
+        def step(k, _):
+            number = done + k
+            slot = self.slot(number)
+
+            pl.when(number >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+            depth, full = pl.ds(k * problem.step, problem.step), self.full.at[slot]
+            plgpu.copy_gmem_to_smem(self.x.at[pl.ds(row * rows, rows), depth], self.left.at[slot], full)
+            for i in range(0, COLUMNS, box):
+                # A box past the end takes columns that nobody stores.
+                first = jnp.minimum(column * COLUMNS + i, problem.columns - box)
+                plgpu.copy_gmem_to_smem(
+                    self.weights.at[expert, pl.ds(first, box), depth], self.right.at[slot, pl.ds(i, box)], full
+                )
+            if problem.fp8:
+                plgpu.copy_gmem_to_smem(self.row_scales.at[k, pl.ds(row * rows, rows)], self.scales.at[slot], full)
+
+        lax.fori_loop(0, problem.steps, step, None)
+
+    def drain(self) -> None:
+        """Waits for the last phases of the barriers, before their memory goes."""
+        used = self.tile_count() * self.problem.steps
+        first = jnp.maximum(used - self.problem.config.stages, 0)
+        lax.fori_loop(first, used, lambda i, _: plgpu.barrier_wait(self.free.at[self.slot(i)]), None)
+
+    # ---- math ----
+
+    def multiply_fp8(self, row: Any, column: Any, expert: Any, done: Any) -> None:
+        problem, warpgroup = self.problem, lax.axis_index("warpgroup")
+        accumulate = (accumulate_twin if self.interpret else accumulate_function)(problem.config.rows)
+        last_block = -(-problem.columns // BLOCK) - 1
+        block = jnp.minimum(column * (COLUMNS // BLOCK) + warpgroup, last_block)
+
+        def step(k, state):
+            sums, scale = state
+            number = done + k
+            slot = self.slot(number)
+            # A step early, because of its latency.
+            following = self.weight_scales[expert, block, jnp.minimum(k + 1, problem.steps - 1)]
+            plgpu.barrier_wait(self.full.at[slot])
+            sums = accumulate(self.left, self.right, self.scales, tuple(sums), scale, slot, warpgroup)
+            plgpu.barrier_arrive(self.free.at[slot])
+            return tuple(sums), following
+
+        empty = start(problem.config.rows, self.interpret)
+        first_scale = self.weight_scales[expert, block, column * 0]
+        sums, _ = lax.fori_loop(0, problem.steps, step, (empty, first_scale))
+        self.store(sums, row, column)
+
+    def multiply_bf16(self, row: Any, column: Any, expert: Any, done: Any) -> None:
+        del expert
+        problem, warpgroup = self.problem, lax.axis_index("warpgroup")
+        rows = problem.config.rows
+
+        def product(accumulator):
+            def step(k, _):
+                number = done + k
+                slot = self.slot(number)
+                plgpu.barrier_wait(self.full.at[slot])
+                columns = self.right.at[slot, pl.ds(warpgroup * BLOCK, BLOCK)]
+                plgpu.wgmma(accumulator, self.left.at[slot], columns.transpose((1, 0)))
+                plgpu.wgmma_wait(1)
+
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.free.at[self.slot(number - 1)]))
+
+            lax.fori_loop(0, problem.steps, step, None)
+            total = accumulator[...]
+            plgpu.barrier_arrive(self.free.at[self.slot(done + (problem.steps - 1))])
+            return total
+
+        total = pl.run_scoped(product, plgpu.ACC((rows, BLOCK), jnp.float32))
+        self.store([total[i : i + PART] for i in range(0, rows, PART)], row, column)
+
+    def store(self, sums: Any, row: Any, column: Any) -> None:
+        """Rounds and stores a warpgroup's part of a tile, in pieces of 64 x 64 through two buffers."""
+        problem, warpgroup = self.problem, lax.axis_index("warpgroup")
+        first = column * COLUMNS + warpgroup * BLOCK
+        # How many later copies may be under way when a buffer is used again. A part of which only one piece is stored
+        # has no later one.
+        later = 1 if problem.columns % BLOCK == 0 else 0
+
+        def store_piece(matrix: Any, part: int, half: int) -> None:
+            buffer = self.staged.at[warpgroup, half]
+            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
+            buffer[...] = matrix[:, half * PIECE : (half + 1) * PIECE].astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            rows = pl.ds(row * problem.config.rows + part * PART, PART)
+            plgpu.copy_smem_to_gmem(buffer, self.out.at[rows, pl.ds(first + half * PIECE, PIECE)])
+
+        for part, matrix in enumerate(sums):
+            for half in range(BLOCK // PIECE):
+
+                @pl.when(first + half * PIECE < problem.columns)
+                def _(matrix=matrix, part=part, half=half):
+                    store_piece(matrix, part, half)
+
+
+def launch(
+    problem: Problem,
+    experts: jax.Array | None,
+    used: jax.Array | None,
+    x: jax.Array,
+    row_scales: jax.Array | None,
+    weights: jax.Array,
+    weight_scales: jax.Array | None,
+    interpret: Any,
+) -> jax.Array:
+    """The kernel of whole tiles."""
+    config = problem.config
+    given = [experts, used, x, row_scales, weights, weight_scales]
+    present = [array is not None for array in given]
+    scratch = [
+        plgpu.SMEM((config.stages, config.rows, problem.step), x.dtype, transforms=SWIZZLE if problem.fp8 else TILED),
+        plgpu.SMEM((config.stages, COLUMNS, problem.step), weights.dtype, transforms=SWIZZLE if problem.fp8 else TILED),
+        *([plgpu.SMEM((config.stages, config.rows), jnp.float32)] if problem.fp8 else []),
+        plgpu.SMEM((MATH, BLOCK // PIECE, PART, PIECE), jnp.bfloat16, transforms=TILED),
+        plgpu.Barrier(num_arrivals=problem.copies, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=MATH, num_barriers=config.stages),
+    ]
+
+    def body(*refs: Any) -> None:
+        remaining = iter(refs)
+        operands = [next(remaining) if there else None for there in present]
+        out, left, right = (next(remaining) for _ in range(3))
+        scales = next(remaining) if problem.fp8 else None
+        Kernel(problem, interpret is not None, *operands, out, left, right, scales, *remaining).run()
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((problem.rows, problem.columns), jnp.bfloat16),
+        scratch_types=scratch,
+        grid=(problem.ctas,),
+        grid_names=("cta",),
+        num_threads=MATH + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(*[array for array in given if array is not None])
+
+
+def unsupported(x: jax.Array, weights: jax.Array, *, fp8: bool, tile: int | None = None) -> str | None:
+    """What the kernel does not take of these arguments, and what it takes; None if it takes all.
+
+    Args:
+      x: [M, K], not quantised.
+      weights: [N, K] or [E, N, K].
+      fp8: the weights are FP8 and the input is quantised for them; else both are bfloat16.
+      tile: rows of an expert's tile, for weights of several experts.
+    """
+    columns, depth = weights.shape[-2:]
+    dtype = jnp.float8_e4m3fn if fp8 else jnp.bfloat16
+    step = 128 if fp8 else 64
+    if x.dtype != jnp.bfloat16:
+        return f"rows of {x.dtype}; it takes bfloat16"
+    if weights.dtype != dtype:
+        return f"weights of {weights.dtype}; it takes {jnp.dtype(dtype).name}"
+    if columns == 0 or columns % 64 or depth == 0 or depth % step:
+        return f"weights {weights.shape}; it takes [..., N, K] with N a multiple of 64 and K of {step}"
+    if tile is not None and (tile == 0 or tile % 64):
+        return f"tiles of {tile} rows; it takes multiples of 64"
+    if -(-x.shape[0] // 128) * -(-columns // COLUMNS) * (depth // step) >= 2**31:
+        return f"rows {x.shape} times weights {weights.shape}; steps of the whole product must number less than 2^31"
+    return None
+
+
+def many_rows_matmul(
+    x: jax.Array,
+    row_scales: jax.Array | None,
+    weights: jax.Array,
+    weight_scales: jax.Array | None,
+    tile_expert: jax.Array | None = None,
+    used_tiles: jax.Array | None = None,
+    *,
+    config: tuning.ManyRowsMatmul | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """x times the weight's transpose, or each tile of rows times the transpose of its expert's weight.
+
+    Args:
+      x: float8_e4m3fn or bfloat16 [M, K].
+      row_scales: float32 [K / 128, M], multipliers of FP8 rows: a step of K needs one row of them. None for bfloat16.
+      weights: of x's dtype, [N, K]; [E, N, K] with `tile_expert`. N is a multiple of 64, K of 128 (bfloat16: 64).
+      weight_scales: float32 [..., ceil(N / 128), K / 128], multipliers of FP8 weights. None for bfloat16.
+      tile_expert: int32 [tiles], the expert of each tile of M / tiles rows, a multiple of 64.
+      used_tiles: int32 [], how many tiles hold a row, the first ones; None: all. The others' results are not written.
+      config: None: as tuned.
+      interpret: parameters of Pallas' interpreter, or None for the GPU.
+
+    Returns:
+      bfloat16 [M, N], accumulated in float32.
+    """
+    count, depth = x.shape
+    columns = weights.shape[-2]
+    if count == 0:
+        return jnp.zeros((0, columns), jnp.bfloat16)
+    if tile_expert is None:
+        config = config or tuning.many_rows_matmul(count, columns)
+        weights = weights[None]
+        weight_scales = None if weight_scales is None else weight_scales[None]
+        pad = -count % config.rows
+        if pad:
+            x = jnp.pad(x, ((0, pad), (0, 0)))
+            row_scales = None if row_scales is None else jnp.pad(row_scales, ((0, 0), (0, pad)))
+    else:
+        tile = count // tile_expert.shape[0]
+        config = config or tuning.many_rows_matmul(count, columns, tile)
+        if tile % config.rows:
+            raise ValueError(f"an expert's tiles of {tile} rows are not whole tiles of {config.rows}")
+        tile_expert = jnp.repeat(tile_expert, tile // config.rows)
+        if used_tiles is not None:
+            used_tiles = (used_tiles * (tile // config.rows)).astype(jnp.int32).reshape(1)
+    problem = Problem(x.shape[0], columns, depth, row_scales is not None, config)
+    return launch(problem, tile_expert, used_tiles, x, row_scales, weights, weight_scales, interpret)[:count]

@@ -1,0 +1,105 @@
+"""How the CTAs of a product with few rows read the weights: each of them one stream of stages, across its items.
+
+An item is a strip of weight rows times one tile of tokens, over all of K. Each CTA takes every `ctas`-th item; a ring
+of TMA copies runs ahead of the products, also into the next items.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+
+def stream(
+    config: Any,
+    *,
+    strips: int,
+    steps: int,
+    plan: tuple[Any, ...],
+    load: Callable[..., None],
+    start: Callable[[], Any],
+    add: Callable[..., Any],
+    store: Callable[..., None],
+    barriers: tuple[Any, Any],
+) -> None:
+    """All items of a CTA; every warpgroup calls it.
+
+    Args:
+      config: has `rows` of a strip, tokens of a `tile`, `stages` and `ctas`.
+      strips: of the weight.
+      steps: stages of an item.
+      plan: refs of the tiles' experts and of how many tiles are in use; empty for one tile and one weight.
+      load: `load(slot, expert, token, row, step)` starts the copies of a stage, which arrive at the first barrier.
+      start: the sums that an item begins with.
+      add: `add(sums, slot, step, warpgroup)` with those of a stage.
+      store: `store(sums, token, row, warpgroup)` at an item's end.
+      barriers: of the slots: full, and free (an arrival a warpgroup).
+    """
+    full, free = barriers
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    used = plan[1][0] if plan else cta * 0 + 1
+    items = lax.div(jnp.maximum(used * strips - cta + (config.ctas - 1), 0), jnp.int32(config.ctas))
+    total = items * steps
+
+    def expert_of(item):
+        if not plan:
+            return item * 0
+        return plan[0][jnp.minimum(lax.div(item, jnp.int32(strips)), plan[0].shape[0] - 1)]
+
+    def place_of(item):
+        """The first token and the first row."""
+        return lax.div(item, jnp.int32(strips)) * config.tile, lax.rem(item, jnp.int32(strips)) * config.rows
+
+    # The first warpgroup also starts all copies. Its cursor: the stage's number in the CTA's stream, its place in the
+    # item, the item, its expert, and the next item's, which is read an item early and not touched until it is needed.
+    def load_next(cursor):
+        number, step, item, expert, following = cursor
+        slot = lax.rem(number, jnp.int32(config.stages))
+
+        @pl.when(number >= config.stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        load(slot, expert, *place_of(item), step)
+        step, item, expert, following = lax.cond(
+            step + 1 == steps,
+            lambda: (step * 0, item + config.ctas, following, expert_of(item + 2 * config.ctas)),
+            lambda: (step + 1, item, expert, following),
+        )
+        return number + 1, step, item, expert, following
+
+    def load_up_to(cursor, number):
+        """Starts the copies of the stages before `number`."""
+
+        def more(cursor):
+            return cursor[0] < jnp.minimum(number, total)
+
+        return lax.cond(warpgroup == 0, lambda: lax.while_loop(more, load_next, cursor), lambda: cursor)
+
+    def item_step(i, cursor):
+        def step(j, state):
+            sums, cursor = state
+            number = i * steps + j
+            cursor = load_up_to(cursor, number + config.stages)  # refills the slot of `number - 1`
+            slot = lax.rem(number, jnp.int32(config.stages))
+            plgpu.barrier_wait(full.at[slot])
+            sums = add(sums, slot, j, warpgroup)
+            plgpu.barrier_arrive(free.at[slot])
+            return sums, cursor
+
+        sums, cursor = lax.fori_loop(0, steps, step, (start(), cursor))
+        store(sums, *place_of(cta + i * config.ctas), warpgroup)
+        return cursor
+
+    first = (cta * 0, cta * 0, cta, expert_of(cta), expert_of(cta + config.ctas))
+    lax.fori_loop(0, items, item_step, load_up_to(first, cta * 0 + (config.stages - 1)))
+
+    @pl.when(warpgroup == 0)
+    def _():  # every phase of a barrier is waited for, before its shared memory goes
+        begin = jnp.maximum(total - config.stages, 0)
+        lax.fori_loop(
+            begin, total, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(config.stages))]), None
+        )

@@ -1,0 +1,201 @@
+"""Products with few rows: FP8, dense and grouped, with NaN scales where nothing may be read; int8; four-bit weights."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+E4M3 = ml_dtypes.float8_e4m3fn
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of the products: `tile_expert` and `used_tiles` for the grouped one only; its weights are [E, N, K]."""
+
+    name: str
+    x: np.ndarray
+    x_scales: np.ndarray
+    values: np.ndarray
+    scales: np.ndarray
+    tile_expert: np.ndarray | None = None
+    used_tiles: int = 1
+
+    @property
+    def arguments(self) -> tuple:
+        """In the functions' order."""
+        plan = () if self.tile_expert is None else (self.tile_expert, np.int32(self.used_tiles))
+        return (self.x, self.x_scales, self.values, self.scales, *plan)
+
+    @property
+    def written(self) -> int:
+        """Rows of the result that are."""
+        if self.tile_expert is None:
+            return self.x.shape[0]
+        return self.used_tiles * (self.x.shape[0] // len(self.tile_expert))
+
+
+def quantised(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Values as after quantisation: up to 448."""
+    return np.clip(rng.standard_normal(shape, np.float32) * 100, -448, 448).astype(E4M3)
+
+
+def positive(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Scales that differ by some powers of two, and are none."""
+    return np.exp(rng.standard_normal(shape, np.float32)).astype(np.float32) * np.float32(1e-2)
+
+
+def dense(name: str, tokens: int, rows: int, columns: int, seed: int = 0) -> Case:
+    """x [tokens, columns] and a weight [rows, columns]."""
+    rng = np.random.default_rng(seed)
+    blocks = columns // BLOCK
+    return Case(
+        name,
+        quantised(rng, tokens, columns),
+        positive(rng, tokens, blocks),
+        quantised(rng, rows, columns),
+        positive(rng, -(-rows // BLOCK), blocks),
+    )
+
+
+def grouped(
+    name: str, counts: dict[int, int], experts: int, tile: int, rows: int, columns: int, spare: int = 2
+) -> Case:
+    """`counts`: rows of each expert that is used; `spare` tiles at the end are not.
+
+    The scales of other experts and of rows in unused tiles are NaN.
+    """
+    rng = np.random.default_rng(0)
+    blocks = columns // BLOCK
+    tile_expert = [expert for expert, count in sorted(counts.items()) for _ in range(-(-count // tile))]
+    used, tiles = len(tile_expert), len(tile_expert) + spare
+    scales = positive(rng, experts, -(-rows // BLOCK), blocks)
+    scales[[expert for expert in range(experts) if expert not in counts]] = np.nan
+    x = np.zeros((tiles * tile, columns), E4M3)
+    x_scales = np.full((tiles * tile, blocks), np.nan, np.float32)
+    x_scales[: used * tile] = 1e-4
+    place = 0
+    for _, count in sorted(counts.items()):
+        x[place : place + count] = quantised(rng, count, columns)
+        x_scales[place : place + count] = positive(rng, count, blocks)
+        place += -(-count // tile) * tile
+    return Case(
+        name,
+        x,
+        x_scales,
+        quantised(rng, experts, rows, columns),
+        scales,
+        np.array(tile_expert + [experts - 1] * spare, np.int32),
+        used,
+    )
+
+
+def expected(case: Case, dtype=np.float64) -> np.ndarray:
+    """The rows that are written, in NumPy."""
+
+    def full(values, scales, rows):
+        scales = np.repeat(scales, rows, axis=0)[: values.shape[0]] if rows > 1 else scales
+        return values.astype(dtype) * np.repeat(scales, BLOCK, axis=1).astype(dtype)
+
+    x = full(case.x, case.x_scales, 1)
+    if case.tile_expert is None:
+        return x @ full(case.values, case.scales, BLOCK).T
+    tile = len(x) // len(case.tile_expert)
+    return np.concatenate(
+        [
+            x[i * tile : (i + 1) * tile] @ full(case.values[expert], case.scales[expert], BLOCK).T
+            for i, expert in enumerate(case.tile_expert[: case.used_tiles])
+        ]
+        or [np.zeros((0, case.values.shape[1]), dtype)]
+    )
+
+
+def tiny() -> list[Case]:
+    """For the interpreter."""
+    return [
+        dense("one row", 1, 128, 1024),
+        dense("part of a tile", 5, 192, 512),
+        dense("two tiles' worth", 16, 64, 1024),
+        grouped("experts", {1: 3, 2: 9, 4: 8}, 5, 8, 128, 512),
+        grouped("nothing", {}, 2, 8, 64, 512),
+    ]
+
+
+def real() -> list[Case]:
+    """For the GPU."""
+    return [
+        *[dense(f"{tokens} rows", tokens, 7168, 2048, seed=tokens) for tokens in (1, 7, 8, 9, 16, 31, 64, 65, 128)],
+        *[dense(f"{tokens} rows of 4096 x 7168", tokens, 4096, 7168, seed=tokens) for tokens in (1, 16, 40, 128)],
+        dense("few strips", 3, 576, 7168),
+        dense("half a block of scales at the end", 20, 2112, 1536),
+        grouped("one row each", dict.fromkeys((0, 3, 5, 9, 11), 1), 12, 8, 4096, 2048, spare=3),
+        grouped("several tiles of an expert", {0: 1, 1: 17, 4: 40, 6: 8}, 8, 8, 1024, 1536),
+        grouped("tiles of 32", {0: 16, 1: 32, 3: 33, 4: 1}, 6, 32, 1024, 1536),
+        grouped("tiles of 128", {2: 200, 3: 1}, 4, 128, 1024, 1536),
+        grouped("nothing", {}, 4, 8, 1024, 1536),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4Case:
+    """bfloat16 x and the parts of a four-bit weight."""
+
+    name: str
+    x: np.ndarray
+    values: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+
+
+def int4(tokens: int, rows: int, columns: int) -> Int4Case:
+    """Random x [tokens, columns] and weight [rows, columns], all nibbles and zeros alike."""
+    rng = np.random.default_rng(tokens)
+    groups = columns // BLOCK
+    return Int4Case(
+        f"{tokens} rows of {rows} x {columns}",
+        rng.standard_normal((tokens, columns), np.float32).astype(ml_dtypes.bfloat16),
+        rng.integers(0, 256, (rows, columns // 2), np.uint8),
+        positive(rng, rows, groups).astype(ml_dtypes.bfloat16),
+        rng.integers(0, 16, (rows, groups), np.uint8),
+    )
+
+
+def expected_int4(case: Int4Case, dtype=np.float64) -> np.ndarray:
+    """[M, N] in NumPy."""
+    nibbles = np.stack([case.values & 15, case.values >> 4], axis=-1).reshape(*case.scales.shape, BLOCK)
+    weight = (nibbles.astype(dtype) - case.zeros[..., None].astype(dtype)) * case.scales[..., None].astype(dtype)
+    return case.x.astype(dtype) @ weight.reshape(len(case.values), -1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Case:
+    """Arguments of the int8 product."""
+
+    name: str
+    x: np.ndarray
+    x_scales: np.ndarray
+    values: np.ndarray
+    scales: np.ndarray
+
+    @property
+    def arguments(self) -> tuple:
+        """In the function's order."""
+        return self.x, self.x_scales, self.values, self.scales
+
+
+def int8(tokens: int, rows: int, columns: int) -> Int8Case:
+    """Random x [tokens, columns] and weight [rows, columns]."""
+    rng = np.random.default_rng(tokens)
+    return Int8Case(
+        f"{tokens} rows of {rows} x {columns}",
+        rng.integers(-127, 128, (tokens, columns), np.int8),
+        positive(rng, tokens),
+        rng.integers(-127, 128, (rows, columns), np.int8),
+        positive(rng, rows),
+    )
+
+
+def expected_int8(case: Int8Case) -> np.ndarray:
+    """float32 [M, N], to the last bit: the sums of whole numbers are exact in float64."""
+    sums = (case.x.astype(np.float64) @ case.values.astype(np.float64).T).astype(np.float32)
+    return sums * (case.x_scales[:, None] * case.scales[None])

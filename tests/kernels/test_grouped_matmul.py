@@ -1,0 +1,102 @@
+"""Products of rows sorted by expert: the ops, and their kernels through them in the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.backend import BackendError
+from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
+from pallas_kernels.quantize import dequantize, quantize
+from tests.kernels.cases import many_rows_matmul as cases
+
+EXPERTS = [0, 2, 2]
+
+
+def arguments(tile: int, depth: int, fp8: bool):
+    """Rows, weights (and their scales), and experts of the tiles."""
+    case = cases.case("grouped", tile * len(EXPERTS), 64, depth, fp8=fp8, tile_expert=EXPERTS)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(case.x.shape), jnp.bfloat16)
+    weights = [jnp.asarray(case.weights), *([jnp.asarray(case.weight_scales)] if fp8 else [])]
+    return x, *weights, jnp.asarray(case.tile_expert)
+
+
+def op(fp8: bool, **options):
+    if fp8:
+        return lambda *arrays: grouped_quant_matmul(*arrays, quantize_input=True, **options)
+    return lambda *arrays: grouped_dense_matmul(*arrays, **options)
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("tile", [8, 64])
+def test_reference(fp8, tile):
+    x, *weights, experts = arguments(tile, 256, fp8)
+    rows, scales = (np.asarray(y) for y in quantize(x)) if fp8 else (np.asarray(x), None)
+    case = cases.Case(
+        "grouped",
+        rows,
+        None if scales is None else scales.T,
+        *map(np.asarray, weights),
+        *([] if fp8 else [None]),
+        experts,
+    )
+    want = cases.expected(case)
+    got = np.asarray(op(fp8)(x, *weights, experts), np.float64)
+    np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
+    if fp8:
+        plain = grouped_quant_matmul(x, *weights, experts, quantize_input=False)
+        assert np.abs(np.asarray(plain, np.float64) - want).max() > 1e-3 * np.abs(want).max()
+        assert np.abs(np.asarray(dequantize(*quantize(x)) - x)).max() > 0
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("fp8", "tile", "depth"), [(True, 8, 512), (True, 64, 128), (True, 128, 128), (False, 64, 64)])
+def test_kernel(fp8, tile, depth, capfd):
+    arrays = arguments(tile, depth, fp8)
+    want = np.asarray(op(fp8, backend="reference")(*arrays), np.float64)
+    got = np.asarray(op(fp8, backend="interpret")(*arrays), np.float64)
+    np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-5 * np.abs(want).max())
+    used = np.asarray(op(fp8, backend="interpret", used_tiles=jnp.int32(2))(*arrays), np.float64)
+    np.testing.assert_array_equal(used[: 2 * tile], got[: 2 * tile])
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_gradient_is_that_of_the_reference(fp8, monkeypatch):
+    """With a kernel that cannot run here: only its gradient is asked for."""
+    x, *others = arguments(64, 128, fp8)
+    name = "grouped_quant_matmul" if fp8 else "grouped_dense_matmul"
+    shape = (x.shape[0], 64)
+    monkeypatch.setattr(
+        f"pallas_kernels.grouped_matmul.mosaic_gpu.{name}", lambda *_, **__: jnp.zeros(shape, jnp.bfloat16)
+    )
+
+    def gradient(backend):
+        return jax.jit(jax.grad(lambda x: op(fp8, backend=backend)(x, *others).astype(jnp.float32).sum()))(x)
+
+    assert np.abs(np.asarray(gradient("reference"), np.float32)).max() > 0
+    np.testing.assert_array_equal(gradient("mosaic_gpu"), gradient("reference"))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "tile", "depth", "message"),
+    [
+        (True, 24, 512, "tiles of 24 rows"),
+        (True, 8, 128, "K in multiples of 512"),
+        (False, 32, 128, "tiles of 32 rows; it takes multiples of 64"),
+        (False, 64, 32, "K of 64"),
+    ],
+)
+def test_what_the_kernels_do_not_take(fp8, tile, depth, message):
+    with pytest.raises(BackendError, match=message):
+        op(fp8, backend="mosaic_gpu")(*arguments(tile, depth, fp8))
+
+
+def test_what_no_backend_takes():
+    x, values, scales, experts = arguments(8, 128, True)
+    with pytest.raises(ValueError, match=r"must be \(4, 1, 1\)"):
+        grouped_quant_matmul(x, values, scales[:3], experts, quantize_input=True)
+    with pytest.raises(ValueError, match="P a multiple of tiles"):
+        grouped_quant_matmul(x[:-1], values, scales, experts, quantize_input=True)
+    with pytest.raises(BackendError, match="quantize_input=True"):
+        grouped_quant_matmul(x, values, scales, experts, quantize_input=False, backend="mosaic_gpu")
