@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -374,14 +374,23 @@ def offset(address: ir.Value, count: Word, size: int) -> ir.Value:
     return arith.addi(address, arith.muli(count.wide(), i64(size)))
 
 
+def parts_of(address: ir.Value, count: int) -> Iterator[ir.Value]:
+    """Where each 4 of `count` words are, a multiple of 4."""
+    return (offset(address, Word(i), 4) for i in range(0, count, 4))
+
+
 def load_global(address: ir.Value, count: int = 1) -> list[Word]:
-    """1, 2 or 4 consecutive words, aligned to their size."""
+    """1, 2, or a multiple of 4 consecutive words, aligned to their size or to 16 bytes."""
+    if count > 4:
+        return [word for part in parts_of(address, count) for word in load_global(part, 4)]
     suffix, names = vector_operand(0, count)
     return ptx_words(f"ld.global{suffix}.b32 {names}, [${count}];", count, address)
 
 
 def load_read_only(address: ir.Value, count: int = 1) -> list[Word]:
     """`load_global` of memory that nobody writes while the kernel runs: may move over stores."""
+    if count > 4:
+        return [word for part in parts_of(address, count) for word in load_read_only(part, 4)]
     suffix, names = vector_operand(0, count)
     types = (integer(32),) * count
     # Side effects are only claimed so that LLVM issues the loads where they stand, not where they are used.
@@ -391,7 +400,11 @@ def load_read_only(address: ir.Value, count: int = 1) -> list[Word]:
 
 
 def store_global(address: ir.Value, words: Sequence[Word | int], predicate: Word | None = None) -> None:
-    """1, 2 or 4 consecutive words, aligned to their size."""
+    """1, 2, or a multiple of 4 consecutive words, aligned to their size or to 16 bytes."""
+    if len(words) > 4:
+        for i, part in enumerate(parts_of(address, len(words))):
+            store_global(part, words[4 * i : 4 * i + 4], predicate)
+        return
     suffix, names = vector_operand(1, len(words))
     ptx(f"st.global{suffix}.b32 [$0], {names};", address, *words, predicate=predicate)
 

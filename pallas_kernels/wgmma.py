@@ -4,6 +4,9 @@
 which it adds up as it likes while another warpgroup's product runs.
 """
 
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -13,6 +16,9 @@ from pallas_kernels.mosaic import Word
 
 DIM = 128
 """Bytes of a row of an operand."""
+SWIZZLE: Any = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
+"""As rows have 128 bytes, this alone is the layout of wgmma's operands."""
+SWIZZLED = plgpu.RefType(SWIZZLE)
 
 
 def floats(text: str, results: int, *arguments: Word | ir.Value) -> list[ir.Value]:
@@ -59,6 +65,23 @@ def start_product(left: ir.Value, right: ir.Value, columns: int, into: list[ir.V
     if into is None:
         return floats(text, count, left, right)
     return in_place(text, into, left, right)
+
+
+def numbers_of(matrix: Any) -> list[ir.Value]:
+    """A thread's float32 values of an array, in the order of wgmma's results."""
+    found = []
+    for register in matrix.registers.flat:
+        if isinstance(register.type, ir.VectorType):
+            size = ir.VectorType(register.type).shape[0]
+            found += [llvm.extractelement(register, mosaic.i32(i)) for i in range(size)]
+        else:
+            found.append(register)
+    return found
+
+
+def first_row(thread: Word) -> Word:
+    """Of a product, the first of the two rows that a thread of the warpgroup has; the other is 8 further on."""
+    return (thread >> 5) * 16 + ((thread & 31) >> 2)
 
 
 def in_place(text: str, registers: list[ir.Value], *arguments: ir.Value) -> list[ir.Value]:

@@ -142,7 +142,7 @@ class Writer:
     def weights(self, address, count: int, is_float32: bool) -> list[Float]:
         """The `count` weights of this lane's features."""
         size = 4 if is_float32 else 2
-        words = load_words(mosaic.load_read_only, mosaic.offset(address, self.lane, count * size), count * size // 4)
+        words = mosaic.load_read_only(mosaic.offset(address, self.lane, count * size), count * size // 4)
         return [Float.of_bits(word) for word in words] if is_float32 else mosaic.unpack_bf16(words)
 
     def load(self, token: Word) -> list[Word]:
@@ -154,9 +154,9 @@ class Writer:
         turns = [mosaic.offset(address, token, 2 * ROPE) for address in (self.cos, self.sin)]
         return [
             *load(mosaic.offset(self.slots, token, 4)),
-            *load_words(load, mosaic.offset(row, lane, 32), 8),
+            *load(mosaic.offset(row, lane, 32), 8),
             *load(mosaic.offset(row, lane + LATENT // 2, 4)),
-            *load_words(load, mosaic.offset(mosaic.offset(self.index_key, token, 2 * DIM), lane, 8), 2),
+            *load(mosaic.offset(mosaic.offset(self.index_key, token, 2 * DIM), lane, 8), 2),
             *[word for turn in turns for word in load(mosaic.offset(turn, lane, 4))],
         ]
 
@@ -164,7 +164,7 @@ class Writer:
         """cos and sin of the index features, which the rope pairs' loads have brought near; of no use past the rope."""
         pair = (self.lane & (ROPE // 8 - 1)) << 2
         turns = [mosaic.offset(address, token, 2 * ROPE) for address in (self.cos, self.sin)]
-        words = [load_words(mosaic.load_read_only, mosaic.offset(turn, pair, 4), 4) for turn in turns]
+        words = [mosaic.load_read_only(mosaic.offset(turn, pair, 4), 4) for turn in turns]
         return [[Float.of_bits(word) for word in four] for four in words]
 
     def write(self, token: Word, exists: Word, loaded: list[Word]) -> None:
@@ -256,11 +256,6 @@ class Writer:
             store(scale_at, [scale.bits()], predicate=exists & lane.equals(0))
         else:
             store(mosaic.offset(block, (place << 5) + lane, 8), key)
-
-
-def load_words(load, address, count: int) -> list[Word]:
-    """2 consecutive words, or a multiple of 4, by `load` of at most 4."""
-    return [word for i in range(0, count, 4) for word in load(mosaic.offset(address, Word(i), 4), min(count, 4))]
 
 
 def device_write(shapes: Shapes):

@@ -24,13 +24,13 @@ from pallas_kernels.indexer_logits.tile import (
     COLUMNS,
     DIM,
     HEADS,
-    SWIZZLE,
     fill_function,
     fill_twin,
     tile_function,
     tile_twin,
 )
 from pallas_kernels.paging import BLOCK_SIZE
+from pallas_kernels.wgmma import SWIZZLE
 
 ROWS = BLOCK_SIZE + 2
 """A cache block as rows of 128 bytes: 64 keys, then their float32 scales."""
@@ -315,7 +315,7 @@ def indexer_logits(
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
     return kernel(
         jnp.stack([jnp.asarray(layer, jnp.int32).reshape(()), part.number if part else jnp.int32(0)]),

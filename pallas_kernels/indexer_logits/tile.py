@@ -4,27 +4,22 @@ A product is keys (M = 64) times heads of one or two tokens (N = 64 a token), so
 thread and its quad: ReLU and the weighted sum are two instructions for a head and a key, a few shuffles do the rest.
 """
 
-from typing import Any
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import DIM, descriptor, finish, floats, start_product
+from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 
 HEADS = 64
 """Of the products; fewer heads are padded with weights of zero."""
 BYTES = 64 * DIM
 """Of one token's queries, or of one block's keys, in shared memory."""
-SWIZZLE = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
-"""Rows have 128 bytes, so this alone is the layout of wgmma's operands."""
-SWIZZLED = plgpu.RefType(SWIZZLE)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -55,18 +50,6 @@ def reduce_scatter(values: list[ir.Value], bit: Word, mask: int) -> list[ir.Valu
     return sums
 
 
-def column_registers(weights: Any) -> list[ir.Value]:
-    """A thread's weights, in the order of an accumulator's columns."""
-    found = []
-    for register in weights.registers.flat:
-        if isinstance(register.type, ir.VectorType):
-            size = ir.VectorType(register.type).shape[0]
-            found += [llvm.extractelement(register, mosaic.i32(i)) for i in range(size)]
-        else:
-            found.append(register)
-    return found
-
-
 def minus_infinity() -> ir.Value:
     """The constant."""
     return arith.constant(ir.F32Type.get(), float("-inf"))
@@ -94,7 +77,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
     @plgpu.inline_mgpu(arg_types=arguments)
     def tile(ctx, queries, keys, scales, out, weights, ends, token, key, query_slot, slot, warpgroup):
         del ctx
-        weights = [column_registers(x) for x in weights]
+        weights = [numbers_of(x) for x in weights]
         ends = [mosaic.scalar(x) for x in ends]
         token, key, query_slot, slot, warpgroup = map(mosaic.scalar, (token, key, query_slot, slot, warpgroup))
         first_query = query_slot * (config.group * HEADS)
@@ -110,7 +93,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
         # sums, or two (4 tokens), or both lanes that differ in `low` the same one (1 token).
         thread = mosaic.thread_index() & 127
         low, high = thread & 1, (thread >> 1) & 1
-        own = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        own = first_row(thread)
         end = ends[0]
         if tokens == 2:
             token, end = token + low, low.differs(0).where(ends[1], ends[0])

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic, quantize, tuning
 from pallas_kernels.backend import UNMEASURED_KERNEL, resolve, without_gradient
 from pallas_kernels.moe_dispatch import mosaic_gpu, planning, reference, routing, rows
 from pallas_kernels.moe_dispatch.reference import RoutingPlan
-from pallas_kernels.quantize.reference import GROUP, SCALE_FORMATS
+from pallas_kernels.quantize.reference import GROUP
 
 __all__ = ["RoutingPlan", "combine", "gather_rows", "gather_rows_fp8", "make_plan", "route"]
 
@@ -121,10 +121,7 @@ def gather_rows_fp8(
     Raises:
       ValueError: D is no multiple of 128, or `scale_fmt` is unknown.
     """
-    if x.shape[1] % GROUP:
-        raise ValueError(f"FP8 groups of {GROUP} need a last axis that is a multiple of {GROUP}, not {x.shape[1]}")
-    if scale_fmt not in SCALE_FORMATS:
-        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
+    quantize.check(x, scale_fmt, GROUP)
     unsupported = rows.unsupported(x, plan.token_row.shape[1], ("bfloat16",), "x")
     chosen, interpret = chosen_backend(backend, "moe_dispatch.gather_rows_fp8", unsupported, x.shape[0])
     if chosen == "reference":

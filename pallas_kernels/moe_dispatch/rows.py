@@ -124,15 +124,14 @@ def take_token(shapes: Rows, lane: Word, unit: Word, x, token_row, values, scale
     row = mosaic.offset(x, token, 2 * shapes.width)
     at = mosaic.offset(row, column.min(shapes.width - 16), 2)
     rows = load_rows(shapes, token_row, token)
-    words = [word for half in range(2) for word in mosaic.load_read_only(mosaic.offset(at, Word(half), 16), 4)]
+    words = mosaic.load_read_only(at, 8)
     scale = None
     if shapes.fp8:
         words, scale = fp8.quantize(words, 8, shapes.scale_fmt)
     for place in rows:
         used = exists & place.signed_greater(-1)
         row = mosaic.offset(mosaic.offset(values, place, shapes.value_bytes * shapes.width), column, shapes.value_bytes)
-        for i in range(0, len(words), 4):
-            mosaic.store_global(mosaic.offset(row, Word(i), 4), words[i : i + 4], predicate=used)
+        mosaic.store_global(row, words, predicate=used)
         if scale is not None:
             address = mosaic.offset(scales, shapes.scale_at(place, column >> 7), 4)
             mosaic.store_global(address, [scale.bits()], predicate=used & (lane & 7).equals(0))
@@ -263,9 +262,7 @@ def return_token(shapes: Rows, lane: Word, unit: Word, rows, weights, token_row,
     factors, loaded = [], []
     for i, place in enumerate(places):
         row = mosaic.offset(mosaic.offset(rows, place.signed_max(0), size * shapes.width), at, size)
-        words = [
-            word for j in range(0, 2 * size, 4) for word in mosaic.load_read_only(mosaic.offset(row, Word(j), 4), 4)
-        ]
+        words = mosaic.load_read_only(row, 2 * size)
         loaded.append([Float.of_bits(word) for word in words] if shapes.float32_rows else mosaic.unpack_bf16(words))
         factors += mosaic.load_read_only(mosaic.offset(weights, first + i, 4))
     sums = [Float(0.0)] * 8
@@ -277,9 +274,7 @@ def return_token(shapes: Rows, lane: Word, unit: Word, rows, weights, token_row,
             product = Float.of_bits(used.where(product.bits(), 0))
             sums[i] = mosaic.ptx_float("add.rn.f32 $0, $1, $2;", sums[i], product)
     address = mosaic.offset(mosaic.offset(out, token, 4 * shapes.width), at, 4)
-    for i in range(0, 8, 4):
-        bits = [x.bits() for x in sums[i : i + 4]]
-        mosaic.store_global(mosaic.offset(address, Word(i), 4), bits, predicate=exists)
+    mosaic.store_global(address, [x.bits() for x in sums], predicate=exists)
 
 
 def device_combine(shapes: Rows):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords
-from pallas_kernels.wgmma import DIM, descriptor, finish, floats, start_product
+from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 
 BLOCK = 128
 """Values of K that share a row's scale; rows and columns of a block of the weight that share one."""
@@ -24,21 +24,6 @@ PART = 64
 COLUMNS = 256
 """Of a tile."""
 MATRIX = plgpu.Layout.WGMMA
-SWIZZLE = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
-"""Rows have 128 bytes, so this alone is the layout of wgmma's operands."""
-SWIZZLED = plgpu.RefType(SWIZZLE)
-
-
-def numbers_of(matrix: Any) -> list[ir.Value]:
-    """A thread's float32 values, in the order of wgmma's results."""
-    found = []
-    for register in matrix.registers.flat:
-        if isinstance(register.type, ir.VectorType):
-            size = ir.VectorType(register.type).shape[0]
-            found += [llvm.extractelement(register, mosaic.i32(i)) for i in range(size)]
-        else:
-            found.append(register)
-    return found
 
 
 def matrix_of(numbers: list[ir.Value], like: Any) -> Any:
@@ -76,7 +61,7 @@ def accumulate_function(rows: int):
         a = descriptor(mosaic.shared_address(left) + slot * (rows * DIM))
         b = descriptor(mosaic.shared_address(right) + slot * (COLUMNS * DIM) + warpgroup * (BLOCK * DIM))
         thread = mosaic.thread_index() & 127
-        own = (thread >> 5) * 16 + ((thread & 31) >> 2)  # and the row 8 further on
+        own = first_row(thread)  # and the row 8 further on
         scales_at = SharedWords(row_scales).part(slot * rows + own)
         product: list[ir.Value] | None = None
         added = []

@@ -23,6 +23,7 @@ from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, GROUP
 from pallas_kernels.quant_matmul.weight_stream import stream
+from pallas_kernels.wgmma import SWIZZLE
 
 TILES = (8, 16, 32, 64, 128)
 """Tokens that a tile can have."""
@@ -170,8 +171,8 @@ def call(plan, x, x_scales, values, scales, dtype, interpret, config) -> jax.Arr
         ),
         out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=device.SWIZZLE),
-            plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=device.SWIZZLE),
+            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.tile, GROUP), jnp.float32),
             plgpu.SMEM((config.stages, 8, GROUP), jnp.float32),
             plgpu.Barrier(num_arrivals=2 * config.blocks + 2, num_barriers=config.stages),
@@ -182,7 +183,7 @@ def call(plan, x, x_scales, values, scales, dtype, interpret, config) -> jax.Arr
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
     return kernel(
         *plan,

@@ -22,10 +22,10 @@ from jax.experimental.mosaic.gpu import utils as mgu
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
 from pallas_kernels.quant_matmul import few_rows_tile as device
-from pallas_kernels.quant_matmul.few_rows_tile import SWIZZLED, layout_of, pack, unpack
+from pallas_kernels.quant_matmul.few_rows_tile import layout_of, pack, unpack
 from pallas_kernels.quant_matmul.int4 import GROUP, unpack_int4
 from pallas_kernels.quant_matmul.weight_stream import stream
-from pallas_kernels.wgmma import descriptor, finish, floats
+from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
 GROUPS = 4
 """Of a stage, and warpgroups of a CTA."""
@@ -116,7 +116,7 @@ def stage_function(config: tuning.FewRowsInt4):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
         thread = mosaic.thread_index() & 127
-        row = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        row = first_row(thread)
         # 16 bytes of a row of 128, swizzled by the row's lowest three bits.
         piece = (((warpgroup & 1) << 2) + (thread & 3)) ^ ((thread & 31) >> 2)
         first = (slot * 2 + (warpgroup >> 1)) * VALUE_BYTES + row * 128 + (piece << 4)
@@ -289,8 +289,8 @@ def matmul(
         functools.partial(body, config=config, columns=columns, interpret=interpret is not None),
         out_type=jax.ShapeDtypeStruct((tokens if interpret is None else config.tile, rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, 2 * STRIP, 128), values.dtype, transforms=device.SWIZZLE),
-            plgpu.SMEM((config.stages, 2 * GROUPS, config.tile, 64), x.dtype, transforms=device.SWIZZLE),
+            plgpu.SMEM((config.stages, 2 * STRIP, 128), values.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, 2 * GROUPS, config.tile, 64), x.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, GROUPS, STRIP), words.dtype),
             plgpu.SMEM((GROUPS - 1, 64 * config.tile), jnp.float32),
             plgpu.Barrier(num_arrivals=4, num_barriers=config.stages),
@@ -302,6 +302,6 @@ def matmul(
         num_threads=GROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
     return kernel(arrange(x, config.tile), values, words)[:tokens]

@@ -19,8 +19,6 @@ from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quant_matmul.few_rows import TILES
 from pallas_kernels.quant_matmul.few_rows_tile import (
     BLOCK,
-    SWIZZLE,
-    SWIZZLED,
     first_column,
     layout_of,
     pack,
@@ -28,7 +26,7 @@ from pallas_kernels.quant_matmul.few_rows_tile import (
     unpack,
 )
 from pallas_kernels.quant_matmul.weight_stream import stream
-from pallas_kernels.wgmma import descriptor
+from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, first_row
 
 
 def start_product(left: ir.Value, right: ir.Value, columns: int) -> list[Word]:
@@ -121,7 +119,7 @@ def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        own = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        own = first_row(thread)
         token, row = token + first_column(thread), row + (warpgroup << 6) + own
         base = mosaic.offset(mosaic.offset(mosaic.global_address(out), token, rows * size), row, size)
 
@@ -241,6 +239,6 @@ def matmul(
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
     return kernel(x, x_scales, values, scales)[:tokens]

@@ -17,15 +17,12 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
-from pallas_kernels.wgmma import descriptor, finish, start_product
+from pallas_kernels.wgmma import SWIZZLED, descriptor, finish, first_row, start_product
 
 BLOCK = 128
 """K of a scale."""
 GROUP = 4
 """Scales along K that are copied together: 16 bytes, the least that TMA takes."""
-SWIZZLE: Any = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
-"""Rows have 128 bytes, so this alone is the layout of wgmma's operands."""
-SWIZZLED = plgpu.RefType(SWIZZLE)
 
 
 def layout_of(config: tuning.FewRows) -> Any:
@@ -159,7 +156,7 @@ def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        own = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        own = first_row(thread)
         token = token + first_column(thread)
         address = mosaic.offset(mosaic.global_address(out), token, rows * size)
         address = mosaic.offset(address, row + (warpgroup << 6) + own, size)

@@ -30,11 +30,11 @@ from pallas_kernels.quant_matmul.accumulate import (
     BLOCK,
     COLUMNS,
     PART,
-    SWIZZLE,
     accumulate_function,
     accumulate_twin,
     start,
 )
+from pallas_kernels.wgmma import SWIZZLE
 
 MATH = 2
 """Warpgroups that multiply."""
@@ -298,7 +298,7 @@ def launch(
         num_threads=MATH + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )(*[array for array in given if array is not None])
 
 

@@ -48,11 +48,6 @@ def norm_unsupported(x: jax.Array, weight: jax.Array) -> str | None:
     return None if x.shape[-1] <= WIDEST else f"x of shape {x.shape}; it takes rows of at most {WIDEST}"
 
 
-def load_values(address: ir.Value, words: int) -> list[Word]:
-    """`words` consecutive words, a multiple of 4."""
-    return [word for i in range(0, words, 4) for word in mosaic.load_read_only(mosaic.offset(address, Word(i), 4), 4)]
-
-
 # ---- quantisation alone ----------------------------------------------------------------------------------------
 
 
@@ -63,10 +58,10 @@ def quantize_groups(
     lane, group = thread & 7, thread >> 3
     piece = (group.min(groups - 1) << 3) + lane
     if is_float32:
-        floats = [Float.of_bits(word) for word in load_values(mosaic.offset(x, piece, 64), 16)]
+        floats = [Float.of_bits(word) for word in mosaic.load_read_only(mosaic.offset(x, piece, 64), 16)]
         packed, scale = fp8.quantize_floats(floats, fp8.group_maximum_of_floats(floats, 8), scale_fmt)
     else:
-        packed, scale = fp8.quantize(load_values(mosaic.offset(x, piece, 32), 8), 8, scale_fmt)
+        packed, scale = fp8.quantize(mosaic.load_read_only(mosaic.offset(x, piece, 32), 8), 8, scale_fmt)
     exists = group < groups
     mosaic.store_global(mosaic.offset(values, piece, 16), packed, predicate=exists)
     mosaic.store_global(mosaic.offset(scales, group, 4), [scale.bits()], predicate=exists & lane.equals(0))
@@ -161,7 +156,7 @@ def norm_row(
     """A CTA's row, between addresses; every fourth piece of 512 values is a warp's."""
     width, columns = shapes.width, pieces_of(shapes.width, thread)
     start = mosaic.offset(x, row, 2 * width)
-    loaded = [load_values(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
+    loaded = [mosaic.load_read_only(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
     square = Float(0.0)
     for column, words in zip(columns, loaded, strict=True):
         own = Float(0.0)
@@ -178,7 +173,7 @@ def norm_row(
     factor = (square / float(width) + shapes.eps).reciprocal_sqrt()
     size = 4 if shapes.float32_weight else 2
     for column, words in zip(columns, loaded, strict=True):
-        weights = load_values(mosaic.offset(weight, column.min(width - 16), size), 4 * size)
+        weights = mosaic.load_read_only(mosaic.offset(weight, column.min(width - 16), size), 4 * size)
         factors = [Float.of_bits(w) for w in weights] if shapes.float32_weight else mosaic.unpack_bf16(weights)
         normed = [value * factor * w for value, w in zip(mosaic.unpack_bf16(words), factors, strict=True)]
         packed, scale = fp8.quantize(mosaic.pack_bf16(normed), 8, shapes.scale_fmt)
@@ -261,7 +256,7 @@ def int8_row(
     """A CTA's row, between addresses."""
     columns, start = pieces_of(width, thread), mosaic.offset(x, row, 2 * width)
     # Columns beyond the row repeat its last ones, which changes no maximum.
-    loaded = [load_values(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
+    loaded = [mosaic.load_read_only(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
     largest = fp8.group_maximum([word for words in loaded for word in words], 32)
     shared.store(thread >> 5, largest.bits(), predicate=(thread & 31).equals(0))
     mosaic.barrier()

@@ -67,5 +67,5 @@ def combine(
         grid=(tokens * heads // heads_per_cta,),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret,
     )(parts, lse)

@@ -479,7 +479,7 @@ def attention(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret,
     )(queries, kv, slots, lengths, first_row)
 
 

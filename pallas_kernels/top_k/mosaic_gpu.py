@@ -313,5 +313,5 @@ def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interp
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=interpret or False,
+        interpret=interpret,
     )
