@@ -37,21 +37,29 @@ def _(primals, tangents):
     return round_to_e4m3(*primals), tangents[0]
 
 
+def divide(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """x [..., N] / scales [...], rounded once: XLA would make x * (1 / scales) of a division by a broadcast."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(scales[..., None], x.shape))
+
+
 def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array, jax.Array]:
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
     amax = jnp.maximum(jnp.max(jnp.abs(grouped), axis=-1), SMALLEST_AMAX)
     scales = amax * jnp.float32(1 / FP8_MAX)
     if scale_fmt == "ue8m0":
         scales = round_up_to_power_of_two(scales)
+        scaled = grouped / scales[..., None]  # exact in either way
+    else:
+        scaled = divide(grouped, scales)
     # Clipping first: a cast of more than 464 gives NaN here, and saturates in other libraries.
-    values = round_to_e4m3(jnp.clip(grouped / scales[..., None], -FP8_MAX, FP8_MAX)).astype(jnp.float8_e4m3fn)
+    values = round_to_e4m3(jnp.clip(scaled, -FP8_MAX, FP8_MAX)).astype(jnp.float8_e4m3fn)
     return values.reshape(x.shape), scales
 
 
 def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) * jnp.float32(1 / INT8_MAX)
-    values = jnp.clip(jnp.round(x / scales[..., None]), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+    values = jnp.clip(jnp.round(divide(x, scales)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return values, scales
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: {', '.join(OPS)}")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all three; may be repeated")
     parser.add_argument("--seconds", type=float, default=120, help="for each op and tool")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "sanitizer.json")
     arguments = parser.parse_args()
     if set(arguments.ops) - set(OPS):
@@ -106,9 +108,11 @@ def main() -> None:
         shown = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         version = next((line for line in shown.splitlines() if line.startswith("Version")), None)
     content: dict[str, Any] = {**environment(), "compute_sanitizer": version, "runs": []}
-    for tool in arguments.tool or TOOLS:
-        for op in arguments.ops or OPS:
-            result = sanitized(op, tool, arguments.seconds)
+    pairs = [(op, tool) for tool in arguments.tool or TOOLS for op in arguments.ops or OPS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = [pool.submit(sanitized, op, tool, arguments.seconds) for op, tool in pairs]
+        for (op, tool), run in zip(pairs, runs, strict=True):
+            result = run.result()
             content["runs"].append(result)
             write_json(arguments.out, content)
             print(

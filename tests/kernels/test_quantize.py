@@ -1,5 +1,8 @@
 """FP8 quantisation: bit for bit what ml_dtypes' cast and an exact power-of-two rule give."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import dequantize, quantize, quantize_int8
 from pallas_kernels.quantize.reference import round_up_to_power_of_two
 from tests import numpy_model
 
@@ -41,6 +44,25 @@ def test_plain_scales_are_amax_over_448(seed):
     np.testing.assert_array_equal(np.asarray(scales), amax * np.float32(1 / 448))
     relative = np.abs(np.asarray(dequantize(values, scales)) - x) / np.repeat(amax, 128, -1)
     assert relative.max() <= 2**-4  # half a step of 3 mantissa bits at the top of the range
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_values_are_quotients_rounded_once(form, jitted):
+    """Quotients in the middle of two values: a product with an inverse often lands beside it."""
+    rng = np.random.default_rng(0)
+    largest = np.float32(448 if form == "fp8" else 127)
+    amax = rng.uniform(0.5, 4, (64, 1)).astype(np.float32)
+    scales = amax * (np.float32(1) / largest)
+    middle = (rng.integers(8, 16, 127) + 0.5) * 2.0 ** rng.integers(-3, 3, 127) if form == "fp8" else np.arange(0.5, 127)
+    x = np.concatenate([amax, np.float32(middle) * scales], axis=1)
+    op = functools.partial(quantize, scale_fmt=None) if form == "fp8" else quantize_int8
+    values, found = map(np.asarray, (jax.jit(op) if jitted else op)(jnp.asarray(x)))
+    np.testing.assert_array_equal(found.reshape(-1), scales[:, 0])
+    quotients = np.clip(x / scales, -largest, largest)
+    assert (np.float32(x * (1 / scales)) != x / scales).any()
+    expected = quotients.astype(ml_dtypes.float8_e4m3fn) if form == "fp8" else np.rint(quotients)
+    np.testing.assert_array_equal(values.astype(np.float32), expected.astype(np.float32))
 
 
 def test_every_e4m3_value_survives_and_halfway_cases_round_to_even():
