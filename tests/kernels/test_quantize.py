@@ -54,7 +54,9 @@ def test_values_are_quotients_rounded_once(form, jitted):
     largest = np.float32(448 if form == "fp8" else 127)
     amax = rng.uniform(0.5, 4, (64, 1)).astype(np.float32)
     scales = amax * (np.float32(1) / largest)
-    middle = (rng.integers(8, 16, 127) + 0.5) * 2.0 ** rng.integers(-3, 3, 127) if form == "fp8" else np.arange(0.5, 127)
+    middle = np.arange(0.5, 127)
+    if form == "fp8":
+        middle = (rng.integers(8, 16, 127) + 0.5) * 2.0 ** rng.integers(-3, 3, 127)
     x = np.concatenate([amax, np.float32(middle) * scales], axis=1)
     op = functools.partial(quantize, scale_fmt=None) if form == "fp8" else quantize_int8
     values, found = map(np.asarray, (jax.jit(op) if jitted else op)(jnp.asarray(x)))
