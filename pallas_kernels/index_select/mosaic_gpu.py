@@ -23,6 +23,7 @@ def unsupported(queries, head_weights, index, layer, block_tables, sequence, pos
     return indexer_logits.unsupported(queries, index) or top_k.unsupported((queries.shape[0], width), jnp.float32, k)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "chunk_bytes", "interpret"))
 def index_select(
     queries: jax.Array,
     head_weights: jax.Array,

@@ -9,8 +9,9 @@ Many tokens a sequence: the warpgroups share each tile's keys and take two token
 share the token and take 64 keys each.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -227,7 +228,9 @@ def unsupported(queries: jax.Array, index: jax.Array) -> str | None:
     return None
 
 
-class Part(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("number", "shares"), meta_fields=("tokens",))
+@dataclasses.dataclass(frozen=True)
+class Part:
     """One of the equal parts that the tokens of a call are cut into.
 
     Attributes:
@@ -255,6 +258,7 @@ def pad_heads(queries: jax.Array, head_weights: jax.Array) -> tuple[jax.Array, j
     return jnp.pad(queries, ((0, 0), (0, pad), (0, 0))), jnp.pad(head_weights, ((0, 0), (0, pad)))
 
 
+@functools.partial(jax.jit, static_argnames=("fill", "interpret", "config"))
 def indexer_logits(
     queries: jax.Array,
     head_weights: jax.Array,

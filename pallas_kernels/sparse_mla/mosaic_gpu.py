@@ -23,6 +23,7 @@ Barriers of a slot are numbered slot * 2 + part; part 0 of slot 0 is its left ha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -511,6 +512,7 @@ def unsupported(queries: jax.Array, kv: jax.Array, slots: jax.Array, scale: Any,
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def sparse_mla(
     queries: jax.Array,
     kv: jax.Array,

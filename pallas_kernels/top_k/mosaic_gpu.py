@@ -255,6 +255,7 @@ class Part(NamedTuple):
     out: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))
 def top_k(
     scores: jax.Array,
     k: int,

@@ -28,8 +28,9 @@ TESTS = re.compile(r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*?)\s
 
 
 def command(op: str, tool: str) -> list[str]:
-    """The tests of an op under a tool."""
+    """The tests of an op under a tool, which looks at our kernels and at none of XLA's."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    sanitizer += ["--kernel-name", "kns=mosaic_gpu"]
     tests = [sys.executable, "-m", "pytest", "tests/gpu/test_small.py", "-k", op, "-q", "-p", "no:cacheprovider"]
     return [*sanitizer, "--target-processes", "all", *tests]
 

@@ -1,0 +1,36 @@
+"""The model's step, lowered for a GPU with the kernels in it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv32_jax.cache import KVCache
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import Batch, Options, abstract_model, step
+from pallas_kernels import backend
+
+WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
+"""What the kernels take."""
+
+
+def kernels(layers: int, tokens: int, sequences: int) -> list[str]:
+    """The hash of every kernel in the text of a step of so many layers."""
+    model = abstract_model(ModelConfig.tiny(num_hidden_layers=layers, **WIDTHS))
+    options = Options("bfloat16", act_quant=True, cache_dtype="fp8")
+    cache = jax.eval_shape(lambda: KVCache.create(model.config, 8, options))
+    of_tokens = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    tables = jax.ShapeDtypeStruct((sequences, 4), jnp.int32)
+    batch = Batch(*[of_tokens] * 4, tables, jax.ShapeDtypeStruct((sequences,), jnp.int32))
+    text = step.trace(model, batch, cache, options).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r'@mosaic_gpu\w*\(.*?kernel_hash = "([^"]*)"', text)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(70, 1), (3, 3)])
+def test_all_layers_share_each_kernel(tokens, sequences, monkeypatch):
+    """A kernel takes seconds to compile: a model of 61 layers must not hold 61 of each."""
+    monkeypatch.setattr(backend, "on_hopper", lambda: True)
+    few, many = kernels(2, tokens, sequences), kernels(4, tokens, sequences)
+    assert len(few) >= 3  # cache_write, the selection's two, sparse_mla
+    assert len(many) == len(few)
