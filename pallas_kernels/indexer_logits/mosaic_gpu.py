@@ -320,6 +320,7 @@ def indexer_logits(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="indexer_logits",
     )
     return kernel(
         jnp.stack([jnp.asarray(layer, jnp.int32).reshape(()), part.number if part else jnp.int32(0)]),

@@ -68,4 +68,5 @@ def combine(
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="sparse_mla_combine",
     )(parts, lse)

@@ -481,6 +481,7 @@ def attention(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="sparse_mla",
     )(queries, kv, slots, lengths, first_row)
 
 

@@ -315,4 +315,5 @@ def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interp
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
+        kernel_name="top_k",
     )
