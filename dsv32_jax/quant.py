@@ -2,12 +2,19 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.moe_dispatch import RoutingPlan
+from pallas_kernels.grouped_matmul import (
+    grouped_dense_matmul,
+    grouped_matmul,
+    grouped_quant_matmul,
+    grouped_swiglu,
+)
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, gather_rows_fp8
 from pallas_kernels.quant_matmul import BLOCK, dequantize_blocks, quant_matmul
 from pallas_kernels.quantize import FP8_MAX
 from pallas_kernels.quantize.reference import SMALLEST_AMAX, round_up_to_power_of_two
@@ -98,9 +105,55 @@ class Numerics:
         # Without preferred_element_type: sums are float32 all the same, and the gradient's products stay in x's dtype.
         return jnp.matmul(x, weight.T, precision="highest")
 
-    def grouped_matmul(self, rows: jax.Array, weights: Weight, plan: RoutingPlan) -> jax.Array:
-        """Rows [P, K] in the plan's order times their experts' weights [E, N, K] transposed: [P, N]."""
-        return grouped_matmul(rows, weights, plan.tile_expert, self.matmul, backend=self.backend)
+    def swiglu(self, x: jax.Array, gate: Weight, up: Weight) -> jax.Array:
+        """silu(x gate^T) * (x up^T) of x [M, K] and weights [W, K]: [M, W] in x's dtype."""
+        if self.act_quant and isinstance(gate, QTensor) and isinstance(up, QTensor):
+            scales = {"gate_scales": gate.scales, "up_scales": up.scales, "scale_fmt": self.scale_fmt}
+            hidden: Any = grouped_swiglu(x, gate.values, up.values, None, **scales, backend=self.backend)
+            return hidden
+        return swiglu(self.matmul(x, gate), self.matmul(x, up))
+
+    def experts(self, x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+        """The chosen experts of every token.
+
+        Args:
+          x: [T, D].
+          gate, up, down: [E, W, D], [E, W, D] and [E, D, W].
+          plan: of the tokens.
+
+        Returns:
+          [P, D] in the plan's order, in x's dtype.
+        """
+        how: dict[str, Any] = {"used_tiles": plan.used_tiles, "backend": self.backend}
+        how["tile_expert"] = plan.tile_expert
+        if self.act_quant and isinstance(gate, QTensor) and isinstance(up, QTensor) and isinstance(down, QTensor):
+            return self.quantised_experts(x, gate, up, down, plan, how)
+        rows = gather_rows(x, plan, backend=self.backend)
+        if not any(map(is_qtensor, (gate, up, down))):
+            return grouped_dense_matmul(grouped_swiglu(rows, gate, up, **how), down, **how)
+
+        def one(rows: jax.Array, weights: tuple[Weight, ...]) -> jax.Array:
+            return self.matmul(self.swiglu(rows, *weights[:2]), weights[2])
+
+        return grouped_matmul(rows, (gate, up, down), plan.tile_expert, one)
+
+    def quantised_experts(
+        self, x: jax.Array, gate: QTensor, up: QTensor, down: QTensor, plan: RoutingPlan, how: dict[str, Any]
+    ) -> jax.Array:
+        """`experts` in FP8: a token is quantised once for all its experts, and each expert's hidden rows once."""
+        how = {**how, "scale_fmt": self.scale_fmt}
+        hidden: Any
+        weights = {"gate": gate.values, "up": up.values, "gate_scales": gate.scales, "up_scales": up.scales}
+        if x.dtype != jnp.bfloat16:  # rows in FP8 say nothing of the dtype before
+            hidden = grouped_swiglu(gather_rows(x, plan, backend=self.backend), **weights, **how)
+            return grouped_quant_matmul(hidden, down.values, down.scales, quantize_input=True, **how)
+        order = {"scales_by_group": plan.tile % BLOCK == 0}  # what the kernels for these tiles take
+        rows, row_scales = gather_rows_fp8(x, plan, self.scale_fmt, **order, backend=self.backend)
+        hidden, hidden_scales = grouped_swiglu(
+            rows, **weights, row_scales=row_scales, quantize_result=True, **order, **how
+        )
+        products = {"quantize_input": True, "row_scales": hidden_scales, **order, **how}
+        return grouped_quant_matmul(hidden, down.values, down.scales, **products)
 
 
 def float32_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -14,13 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.mla import MLA
-from dsv32_jax.layers.mlp import swiglu
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.layers.mtp import MTP
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.layers.rope import rope_angles
 from dsv32_jax.model import DecoderLayer, DeepseekV32
 from dsv32_jax.quant import Numerics, Weight, dense
+from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.rowwise import rms_norm
 
@@ -262,7 +262,7 @@ def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Arr
 
     def one(total, expert):
         gate, up, down, weight = expert
-        rows = numerics.matmul(swiglu(numerics.matmul(x, gate), numerics.matmul(x, up)), down)
+        rows = numerics.matmul(numerics.swiglu(x, gate, up), down)
         return total + weight[:, None] * rows.astype(jnp.float32), None
 
     own = moe.experts

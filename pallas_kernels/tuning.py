@@ -422,14 +422,14 @@ class FewRows:
         return max(1, self.rows // 64)
 
     @property
-    def scale_rows(self) -> int:
-        """Rows of the weight's scales that a strip has."""
-        return max(1, self.rows // 128)
+    def weights(self) -> int:
+        """How many share a strip."""
+        return 1
 
     @property
     def shared_bytes(self) -> int:
         """Weights, tokens, both scales (each in whole kilobytes) and barriers."""
-        scales = sum(-(-self.stages * each // 1024) * 1024 for each in (16 * self.tile, 128))
+        scales = sum(-(-self.stages * each // 1024) * 1024 for each in (16 * self.tile, 128 * self.weights))
         return self.stages * self.blocks * 128 * (self.rows + self.tile) + scales + 16 * self.stages
 
 
@@ -463,6 +463,68 @@ def few_rows(tile: int, rows: int, tiles: int) -> FewRows:
     return FEW_ROWS[tile]
 
 
+# ---- SwiGLU behind the product of few rows ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewRowsSwiGLU(FewRows):
+    """`FewRows` whose strips are half gate and half up. Those of 256 rows can quantise what they make."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile > 64:
+            raise ValueError(f"a tile has up to 64 tokens, not {self.tile}")
+
+    @property
+    def weights(self) -> int:
+        """How many share a strip."""
+        return 2
+
+    @property
+    def staged_columns(self) -> int:
+        """Of a token's sums in shared memory: the strip, and 16 bytes, so that tokens start in different banks."""
+        return self.rows + 8
+
+    @property
+    def shared_bytes(self) -> int:
+        """Also the sums, in bfloat16 and whole kilobytes, and two barriers."""
+        return super().shared_bytes + -(-2 * self.tile * self.staged_columns // 1024) * 1024 + 16
+
+
+FEW_ROWS_SWIGLU = {
+    8: FewRowsSwiGLU(tile=8, rows=256, blocks=1, stages=6),
+    16: FewRowsSwiGLU(tile=16, rows=256, blocks=1, stages=6),
+    32: FewRowsSwiGLU(tile=32, rows=256, blocks=1, stages=5),
+    64: FewRowsSwiGLU(tile=64, rows=256, blocks=1, stages=4),
+}
+"""128 columns of the result a strip: a group of the quantisation."""
+FEW_ROWS_SWIGLU_HALF = {
+    8: FewRowsSwiGLU(tile=8, rows=128, blocks=2, stages=6),
+    16: FewRowsSwiGLU(tile=16, rows=128, blocks=2, stages=5),
+    32: FewRowsSwiGLU(tile=32, rows=128, blocks=2, stages=4),
+    64: FewRowsSwiGLU(tile=64, rows=128, blocks=1, stages=6),
+}
+"""64 columns, where those would keep too few multiprocessors reading."""
+FEW_ROWS_SWIGLU_NARROW = {
+    8: FewRowsSwiGLU(tile=8, rows=32, blocks=4, stages=10),
+    16: FewRowsSwiGLU(tile=16, rows=32, blocks=4, stages=8),
+    32: FewRowsSwiGLU(tile=32, rows=64, blocks=2, stages=7),
+    64: FewRowsSwiGLU(tile=64, rows=64, blocks=2, stages=5),
+}
+"""16 columns (of 32 or 64 tokens: 32), for one weight of some thousand."""
+CONFIGS["few_rows_swiglu"] = [
+    config for configs in (FEW_ROWS_SWIGLU, FEW_ROWS_SWIGLU_HALF, FEW_ROWS_SWIGLU_NARROW) for config in configs.values()
+]
+
+
+def few_rows_swiglu(tile: int, width: int, tiles: int) -> FewRowsSwiGLU:
+    """By the tokens of a tile, the result's columns and the tiles that may be used: strips for all multiprocessors."""
+    for columns, configs in ((128, FEW_ROWS_SWIGLU), (64, FEW_ROWS_SWIGLU_HALF)):
+        if width // columns * tiles >= SMS * 3 // 4:
+            return configs[tile]
+    return FEW_ROWS_SWIGLU_NARROW[tile]
+
+
 # ---- few_rows_int4 ---------------------------------------------------------------------------------------------
 
 
@@ -472,31 +534,31 @@ class FewRowsInt4:
 
     Attributes:
       tile: tokens of a tile.
-      stages: of 64 rows of the weight and 512 of K, in shared memory.
+      rows: of the weight, that a CTA takes at a time.
+      stages: of those rows and 512 of K, in shared memory.
       ctas: of the grid.
     """
 
     tile: int
+    rows: int = 64
     stages: int
     ctas: int = SMS
 
     def __post_init__(self) -> None:
         if self.tile not in (8, 16, 32):
             raise ValueError(f"a tile has 8, 16 or 32 tokens, not {self.tile}")
+        if self.rows not in (32, 64):
+            raise ValueError(f"a CTA takes 32 or 64 rows of the weight, not {self.rows}")
         if self.stages < 2:
             raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 
     @property
-    def rows(self) -> int:
-        """Of the weight, that a CTA takes at a time."""
-        return 64
-
-    @property
     def shared_bytes(self) -> int:
-        """Values, tokens, scales, the sums of three warpgroups, and barriers."""
-        return self.stages * (64 * 256 + 1024 * self.tile + 1024 + 16) + 3 * 256 * self.tile + 8
+        """Values, tokens, scales (in whole kilobytes), the sums of three warpgroups, and barriers."""
+        scales = -(-self.stages * 16 * self.rows // 1024) * 1024
+        return self.stages * (self.rows * 256 + 1024 * self.tile + 16) + scales + 3 * 256 * self.tile + 8
 
 
 FEW_ROWS_INT4 = {
@@ -504,9 +566,13 @@ FEW_ROWS_INT4 = {
     16: FewRowsInt4(tile=16, stages=6),
     32: FewRowsInt4(tile=32, stages=4),
 }
-CONFIGS["few_rows_int4"] = list(FEW_ROWS_INT4.values())
+FEW_ROWS_INT4_NARROW = FewRowsInt4(tile=8, rows=32, stages=12)
+"""As `FEW_ROWS_NARROW`. Of more tokens a strip would read more than of the weight."""
+CONFIGS["few_rows_int4"] = [FEW_ROWS_INT4_NARROW, *FEW_ROWS_INT4.values()]
 
 
-def few_rows_int4(tile: int) -> FewRowsInt4:
-    """By the tokens of a tile: as many stages as fit."""
+def few_rows_int4(tile: int, rows: int, tiles: int) -> FewRowsInt4:
+    """By the tokens of a tile, the weight's N, and the tiles that may be used: as many stages as fit."""
+    if tile == FEW_ROWS_INT4_NARROW.tile and rows // 64 * tiles < SMS * 3 // 4:
+        return FEW_ROWS_INT4_NARROW
     return FEW_ROWS_INT4[tile]

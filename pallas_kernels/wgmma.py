@@ -1,4 +1,4 @@
-"""Tensor-core products of FP8 by hand: operands in shared memory, the result in a thread's registers.
+"""Tensor-core products of FP8, or int8, by hand: operands in shared memory, the result in a thread's registers.
 
 `plgpu.wgmma` keeps its accumulator to itself. These give a warpgroup a fresh product of 128 values of K each time,
 which it adds up as it likes while another warpgroup's product runs.
@@ -38,18 +38,29 @@ def descriptor(address: Word) -> ir.Value:
     return arith.ori((address >> 4).wide(), mosaic.i64((1 << 62) | (64 << 32) | (1 << 16)))
 
 
-def start_product(left: ir.Value, right: ir.Value, columns: int, into: list[ir.Value] | None = None) -> list[ir.Value]:
+def start_product(
+    left: ir.Value,
+    right: ir.Value,
+    columns: int,
+    into: list[ir.Value] | None = None,
+    *,
+    int8: bool = False,
+    add: bool = False,
+) -> list[ir.Value]:
     """Starts D[64, columns] = left[64, 128] right[columns, 128]^T; a thread's part of it is there after `finish`.
 
     Args:
-      left: descriptor of e4m3 in shared memory.
+      left: descriptor of e4m3 in shared memory, or of int8.
       right: the same.
       columns: of the product, a multiple of 8 up to 256.
       into: an older product, done with, whose registers to use. Products of a loop's body that each have their own are
         laid out so badly that sums beside them are spilled.
+      int8: whole numbers, with int32 results (`into` is needed); else e4m3 and float32.
+      add: to what is in the registers `into`, which an older product may still be adding to.
     """
     count = columns // 2
     operand = count if into is None else 2 * count
+    kinds, signs = ("s32.s8.s8", "") if int8 else ("f32.e4m3.e4m3", ", 1, 1")
     names = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
     text = (
         "{ .reg .b64 a, b; .reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0;\n"
@@ -58,8 +69,8 @@ def start_product(left: ir.Value, right: ir.Value, columns: int, into: list[ir.V
     for k in range(DIM // 32):
         text += (
             f"add.s64 a, ${operand}, {2 * k}; add.s64 b, ${operand + 1}, {2 * k};\n"
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {names}, a, b, "
-            f"{'later' if k else 'first'}, 1, 1;\n"
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.{kinds} {names}, a, b, "
+            f"{'later' if k or add else 'first'}{signs};\n"
         )
     text += "wgmma.commit_group.sync.aligned; }"
     if into is None:
@@ -85,12 +96,13 @@ def first_row(thread: Word) -> Word:
 
 
 def in_place(text: str, registers: list[ir.Value], *arguments: ir.Value) -> list[ir.Value]:
-    """PTX whose results `$0`... are in the registers of some floats; 64-bit arguments follow those floats."""
-    count, f32 = len(registers), ir.F32Type.get()
-    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l"] * len(arguments))
-    results = llvm.StructType.get_literal([f32] * count)
+    """PTX whose results `$0`... are in the registers of some floats, or words; 64-bit arguments follow them."""
+    count, kind = len(registers), registers[0].type
+    letter = "f" if isinstance(kind, ir.F32Type) else "r"
+    constraints = ",".join([f"={letter}"] * count + [str(i) for i in range(count)] + ["l"] * len(arguments))
+    results = llvm.StructType.get_literal([kind] * count)
     found = llvm.inline_asm(results, [*registers, *arguments], text, constraints, has_side_effects=True)
-    return [llvm.extractvalue(f32, found, [i]) for i in range(count)]
+    return [llvm.extractvalue(kind, found, [i]) for i in range(count)]
 
 
 def finish(product: list[ir.Value], flying: int) -> list[ir.Value]:

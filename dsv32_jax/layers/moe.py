@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.layers.mlp import MLP, swiglu
+from dsv32_jax.layers.mlp import MLP
 from dsv32_jax.params import Init
 from dsv32_jax.quant import Numerics, float32_matmul
 from pallas_kernels import moe_dispatch
@@ -20,11 +20,9 @@ class Experts(nnx.Module):
         self.up = init.linear(count, width, hidden)
         self.down = init.linear(count, hidden, width)
 
-    def __call__(self, rows: jax.Array, plan: moe_dispatch.RoutingPlan, numerics: Numerics) -> jax.Array:
-        """Rows [P, D] in the plan's order -> [P, D], each by its own expert."""
-        gate = numerics.grouped_matmul(rows, self.gate, plan)
-        up = numerics.grouped_matmul(rows, self.up, plan)
-        return numerics.grouped_matmul(swiglu(gate, up), self.down, plan)
+    def __call__(self, x: jax.Array, plan: moe_dispatch.RoutingPlan, numerics: Numerics) -> jax.Array:
+        """Tokens [T, D] -> rows [P, D] in the plan's order, each by its own expert."""
+        return numerics.experts(x, self.gate, self.up, self.down, plan)
 
 
 class MoE(nnx.Module):
@@ -56,7 +54,7 @@ class MoE(nnx.Module):
         experts, weights = self.route(x, config, numerics.backend)
         if record is not None:
             record.update(experts=experts, expert_weights=weights)
-        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts)
-        rows = self.experts(moe_dispatch.gather_rows(x, plan), plan, numerics)
-        routed = moe_dispatch.combine(rows, weights, plan)
+        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts, backend=numerics.backend)
+        rows = self.experts(x, plan, numerics)
+        routed = moe_dispatch.combine(rows, weights, plan, backend=numerics.backend)
         return (routed + self.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)

@@ -22,9 +22,12 @@ from experiments.results import RESULTS, environment, write_json
 from pallas_kernels import tuning
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
+from pallas_kernels.grouped_matmul.swiglu import Result
+from pallas_kernels.grouped_matmul.swiglu_few import swiglu_few_rows
+from pallas_kernels.grouped_matmul.swiglu_many import swiglu_many_rows
 from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
 from pallas_kernels.moe_dispatch import planning
-from pallas_kernels.quant_matmul import few_rows, few_rows_int4, many_rows
+from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
 from pallas_kernels.top_k import mosaic_gpu as top_k
 
@@ -80,11 +83,14 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         arrays = [fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32), *projections, *weights, *angles]
         yield "cache_write", config, write, arrays
 
+    quantised = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
     for config in tuning.CONFIGS["many_rows_matmul"]:
 
         def products(x, row_scales, weights, weight_scales, experts, used, dense_x, dense_weights, config=config):
             fp8 = many_rows.many_rows_matmul(x, row_scales, weights, weight_scales, experts, used, config=config)
-            return fp8, many_rows.many_rows_matmul(dense_x, None, dense_weights, None, config=config)
+            bf16 = many_rows.many_rows_matmul(dense_x, None, dense_weights, None, config=config)
+            pairs = (weights, weights), (weight_scales, weight_scales)
+            return fp8, bf16, swiglu_many_rows(x, row_scales, *pairs, experts, used, quantised, config=config)
 
         fp8, bf16 = jnp.float8_e4m3fn, jnp.bfloat16
         rows = [of((256, 512), fp8), of((4, 256), jnp.float32)]
@@ -93,11 +99,27 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
 
     for config in tuning.CONFIGS["few_rows"]:
 
-        def product(*arrays, config=config):
-            return few_rows.matmul(*arrays, config=config)
+        def few_rows_products(
+            x, x_scales, weight, scales, int8_x, int8_x_scales, int8_weight, int8_scales, config=config
+        ):
+            fp8 = few_rows.matmul(x, x_scales, weight, scales, config=config)
+            return fp8, few_rows_int8.matmul(int8_x, int8_x_scales, int8_weight, int8_scales, config=config)
 
-        x = [of((config.tile, 512), jnp.float8_e4m3fn), of((config.tile, 4), jnp.float32)]
-        yield "few_rows", config, product, [*x, of((512, 512), jnp.float8_e4m3fn), of((4, 4), jnp.float32)]
+        rows = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
+        int8_rows = [of((config.tile, 512), jnp.int8), of((config.tile,), jnp.float32)]
+        weight, int8_weight = (of((512, 512), dtype) for dtype in (fp8, jnp.int8))
+        arrays = [*rows, weight, of((4, 4), jnp.float32), *int8_rows, int8_weight, of((512,), jnp.float32)]
+        yield "few_rows", config, few_rows_products, arrays
+
+    for config in tuning.CONFIGS["few_rows_swiglu"]:
+
+        def gate_and_up(x, x_scales, gate, up, scales, config=config):
+            pairs = (gate, up), (scales, scales)
+            by_row = dataclasses.replace(quantised, scales_by_group=False)
+            return swiglu_few_rows(x, x_scales, *pairs, None, None, by_row, config=config)
+
+        x = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
+        yield "few_rows_swiglu", config, gate_and_up, [*x, *[of((512, 512), fp8)] * 2, of((4, 4), jnp.float32)]
 
     for config in tuning.CONFIGS["few_rows_int4"]:
 

@@ -1,14 +1,44 @@
-"""The grouped product as a loop over tiles: the specification."""
+"""SwiGLU behind two products, tile by tile: the specification."""
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunking import map_tiles
+from pallas_kernels.quant_matmul.reference import scaled_matmul
+from pallas_kernels.quantize import quantize
 
 
-def grouped_matmul(rows, weights, tile_expert, product):
-    tiles = rows.reshape(tile_expert.shape[0], -1, rows.shape[-1])
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in float32, rounded once to the inputs' dtype."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
-    def one_tile(tile):
-        x, expert = tile
-        return product(x, jax.tree.map(lambda w: w[expert], weights))
 
-    out = jax.lax.map(one_tile, (tiles, tile_expert))
-    return out.reshape(rows.shape[0], -1)
+def grouped_swiglu(rows, row_scales, weights, weight_scales, tile_expert, result):
+    """The op's result before it is quantised."""
+
+    def rounded_swiglu(*products):
+        # Within one program XLA may drop the rounding of what is widened again at once.
+        return jax.lax.optimization_barrier(swiglu(*jax.lax.optimization_barrier(products)))
+
+    if tile_expert is None:
+        tile_expert = jnp.zeros(1, jnp.int32)
+        weights, weight_scales = jax.tree.map(lambda w: w[None], (weights, weight_scales))
+    if not weight_scales:
+
+        def product(x, weight):
+            gate, up = (jnp.matmul(x, w.astype(x.dtype).T, precision="highest") for w in weight[0])
+            return rounded_swiglu(gate, up)
+
+        return map_tiles(product, rows, tile_expert, (weights, ()))
+
+    dtype = rows.dtype
+    if row_scales is None:
+        rows, row_scales = quantize(rows, result.scale_fmt, backend="reference")
+    else:
+        dtype, row_scales = jnp.bfloat16, row_scales.T if result.scales_by_group else row_scales
+
+    def scaled_product(x, weight):
+        pairs = zip(*weight, strict=True)
+        return rounded_swiglu(*(scaled_matmul(*x, values, scales, dtype) for values, scales in pairs))
+
+    return map_tiles(scaled_product, (rows, row_scales), tile_expert, (weights, weight_scales))

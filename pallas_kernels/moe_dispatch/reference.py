@@ -44,6 +44,11 @@ class RoutingPlan:
     token_row: jax.Array
     tile: int
 
+    @property
+    def used_tiles(self) -> jax.Array:
+        """int32 []: how many tiles hold a row. They come first, and so does the row in each."""
+        return jnp.sum(self.row_token.reshape(-1, self.tile)[:, 0] >= 0, dtype=jnp.int32)
+
 
 def tile_rows(choices: int, num_experts: int) -> int:
     """Rows of a tile: about the mean number of rows of an expert, within 8 and 128."""

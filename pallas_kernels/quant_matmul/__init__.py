@@ -1,4 +1,4 @@
-"""Matrix product with a block-quantised weight."""
+"""Matrix products with quantised weights: FP8 in blocks, int8 by row, four bits in groups."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,33 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic
 from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
 from pallas_kernels.quant_matmul import few_rows, many_rows, reference
+from pallas_kernels.quant_matmul.int4 import dequantize_int4, pack_int4, quantize_weight_int4, unpack_int4
+from pallas_kernels.quant_matmul.int8 import dequantize_int8, quantize_weight_int8
+from pallas_kernels.quant_matmul.integer import (
+    grouped_int4_matmul,
+    grouped_int8_matmul,
+    int4_matmul,
+    int8_matmul,
+)
 from pallas_kernels.quant_matmul.reference import BLOCK, dequantize_blocks
 from pallas_kernels.quantize import quantize
 
-__all__ = ["BLOCK", "dequantize_blocks", "quant_matmul", "unsupported"]
+__all__ = [
+    "BLOCK",
+    "dequantize_blocks",
+    "dequantize_int4",
+    "dequantize_int8",
+    "grouped_int4_matmul",
+    "grouped_int8_matmul",
+    "int4_matmul",
+    "int8_matmul",
+    "pack_int4",
+    "quant_matmul",
+    "quantize_weight_int4",
+    "quantize_weight_int8",
+    "unpack_int4",
+    "unsupported",
+]
 
 
 def unsupported(x: jax.Array, values: jax.Array, quantize_input: bool) -> str | None:

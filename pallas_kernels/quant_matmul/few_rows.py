@@ -8,10 +8,14 @@ An item is a strip of weight rows times one tile of tokens, over all of K (`weig
 there is nothing to merge, and results are the same from run to run.
 
 The dense product is that with one tile; the grouped one has an expert a tile, and stops after the tiles in use.
+
+What becomes of an item's sums is an epilogue's business: `Rounded` stores them. A strip may also be half and half of
+two weights of one shape, the same rows of both, for an epilogue that needs both products.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,47 +33,110 @@ TILES = (8, 16, 32, 64, 128)
 """Tokens that a tile can have."""
 
 
-def body(*refs, config, rows, columns, grouped, interpret):
-    """See the module. `refs`: the tiles' experts and how many are in use (if grouped), the operands, output, scratch.
+class Epilogue(Protocol):
+    """What becomes of the sums of an item. Its refs are the outputs and its scratch, in this order."""
+
+    @property
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]: ...
+
+    @property
+    def scratch(self) -> tuple[Any, ...]: ...
+
+    def begin(self, refs: tuple[Any, ...]) -> None:
+        """Before the first item."""
+
+    def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
+        """Of an item: a warpgroup's sums, the first token, and the strip's first row of each weight."""
+
+    def end(self, refs: tuple[Any, ...]) -> None:
+        """After the last item."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """Sums [tokens, rows of the weight] in `dtype`."""
+
+    config: tuning.FewRows
+    tokens: int
+    rows: int
+    dtype: Any
+    interpret: bool
+
+    @property
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct((self.tokens, self.rows), self.dtype),)
+
+    scratch = ()
+
+    def begin(self, refs: tuple[Any, ...]) -> None:
+        """Nothing."""
+
+    def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
+        """From registers."""
+        store = device.store_twin if self.interpret else device.store_function
+        store(self.config, self.tokens, self.rows, self.dtype)(*refs, sums, token, row, warpgroup)
+
+    end = begin
+
+
+def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
+    """See the module. `refs`: the tiles' experts and how many are in use (if grouped), the operands, outputs, scratch.
 
     rows, columns: N and K of the weights.
+    weights: how many; a strip has its share of each.
     """
-    plan, refs = (refs[:2], refs[2:]) if grouped else ((), refs)
-    x, x_scales, weights, scales, out, w_s, x_s, x_scale_s, scale_s, full, free = refs
-    scale_rows = -(-rows // BLOCK)
-    tile_of = (device.tile_twin if interpret else device.tile_function)(config)
-    store = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
+    remaining = iter(refs)
+
+    def take(count):
+        return tuple(next(remaining) for _ in range(count))
+
+    plan = take(2 if grouped else 0)
+    (x, x_scales), matrices, matrix_scales = take(2), take(weights), take(weights)
+    ends = take(len(epilogue.outputs) + len(epilogue.scratch))
+    w_s, x_s, x_scale_s, scale_s, full, free = remaining
+    share, scale_rows = config.rows // weights, -(-rows // BLOCK)
+    tile_of = (device.tile_twin if interpret else device.tile_function)(config, weights)
 
     def load(slot, expert, token, row, step):
-        block = step * config.blocks
+        row, block = own_row(row), step * config.blocks
         for i in range(config.blocks):
             k = pl.ds((block + i) * BLOCK, BLOCK)
-            at = pl.ds(i * config.rows, config.rows)
-            plgpu.copy_gmem_to_smem(
-                weights.at[pl.ds(expert * rows + row, config.rows), k], w_s.at[slot, at], full.at[slot]
-            )
+            for which, matrix in enumerate(matrices):
+                at = pl.ds(i * config.rows + which * share, share)
+                plgpu.copy_gmem_to_smem(
+                    matrix.at[pl.ds(expert * rows + row, share), k], w_s.at[slot, at], full.at[slot]
+                )
             at = pl.ds(i * config.tile, config.tile)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, at], full.at[slot])
         group = pl.ds(lax.div(block, jnp.int32(GROUP)) * GROUP, GROUP)
         plgpu.copy_gmem_to_smem(x_scales.at[pl.ds(token, config.tile), group], x_scale_s.at[slot], full.at[slot])
-        at = pl.ds(expert * scale_rows + lax.div(row, jnp.int32(BLOCK)), config.scale_rows)
-        plgpu.copy_gmem_to_smem(scales.at[at, group], scale_s.at[slot, pl.ds(0, config.scale_rows)], full.at[slot])
+        count = max(1, share // BLOCK)
+        at = pl.ds(expert * scale_rows + lax.div(row, jnp.int32(BLOCK)), count)
+        for which, scales in enumerate(matrix_scales):
+            there = scale_s.at[slot, pl.ds(8 * which, count)]  # copies start at multiples of 128 bytes
+            plgpu.copy_gmem_to_smem(scales.at[at, group], there, full.at[slot])
+
+    def own_row(row):
+        """Of each weight, where a strip starts that starts at `row` of all of them together."""
+        return row if weights == 1 else lax.div(row, jnp.int32(weights))
 
     def add(sums, slot, step, warpgroup):
         place = lax.rem(step * config.blocks, jnp.int32(GROUP))
         return tile_of(w_s, x_s, x_scale_s, scale_s, sums, slot, place, warpgroup)
 
+    epilogue.begin(ends)
     stream(
         config,
-        strips=rows // config.rows,
+        strips=rows // share,
         steps=columns // (BLOCK * config.blocks),
         plan=plan,
         load=load,
         start=lambda: device.zeros(config),
         add=add,
-        store=functools.partial(store, out),
+        store=lambda sums, token, row, warpgroup: epilogue.store(ends, sums, token, own_row(row), warpgroup),
         barriers=(full, free),
     )
+    epilogue.end(ends)
 
 
 def unsupported(x: jax.Array, values: jax.Array, tile: int | None = None) -> str | None:
@@ -92,6 +159,7 @@ def unsupported(x: jax.Array, values: jax.Array, tile: int | None = None) -> str
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
 def matmul(
     x: jax.Array,
     x_scales: jax.Array,
@@ -116,14 +184,27 @@ def matmul(
     Returns:
       [M, N].
     """
-    tokens = x.shape[0]
-    tile = next(tile for tile in TILES if tile >= tokens)
-    config = config or tuning.few_rows(tile, values.shape[0], 1)
-    if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
-        x, x_scales = (jnp.pad(a, ((0, config.tile - tokens), (0, 0))) for a in (x, x_scales))
-    return call((), x, x_scales, values[None], scales[None], dtype, interpret, config)[:tokens]
+    tokens, rows = x.shape[0], values.shape[0]
+    config = config or tuning.few_rows(tile_for(tokens), rows, 1)
+    x, x_scales = padded(x, x_scales, config, interpret)
+    epilogue = Rounded(config, x.shape[0], rows, dtype, interpret is not None)
+    return call(epilogue, (), x, x_scales, (values[None],), (scales[None],), interpret, config)[0][:tokens]
 
 
+def tile_for(tokens: int) -> int:
+    """The least tile that holds all tokens."""
+    return next(tile for tile in TILES if tile >= tokens)
+
+
+def padded(x: jax.Array, x_scales: jax.Array, config: tuning.FewRows, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """x and x_scales of a dense product: rows past the end are zeros from the copies, which the interpreter refuses."""
+    if interpret is None:
+        return x, x_scales
+    pad = ((0, config.tile - x.shape[0]), (0, 0))
+    return jnp.pad(x, pad), jnp.pad(x_scales, pad)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
 def grouped_matmul(
     x: jax.Array,
     x_scales: jax.Array,
@@ -152,7 +233,8 @@ def grouped_matmul(
     tile = x.shape[0] // tile_expert.shape[0]
     config = config or tuning.few_rows(tile, values.shape[1], tile_expert.shape[0])
     plan = (tile_expert, jnp.asarray(used_tiles, jnp.int32).reshape(1))
-    return call(plan, x, x_scales, values, scales, dtype, interpret, config)
+    epilogue = Rounded(config, x.shape[0], values.shape[1], dtype, interpret is not None)
+    return call(epilogue, plan, x, x_scales, (values,), (scales,), interpret, config)[0]
 
 
 def used_tiles(row_token: jax.Array, tiles: int) -> jax.Array:
@@ -160,22 +242,41 @@ def used_tiles(row_token: jax.Array, tiles: int) -> jax.Array:
     return jnp.sum(row_token.reshape(tiles, -1)[:, 0] >= 0, dtype=jnp.int32)
 
 
-def call(plan, x, x_scales, values, scales, dtype, interpret, config) -> jax.Array:
-    """The kernel, with or without a plan (experts of the tiles, how many are used)."""
-    experts, rows, columns = values.shape
-    if rows % config.rows:
-        raise ValueError(f"strips of {config.rows} rows do not fit into weights of shape {values.shape}")
+def call(
+    epilogue: Epilogue,
+    plan: tuple[jax.Array, ...],
+    x: jax.Array,
+    x_scales: jax.Array,
+    weights: tuple[jax.Array, ...],
+    scales: tuple[jax.Array, ...],
+    interpret: Any,
+    config: tuning.FewRows,
+) -> tuple[jax.Array, ...]:
+    """The epilogue's outputs, with or without a plan (experts of the tiles, how many are used)."""
+    experts, rows, columns = weights[0].shape
+    if rows % (config.rows // len(weights)):
+        raise ValueError(f"strips of {config.rows} rows do not fit into {len(weights)} weights of {weights[0].shape}")
     kernel = plgpu.kernel(
         functools.partial(
-            body, config=config, rows=rows, columns=columns, grouped=bool(plan), interpret=interpret is not None
+            body,
+            config=config,
+            epilogue=epilogue,
+            rows=rows,
+            columns=columns,
+            weights=len(weights),
+            grouped=bool(plan),
+            interpret=interpret is not None,
         ),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
+        out_type=epilogue.outputs,
         scratch_types=(
-            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
+            *epilogue.scratch,
+            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), weights[0].dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.tile, GROUP), jnp.float32),
-            plgpu.SMEM((config.stages, 8, GROUP), jnp.float32),
-            plgpu.Barrier(num_arrivals=2 * config.blocks + 2, num_barriers=config.stages),
+            plgpu.SMEM((config.stages, 8 * len(weights), GROUP), jnp.float32),
+            plgpu.Barrier(
+                num_arrivals=(len(weights) + 1) * config.blocks + len(weights) + 1, num_barriers=config.stages
+            ),
             plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
         grid=(config.ctas,),
@@ -189,6 +290,6 @@ def call(plan, x, x_scales, values, scales, dtype, interpret, config) -> jax.Arr
         *plan,
         x,
         x_scales,
-        values.reshape(experts * rows, columns),
-        scales.reshape(experts * scales.shape[1], scales.shape[2]),
+        *(weight.reshape(experts * rows, columns) for weight in weights),
+        *(each.reshape(experts * each.shape[1], each.shape[2]) for each in scales),
     )

@@ -1,12 +1,14 @@
 """Products of a few bfloat16 rows with four-bit weights on Hopper: the weights are read once, as they are stored.
 
-As in `few_rows.py` the weights are the large operand, D^T = W X^T, and stream through shared memory. Each of a CTA's
-four warpgroups takes one of the four groups of 128 of a stage: it turns the four-bit values into bfloat16 in the
-registers that wgmma reads its first operand from (exact: integers from -15 to 15), multiplies, and scales what comes
-out. At an item's end the four sums are added up in a fixed order.
+As in `few_rows.py`, also in the grouped form, the weights are the large operand, D^T = W X^T, and stream through shared
+memory. Each of a CTA's four warpgroups takes one of the four groups of 128 of a stage: it turns four-bit values into
+bfloat16 in the registers that wgmma reads its first operand from (exact: integers from -15 to 15), multiplies, and
+scales what comes out. At an item's end the four sums are added up in a fixed order.
 
-A thread loads 16 bytes of a row at once, 32 neighbours along K; wgmma wants others of it. Any order of K will do if the
-tokens have the same: `arrange` puts theirs so.
+A thread loads 16 bytes of a row at once; `int4.py` has stored there what wgmma wants of it.
+
+A tile has 8, 16 or 32 rows. Tiles of more are taken as several of 32 with the same expert, whose weights come from the
+second-level cache after the first.
 """
 
 import functools
@@ -23,45 +25,16 @@ from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import layout_of, pack, unpack
-from pallas_kernels.quant_matmul.int4 import GROUP, unpack_int4
+from pallas_kernels.quant_matmul.int4 import BIASED, GROUP, unpack_values
 from pallas_kernels.quant_matmul.weight_stream import stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
 GROUPS = 4
 """Of a stage, and warpgroups of a CTA."""
-STRIP = 64
-"""Rows of the weight that a CTA takes at a time."""
 TILES = (8, 16, 32)
 """Tokens that a tile can have."""
-VALUE_BYTES = STRIP * 128
-"""Of the values of two groups."""
-BIASED = 0x43004300
-"""A pair of bfloat16: 128, whose lowest seven bits count ones."""
-
-
-def permute(x: jax.Array) -> jax.Array:
-    """[..., 128] of a group in the kernel's order of K."""
-    parts = x.reshape(*x.shape[:-1], 4, 4, 2, 2, 2)  # lane of a quad, word, half of a word, nibble of the half
-    order = (1, 3, 4, 0, 2)
-    first = x.ndim - 1
-    return parts.transpose(*range(first), *(first + i for i in order)).reshape(x.shape)
-
-
-def arrange(x: jax.Array, tile: int) -> jax.Array:
-    """bfloat16 [M, K] as the kernel reads it: [K / 64, tile, 64], with zeros for rows that are not there."""
-    x = jnp.pad(x, ((0, tile - x.shape[0]), (0, 0)))
-    return permute(x.reshape(tile, -1, GROUP)).reshape(tile, -1, 64).transpose(1, 0, 2)
-
-
-def scale_words(scales: jax.Array, zeros: jax.Array) -> jax.Array:
-    """uint32 [K / 128, N]: the scale's bits above those of 128 + zero as bfloat16. Once for a weight.
-
-    Args:
-      scales: bfloat16 [N, K / 128].
-      zeros: uint8 [N, K / 128], up to 15.
-    """
-    high = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
-    return ((high << 16) | (zeros.astype(jnp.uint32) + (BIASED & 0xFFFF))).T
+MOST_ROWS = 128
+"""That the dense product takes, as so many tiles. With more, the weights are better turned into bfloat16 once."""
 
 
 # ---- a warpgroup's part of a stage -------------------------------------------------------------------------------
@@ -71,7 +44,7 @@ def pairs_of(word: Word, zero: Word) -> list[Word]:
     """Eight values of a word as pairs of bfloat16, less `zero` (a pair): nibbles i and i + 4."""
     found = []
     for i in range(4):
-        biased = ((word >> (4 * i)) & 0x000F000F) | BIASED
+        biased = ((word >> (4 * i)) & 0x000F000F) | (BIASED * 0x10001)
         text = "sub.rn.bf16x2 $0, $1, $2;"
         found.append(Word(mgu.inline_ptx(text, biased.value, zero.value, result_types=integer(32))))
     return found
@@ -101,9 +74,9 @@ def stage_function(config: tuning.FewRowsInt4):
     """A function of a warpgroup: the sums, and the product of its group in a stage.
 
     Its arguments:
-      values: bytes [stages, 2 * 64, 128] in shared memory: 64 rows of two groups, twice.
-      x: bfloat16 [stages, 8, tile, 64] there, in the kernel's order.
-      words: [stages, 4, 64] there, see `scale_words`.
+      values: bytes [stages, 2 * rows, 128] in shared memory: a strip's rows of two groups, twice.
+      x: bfloat16 [stages, 8, tile, 64] there.
+      words: [stages, 4, rows] there, see `pack_int4`.
       sums: as `layout_of`; slot: the stage; warpgroup: its number.
     """
     layout = layout_of(config)
@@ -116,12 +89,12 @@ def stage_function(config: tuning.FewRowsInt4):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
         thread = mosaic.thread_index() & 127
-        row = first_row(thread)
+        row = first_row(thread) & (config.rows - 1)  # of 32 rows the upper half of the product is the lower half again
         # 16 bytes of a row of 128, swizzled by the row's lowest three bits.
         piece = (((warpgroup & 1) << 2) + (thread & 3)) ^ ((thread & 31) >> 2)
-        first = (slot * 2 + (warpgroup >> 1)) * VALUE_BYTES + row * 128 + (piece << 4)
+        first = (slot * 2 + (warpgroup >> 1)) * (config.rows * 128) + row * 128 + (piece << 4)
         own = SharedWords(mosaic.shared_address(values) + first)
-        own_words = SharedWords(words).part((slot * GROUPS + warpgroup) * STRIP + row)
+        own_words = SharedWords(words).part((slot * GROUPS + warpgroup) * config.rows + row)
         right = descriptor(mosaic.shared_address(x) + (slot * GROUPS + warpgroup) * (2 * config.tile * 128))
 
         loaded = [own.load_many(8 * 32 * i, 4) for i in range(2)]  # rows r and r + 8
@@ -147,17 +120,17 @@ def stage_twin(config: tuning.FewRowsInt4):
     """`stage_function` for the interpreter."""
 
     def stage(values, x, words, sums, slot, warpgroup):
-        both = values[slot, pl.ds((warpgroup // 2) * STRIP, STRIP), :]
+        both = values[slot, pl.ds((warpgroup // 2) * config.rows, config.rows), :]
         right = x[slot, pl.ds(2 * warpgroup, 2), :, :].astype(jnp.float32)
         word = words[slot, warpgroup, :]
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         own = jnp.where(warpgroup % 2 == 0, both[:, :64], both[:, 64:])
-        zeros = (word & 0xFFFF).astype(jnp.float32) - (BIASED & 0xFFFF)
+        zeros = (word & 0xFFFF).astype(jnp.float32) - BIASED
         scales = lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
-        left = permute(unpack_int4(own).astype(jnp.float32)) - zeros[:, None]
+        left = unpack_values(own).astype(jnp.float32) - zeros[:, None]
         product = jnp.dot(left, right.transpose(0, 2, 1).reshape(GROUP, config.tile), precision="highest")
-        return sums + (product * scales[:, None]).reshape(-1)
+        return sums + jnp.pad(product * scales[:, None], ((0, 64 - config.rows), (0, 0))).reshape(-1)
 
     return stage
 
@@ -201,27 +174,31 @@ def scratch_twin(config: tuning.FewRowsInt4, *, load: bool):
 # ---- the kernel --------------------------------------------------------------------------------------------------
 
 
-def body(x, values, words, out, value_s, x_s, word_s, scratch, full, free, merged, *, config, columns, interpret):
-    """See the module. `merged`: every warpgroup has stored its sums, or is done with the others'."""
-    rows = out.shape[1]
+def body(*refs, config, rows, columns, grouped, interpret):
+    """See the module. `refs`: the tiles' experts and how many are in use (if grouped), the operands, output, scratch.
+
+    rows, columns: N and K of the weights.
+    """
+    plan, refs = (refs[:2], refs[2:]) if grouped else ((), refs)
+    x, values, words, out, value_s, x_s, word_s, scratch, full, free, merged = refs
     add_stage = (stage_twin if interpret else stage_function)(config)
     put, get = ((scratch_twin if interpret else scratch_function)(config, load=load) for load in (False, True))
     write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
-        del expert, token
+        strip = pl.ds(expert * rows + row, config.rows)
         for i in range(2):
-            plgpu.copy_gmem_to_smem(
-                values.at[pl.ds(row, STRIP), pl.ds((2 * step + i) * 128, 128)],
-                value_s.at[slot, pl.ds(i * STRIP, STRIP)],
-                full.at[slot],
-            )
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(step * 8, 8)], x_s.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(
-            words.at[pl.ds(step * GROUPS, GROUPS), pl.ds(row, STRIP)], word_s.at[slot], full.at[slot]
-        )
+            k = pl.ds((2 * step + i) * 128, 128)
+            at = pl.ds(i * config.rows, config.rows)
+            plgpu.copy_gmem_to_smem(values.at[strip, k], value_s.at[slot, at], full.at[slot])
+        for i in range(2 * GROUPS):
+            k = pl.ds((2 * GROUPS * step + i) * 64, 64)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, i], full.at[slot])
+        groups = pl.ds(expert * (columns // GROUP) + step * GROUPS, GROUPS)
+        plgpu.copy_gmem_to_smem(words.at[groups, pl.ds(row, config.rows)], word_s.at[slot], full.at[slot])
 
     def meet():
+        """Every warpgroup has stored its sums, or is done with the others'."""
         plgpu.barrier_arrive(merged)
         plgpu.barrier_wait(merged)
 
@@ -238,9 +215,9 @@ def body(x, values, words, out, value_s, x_s, word_s, scratch, full, free, merge
 
     stream(
         config,
-        strips=rows // STRIP,
+        strips=rows // config.rows,
         steps=columns // (GROUP * GROUPS),
-        plan=(),
+        plan=plan,
         load=load,
         start=lambda: device.zeros(config),
         add=lambda sums, slot, step, warpgroup: add_stage(value_s, x_s, word_s, sums, slot, warpgroup),
@@ -249,21 +226,29 @@ def body(x, values, words, out, value_s, x_s, word_s, scratch, full, free, merge
     )
 
 
-def unsupported(x: jax.Array, values: jax.Array) -> str | None:
-    """What the kernel does not take of x [M, K] and values [N, K / 2]; None if it takes all."""
-    rows, columns = values.shape[0], values.shape[1] * 2
+def unsupported(x: jax.Array, packed: jax.Array, tile: int | None = None) -> str | None:
+    """What the kernel does not take of these arguments; None if it takes all.
+
+    Args:
+      x: [M, K].
+      packed: [..., N, K / 2].
+      tile: rows of a tile of the grouped product; None for the dense one.
+    """
+    rows, columns = packed.shape[-2], packed.shape[-1] * 2
     if x.dtype != jnp.bfloat16:
         return f"x of dtype {x.dtype}; it takes bfloat16"
-    if not 1 <= x.shape[0] <= TILES[-1]:
-        return f"x of shape {x.shape}; it takes 1 to {TILES[-1]} rows"
-    if rows % STRIP or columns % (GROUP * GROUPS):
-        return f"weights of shape ({rows}, {columns}); it takes N in multiples of {STRIP} and K in multiples of 512"
+    if rows % 64 or columns % (GROUP * GROUPS):
+        return f"weights of N and K ({rows}, {columns}); it takes N in multiples of 64 and K in multiples of 512"
+    if tile is None and not 1 <= x.shape[0] <= MOST_ROWS:
+        return f"x of shape {x.shape}; it takes 1 to {MOST_ROWS} rows"
+    if tile is not None and tile not in TILES and (tile == 0 or tile % TILES[-1]):
+        return f"tiles of {tile} rows; it takes {', '.join(map(str, TILES))} and multiples of {TILES[-1]}"
     return None
 
 
 def matmul(
     x: jax.Array,
-    values: jax.Array,
+    packed: jax.Array,
     words: jax.Array,
     *,
     dtype: Any = jnp.bfloat16,
@@ -274,8 +259,8 @@ def matmul(
 
     Args:
       x: bfloat16 [M, K].
-      values: uint8 [N, K / 2], see `quantize_int4`.
-      words: uint32 [K / 128, N], see `scale_words`.
+      packed: uint8 [N, K / 2], see `pack_int4`.
+      words: uint32 [K / 128, N], see `pack_int4`.
       dtype: of the result, bfloat16 or float32.
       interpret: parameters of the interpreter.
       config: for measurements; the default is the choice of `tuning`.
@@ -283,17 +268,60 @@ def matmul(
     Returns:
       [M, N].
     """
-    tokens, rows, columns = x.shape[0], values.shape[0], values.shape[1] * 2
-    config = config or tuning.few_rows_int4(next(tile for tile in TILES if tile >= tokens))
+    tokens, rows = x.shape[0], packed.shape[0]
+    config = config or tuning.few_rows_int4(next((tile for tile in TILES if tile >= tokens), TILES[-1]), rows, 1)
+    tiles = -(-tokens // config.tile)
+    if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
+        x = jnp.pad(x, ((0, tiles * config.tile - tokens), (0, 0)))
+    plan = () if tiles == 1 else (jnp.zeros(tiles, jnp.int32), jnp.full(1, tiles, jnp.int32))
+    return call(plan, x, packed[None], words[None], dtype=dtype, interpret=interpret, config=config)[:tokens]
+
+
+def grouped_matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    words: jax.Array,
+    tile_expert: jax.Array,
+    used_tiles: jax.Array,
+    *,
+    dtype: Any = jnp.bfloat16,
+    interpret: Any = None,
+    config: tuning.FewRowsInt4 | None = None,
+) -> jax.Array:
+    """`matmul` of each tile of rows with the weights of its expert; reads no others.
+
+    Args:
+      x: bfloat16 [P, K], in the order of a `RoutingPlan`.
+      packed: uint8 [E, N, K / 2].
+      words: uint32 [E, K / 128, N].
+      tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
+      used_tiles: int32 [], how many tiles hold a row: the first ones.
+
+    Returns:
+      [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
+    """
+    tile = x.shape[0] // tile_expert.shape[0]
+    config = config or tuning.few_rows_int4(min(tile, TILES[-1]), packed.shape[1], tile_expert.shape[0])
+    parts = tile // config.tile
+    plan = (jnp.repeat(tile_expert, parts), jnp.asarray(used_tiles * parts, jnp.int32).reshape(1))
+    return call(plan, x, packed, words, dtype=dtype, interpret=interpret, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
+def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
+    """The kernel, with or without a plan (experts of the tiles, how many are used)."""
+    experts, rows, half = packed.shape
     kernel = plgpu.kernel(
-        functools.partial(body, config=config, columns=columns, interpret=interpret is not None),
-        out_type=jax.ShapeDtypeStruct((tokens if interpret is None else config.tile, rows), dtype),
+        functools.partial(
+            body, config=config, rows=rows, columns=2 * half, grouped=bool(plan), interpret=interpret is not None
+        ),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, 2 * STRIP, 128), values.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, 2 * config.rows, 128), packed.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, 2 * GROUPS, config.tile, 64), x.dtype, transforms=SWIZZLE),
-            plgpu.SMEM((config.stages, GROUPS, STRIP), words.dtype),
+            plgpu.SMEM((config.stages, GROUPS, config.rows), words.dtype),
             plgpu.SMEM((GROUPS - 1, 64 * config.tile), jnp.float32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=2 + 2 * GROUPS + 1, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=GROUPS),
         ),
@@ -303,5 +331,6 @@ def matmul(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="few_rows_int4",
     )
-    return kernel(arrange(x, config.tile), values, words)[:tokens]
+    return kernel(*plan, x, packed.reshape(experts * rows, half), words.reshape(-1, rows))

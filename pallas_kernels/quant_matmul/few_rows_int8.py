@@ -1,7 +1,7 @@
 """int8 products with few rows on Hopper: the weights are read once, at the speed of device memory.
 
-As `few_rows.py`, with whole numbers: sums over all of K are exact, and the scales (one a token, one a weight row) come
-at an item's end.
+As `few_rows.py`, also in the grouped form, with whole numbers: the matrix units add up all of K exactly, and the scales
+(one a token, one a weight row) come at an item's end.
 """
 
 import functools
@@ -11,49 +11,17 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows import TILES
-from pallas_kernels.quant_matmul.few_rows_tile import (
-    BLOCK,
-    first_column,
-    layout_of,
-    pack,
-    store_number,
-    unpack,
-)
+from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, unpack
 from pallas_kernels.quant_matmul.weight_stream import stream
-from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, first_row
-
-
-def start_product(left: ir.Value, right: ir.Value, columns: int) -> list[Word]:
-    """Starts D[64, columns] = left[64, 128] right[columns, 128]^T of int8 (descriptors), int32."""
-    count = columns // 2
-    names = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
-    text = (
-        "{ .reg .b64 a, b; .reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0;\n"
-        "wgmma.fence.sync.aligned;\n"
-    )
-    for k in range(BLOCK // 32):
-        text += (
-            f"add.s64 a, ${count}, {2 * k}; add.s64 b, ${count + 1}, {2 * k};\n"
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {names}, a, b, {'later' if k else 'first'};\n"
-        )
-    return mosaic.ptx_words(text + "wgmma.commit_group.sync.aligned; }", count, left, right)
-
-
-def finish(product: list[Word], flying: int) -> list[Word]:
-    """Waits until no more than `flying` younger products are under way."""
-    mosaic.ptx(f"wgmma.wait_group.sync.aligned {flying};")
-    # The registers become new values here, so that no use of them moves before the wait.
-    count, word = len(product), mosaic.integer(32)
-    tie = ",".join(["=r"] * count + [str(i) for i in range(count)])
-    values = [x.value for x in product]
-    found = llvm.inline_asm(llvm.StructType.get_literal([word] * count), values, "", tie, has_side_effects=True)
-    return [Word(llvm.extractvalue(word, found, [i])) for i in range(count)]
+from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 
 
 def stage_function(config: tuning.FewRows):
@@ -66,24 +34,16 @@ def stage_function(config: tuning.FewRows):
     )
     def stage(ctx, weights, x, sums, slot, warpgroup):
         del ctx
-        sums = unpack(sums, Word)
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
         row = slot * (config.blocks * config.rows) + (warpgroup << 6)
         left = descriptor(mosaic.shared_address(weights) + row * BLOCK)
         right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
-
-        def start(block):
+        numbers = [word.value for word in unpack(sums, Word)]
+        for block in range(config.blocks):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
             b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
-            return start_product(a, b, config.tile)
-
-        flying = start(0)
-        for block in range(config.blocks):
-            product, more = flying, block + 1 < config.blocks
-            if more:
-                flying = start(block + 1)
-            sums = [a + b for a, b in zip(sums, finish(product, flying=1 if more else 0), strict=True)]
-        return pack(sums, layout)
+            numbers = start_product(a, b, config.tile, numbers, int8=True, add=True)
+        return pack([Word(x) for x in finish(numbers, flying=0)], layout)
 
     return stage
 
@@ -109,89 +69,102 @@ def stage_twin(config: tuning.FewRows):
     return stage
 
 
-def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
-    """`store(out [tokens, rows], x_scales [tokens], scales [rows], sums, token, row, warpgroup)`."""
+def scale_function(config: tuning.FewRows, tokens: int, rows: int):
+    """`scaled(x_scales [tokens], scales [rows], sums, token, row, warpgroup)`: float32 sums of a strip at `row`."""
     layout = layout_of(config)
-    size = jnp.dtype(dtype).itemsize
 
-    @plgpu.inline_mgpu(arg_types=(REF, REF, REF, layout, SCALAR, SCALAR, SCALAR))
-    def store(ctx, out, x_scales, scales, sums, token, row, warpgroup):
+    @plgpu.inline_mgpu(
+        arg_types=(REF, REF, layout, SCALAR, SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.float32, layout=layout),
+    )
+    def scaled(ctx, x_scales, scales, sums, token, row, warpgroup):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        own = first_row(thread)
-        token, row = token + first_column(thread), row + (warpgroup << 6) + own
-        base = mosaic.offset(mosaic.offset(mosaic.global_address(out), token, rows * size), row, size)
+        token, row = token + first_column(thread), row + (warpgroup << 6) + first_row(thread)
 
-        def scale(ref, index, last):
-            at = mosaic.offset(mosaic.global_address(ref), index.min(last), 4)
+        def scale(ref, index, count):
+            at = mosaic.offset(mosaic.global_address(ref), index.min(count - 1), 4)
             return Float.of_bits(mosaic.load_read_only(at)[0])
 
-        row_scales = [scale(scales, row + 8 * i, rows - 1) for i in range(2)]
-        token_scales = [
-            scale(x_scales, token + (8 * i + j), tokens - 1) for i in range(config.tile // 8) for j in range(2)
+        of_rows = [scale(scales, row + 8 * i, rows) for i in range(2)]
+        of_tokens = [scale(x_scales, token + (8 * i + j), tokens) for i in range(config.tile // 8) for j in range(2)]
+        numbers = [
+            Float(arith.sitofp(ir.F32Type.get(), x.value)) * (of_tokens[2 * (i // 4) + i % 2] * of_rows[i // 2 % 2])
+            for i, x in enumerate(unpack(sums, Word))
         ]
-        for i, x in enumerate(unpack(sums, Word)):
-            column, below = 8 * (i // 4) + i % 2, 8 * (i // 2 % 2)
-            factor = token_scales[2 * (i // 4) + i % 2] * row_scales[i // 2 % 2]
-            number = Float(arith.sitofp(ir.F32Type.get(), x.value)) * factor
-            there = (token + column < tokens) & (own + below < config.rows)
-            at = arith.addi(base, mosaic.i64((column * rows + below) * size))
-            store_number(at, number, there, dtype)
+        return pack(numbers, layout)
 
-    return store
+    return scaled
 
 
-def store_twin(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
-    """`store_function` for the interpreter; whole tiles only."""
+def scale_twin(config: tuning.FewRows, tokens: int, rows: int):
+    """`scale_function` for the interpreter; whole tiles only."""
     del tokens, rows
     own = min(64, config.rows)
 
-    def store(out, x_scales, scales, sums, token, row, warpgroup):
-        at, of = pl.ds(token, config.tile), pl.ds(row + warpgroup * own, own)
-        part = sums.reshape(64, config.tile)[:own].T.astype(jnp.float32)
-        out[at, of] = (part * (x_scales[at][:, None] * scales[of][None])).astype(dtype)
+    def scaled(x_scales, scales, sums, token, row, warpgroup):
+        of_tokens, of_rows = x_scales[pl.ds(token, config.tile)], scales[pl.ds(row + warpgroup * own, own)]
+        factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - own), (0, 0)))
+        return sums.astype(jnp.float32) * factors.reshape(-1)
 
-    return store
+    return scaled
 
 
-def body(x, x_scales, weights, scales, out, w_s, x_s, full, free, *, config, interpret):
-    """See the module."""
-    rows, columns = weights.shape
+def body(*refs, config, rows, columns, grouped, interpret):
+    """See the module. `refs`: the tiles' experts and how many are in use (if grouped), the operands, output, scratch.
+
+    rows, columns: N and K of the weights.
+    """
+    plan, refs = (refs[:2], refs[2:]) if grouped else ((), refs)
+    x, x_scales, weights, scales, out, w_s, x_s, full, free = refs
     add = (stage_twin if interpret else stage_function)(config)
-    write = (store_twin if interpret else store_function)(config, *out.shape, out.dtype)
+    scaled = (scale_twin if interpret else scale_function)(config, x.shape[0], weights.shape[0])
+    write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
-        del expert
         for i in range(config.blocks):
             k = pl.ds((step * config.blocks + i) * BLOCK, BLOCK)
+            strip = pl.ds(expert * rows + row, config.rows)
             at = pl.ds(i * config.rows, config.rows)
-            plgpu.copy_gmem_to_smem(weights.at[pl.ds(row, config.rows), k], w_s.at[slot, at], full.at[slot])
+            plgpu.copy_gmem_to_smem(weights.at[strip, k], w_s.at[slot, at], full.at[slot])
             at = pl.ds(i * config.tile, config.tile)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, at], full.at[slot])
+
+    def store(sums, token, row, warpgroup):
+        first = plan[0][lax.div(token, jnp.int32(config.tile))] * rows if plan else 0
+        write(out, scaled(x_scales, scales, sums, token, row + first, warpgroup), token, row, warpgroup)
 
     stream(
         config,
         strips=rows // config.rows,
         steps=columns // (BLOCK * config.blocks),
-        plan=(),
+        plan=plan,
         load=load,
         start=lambda: plgpu.layout_cast(jnp.zeros((64 * config.tile,), jnp.int32), layout_of(config)),
         add=lambda sums, slot, step, warpgroup: add(w_s, x_s, sums, slot, warpgroup),
-        store=functools.partial(write, out, x_scales, scales),
+        store=store,
         barriers=(full, free),
     )
 
 
-def unsupported(x: jax.Array, values: jax.Array) -> str | None:
-    """What the kernel does not take of x [M, K], quantised or not, and values [N, K]; None if it takes all."""
-    rows, columns = values.shape
-    if values.dtype != jnp.int8:
-        return f"weights of dtype {values.dtype}; it takes int8"
+def unsupported(x: jax.Array, values: jax.Array, tile: int | None = None) -> str | None:
+    """What the kernel does not take of these arguments; None if it takes all.
+
+    Args:
+      x: [M, K], before it is quantised.
+      values: int8 [..., N, K].
+      tile: rows of a tile of the grouped product; None for the dense one.
+    """
+    rows, columns = values.shape[-2:]
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x of dtype {x.dtype}; it takes bfloat16 and float32"
     if rows % 64 or columns % (4 * BLOCK):
         return f"weights of shape {values.shape}; it takes N in multiples of 64 and K in multiples of {4 * BLOCK}"
-    if not 1 <= x.shape[0] <= TILES[-1]:
+    if tile is None and not 1 <= x.shape[0] <= TILES[-1]:
         return f"x of shape {x.shape}; it takes 1 to {TILES[-1]} rows"
+    if tile is not None and tile not in TILES:
+        return f"tiles of {tile} rows; it takes {', '.join(map(str, TILES))}"
     return None
 
 
@@ -221,13 +194,54 @@ def matmul(
     """
     tokens = x.shape[0]
     config = config or tuning.few_rows(next(tile for tile in TILES if tile >= tokens), values.shape[0], 1)
-    if values.shape[0] % config.rows:
-        raise ValueError(f"strips of {config.rows} rows do not fit into weights of shape {values.shape}")
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
         x, x_scales = jnp.pad(x, ((0, config.tile - tokens), (0, 0))), jnp.pad(x_scales, (0, config.tile - tokens))
+    how = {"dtype": dtype, "interpret": interpret, "config": config}
+    return call((), x, x_scales, values[None], scales[None], **how)[:tokens]
+
+
+def grouped_matmul(
+    x: jax.Array,
+    x_scales: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    tile_expert: jax.Array,
+    used_tiles: jax.Array,
+    *,
+    dtype: Any = jnp.bfloat16,
+    interpret: Any = None,
+    config: tuning.FewRows | None = None,
+) -> jax.Array:
+    """`matmul` of each tile of rows with the weights of its expert; reads no others.
+
+    Args:
+      x: int8 [P, K], in the order of a `RoutingPlan`.
+      x_scales: float32 [P].
+      values: int8 [E, N, K].
+      scales: float32 [E, N].
+      tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
+      used_tiles: int32 [], how many tiles hold a row: the first ones.
+
+    Returns:
+      [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
+    """
+    tiles = tile_expert.shape[0]
+    config = config or tuning.few_rows(x.shape[0] // tiles, values.shape[1], tiles)
+    plan = (tile_expert, jnp.asarray(used_tiles, jnp.int32).reshape(1))
+    return call(plan, x, x_scales, values, scales, dtype=dtype, interpret=interpret, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
+def call(plan, x, x_scales, values, scales, *, dtype, interpret, config) -> jax.Array:
+    """The kernel, with or without a plan (experts of the tiles, how many are used)."""
+    experts, rows, columns = values.shape
+    if rows % config.rows:
+        raise ValueError(f"strips of {config.rows} rows do not fit into weights of shape {values.shape}")
     kernel = plgpu.kernel(
-        functools.partial(body, config=config, interpret=interpret is not None),
-        out_type=jax.ShapeDtypeStruct((x.shape[0], values.shape[0]), dtype),
+        functools.partial(
+            body, config=config, rows=rows, columns=columns, grouped=bool(plan), interpret=interpret is not None
+        ),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
             plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
@@ -240,5 +254,6 @@ def matmul(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="few_rows_int8",
     )
-    return kernel(x, x_scales, values, scales)[:tokens]
+    return kernel(*plan, x, x_scales, values.reshape(experts * rows, columns), scales.reshape(experts * rows))

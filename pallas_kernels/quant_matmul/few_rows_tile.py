@@ -60,12 +60,15 @@ def first_column(thread: Word) -> Word:
     return (thread & 3) << 1
 
 
-def tile_function(config: tuning.FewRows):
+def tile_function(config: tuning.FewRows, matrices: int = 1):
     """A function of a warpgroup: the sums, and the products of one stage.
+
+    matrices: whose weights share a strip, 1 or 2.
 
     Its arguments:
       weights, x: e4m3 [stages, blocks * rows, 128] and [stages, blocks * tile, 128] in shared memory.
-      x_scales, scales: float32 [stages, tile, 4] and [stages, 8, 4] there; a row of `scales` is for 128 weight rows.
+      x_scales, scales: float32 [stages, tile, 4] and [stages, 8 * matrices, 4] there. A row of `scales` is for 128
+        weight rows; those of the second matrix begin at the eighth.
       sums: as `layout_of`.
       slot: the stage; place: of its first block in the groups of 4 scales; warpgroup: its number.
     """
@@ -84,7 +87,12 @@ def tile_function(config: tuning.FewRows):
         right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
         column = slot * config.tile + first_column(mosaic.thread_index())
         own_x_scales = SharedWords(x_scales).part((column << 2) + place)
-        own_scale = SharedWords(scales).part((slot << 5) + ((warpgroup >> 1) << 2) + place)
+        if matrices == 1:
+            own_scale = SharedWords(scales).part((slot << 5) + ((warpgroup >> 1) << 2) + place)
+        else:
+            # A warp has 16 of the strip's rows, if any; and no more of a matrix than 128 are in a strip.
+            which = ((mosaic.thread_index() >> 5) // (config.rows // 32)).min(1)
+            own_scale = SharedWords(scales).part((slot << 6) + (which << 5) + place)
 
         def start(block):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
@@ -113,7 +121,7 @@ def tile_function(config: tuning.FewRows):
     return tile
 
 
-def tile_twin(config: tuning.FewRows):
+def tile_twin(config: tuning.FewRows, matrices: int = 1):
     """`tile_function` for the interpreter."""
     own = min(64, config.rows)
 
@@ -123,14 +131,19 @@ def tile_twin(config: tuning.FewRows):
             weights[slot, pl.ds(i * config.rows + warpgroup * own, own), :].astype(jnp.float32)
             for i in range(config.blocks)
         ]
-        right = x[slot].astype(jnp.float32)
-        factors = x_scales[slot] * scales[slot, pl.ds(warpgroup // 2, 1), :]
+        right, token_scales = x[slot].astype(jnp.float32), x_scales[slot]
+        if matrices == 1:
+            by_row = scales[slot, pl.ds(warpgroup // 2, 1), :]
+        else:
+            is_second = warpgroup * 64 + jnp.arange(own) >= config.rows // 2
+            by_row = jnp.where(is_second[:, None], scales[slot, pl.ds(8, 1), :], scales[slot, pl.ds(0, 1), :])
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         for i in range(config.blocks):
             part = jnp.dot(left[i], right[i * config.tile : (i + 1) * config.tile].T, precision="highest")
-            factor = jnp.where(jnp.arange(GROUP) == place + i, factors, 0).sum(axis=1)
-            sums = sums + jnp.pad(part * factor, ((0, 64 - own), (0, 0)))
+            here = jnp.arange(GROUP) == place + i
+            column = jnp.where(here, by_row, 0).sum(axis=1)[:, None] * jnp.where(here, token_scales, 0).sum(axis=1)
+            sums = sums + jnp.pad(part * column, ((0, 64 - own), (0, 0)))
         return sums.reshape(-1)
 
     return tile

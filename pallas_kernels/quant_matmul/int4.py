@@ -1,23 +1,68 @@
 """Four-bit weights in groups of 128 along K, and the product with them in plain jax.numpy: the specification.
 
-A weight is (value - zero) * scale, with a scale and a zero for each row and group of 128.
+A weight is (value - zero) * scale, with a scale and a zero for each row and group of 128. It is stored as the kernel
+reads it, `pack_int4`, so that nothing is rearranged at a call; `unpack_int4` is the exact inverse. The 128 values of a
+group stand interleaved: 16 neighbouring bytes hold what one thread puts into wgmma's registers for the first operand,
+and a right shift of a word and a mask give two values that are neighbours along K.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 GROUP = 128
+"""Values along K that share a scale and a zero."""
+BIASED = 0x4300
+"""128 as bfloat16, whose lowest seven bits count ones."""
 
 
-def quantize_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pack_int4(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A four-bit weight as the products take it.
+
+    Args:
+      values: uint8 [..., N, K], up to 15; K a multiple of 128.
+      scales: bfloat16 [..., N, K / 128].
+      zeros: uint8 [..., N, K / 128], up to 15.
+
+    Returns:
+      packed uint8 [..., N, K / 2], two values a byte; words uint32 [..., K / 128, N], the bits of a scale above those
+      of 128 + zero as bfloat16.
+    """
+    parts = values.reshape(*values.shape[:-1], -1, 4, 2, 2, 4, 2)
+    first = values.ndim
+    order = (3, 0, 4, 1, 2)  # lane of a quad, word, half of the word, and nibble of the half in two bits
+    nibbles = parts.transpose(*range(first), *(first + i for i in order)).reshape(*values.shape[:-1], -1, 2)
+    high = lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32)
+    words = (high << 16) | (zeros.astype(jnp.uint32) + BIASED)
+    return nibbles[..., 0] | (nibbles[..., 1] << 4), words.swapaxes(-1, -2)
+
+
+def unpack_values(packed: jax.Array) -> jax.Array:
+    """The values [..., N, K] of packed ones."""
+    nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    parts = nibbles.reshape(*packed.shape[:-1], -1, 4, 4, 2, 2, 2)
+    first = packed.ndim
+    order = (1, 3, 4, 0, 2)
+    return parts.transpose(*range(first), *(first + i for i in order)).reshape(*packed.shape[:-1], -1)
+
+
+def unpack_int4(packed: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The inverse of `pack_int4`: values, scales and zeros."""
+    words = words.swapaxes(-1, -2)
+    scales = lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return unpack_values(packed), scales, (words & 15).astype(jnp.uint8)
+
+
+def quantize_weight_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nearest four-bit weight, by the smallest and the largest of each group; 0 is always exact.
 
     Args:
       weight: float [..., N, K], K a multiple of 128.
 
     Returns:
-      values uint8 [..., N, K / 2], the one of even k in the lower half of a byte; scales bfloat16 and zeros uint8, both
-      [..., N, K / 128].
+      packed and words, see `pack_int4`.
     """
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, GROUP)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
@@ -25,23 +70,18 @@ def quantize_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     steps = scales.astype(jnp.float32)
     zeros = jnp.clip(jnp.round(-low / steps), 0, 15)
     values = jnp.clip(jnp.round(groups / steps[..., None]) + zeros[..., None], 0, 15).astype(jnp.uint8)
-    values = values.reshape(*weight.shape[:-1], -1, 2)
-    return values[..., 0] | (values[..., 1] << 4), scales, zeros.astype(jnp.uint8)
+    return pack_int4(values.reshape(weight.shape), scales, zeros.astype(jnp.uint8))
 
 
-def unpack_int4(values: jax.Array) -> jax.Array:
-    """uint8 [..., K / 2] -> uint8 [..., K], 0 to 15."""
-    return jnp.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
-
-
-def dequantize_int4(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
-    """float32 [..., N, K]."""
-    grouped = unpack_int4(values).astype(jnp.float32).reshape(*scales.shape, GROUP)
+def dequantize_int4(packed: jax.Array, words: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """[..., N, K] in `dtype`."""
+    values, scales, zeros = unpack_int4(packed, words)
+    grouped = values.astype(jnp.float32).reshape(*scales.shape, GROUP)
     grouped = (grouped - zeros[..., None].astype(jnp.float32)) * scales[..., None].astype(jnp.float32)
-    return grouped.reshape(*values.shape[:-1], -1)
+    return grouped.astype(dtype).reshape(values.shape)
 
 
-def int4_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
-    """x [M, K] times the weight's transpose: [M, N] in x's dtype, accumulated in float32."""
-    weight = dequantize_int4(values, scales, zeros)
-    return jnp.matmul(x.astype(jnp.float32), weight.T, precision="highest").astype(x.dtype)
+def matmul(x: jax.Array, packed: jax.Array, words: jax.Array) -> jax.Array:
+    """x [M, K] times the weight's transpose, the weight in x's dtype: [M, N] in it, accumulated in float32."""
+    weight = dequantize_int4(packed, words, x.dtype)
+    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)

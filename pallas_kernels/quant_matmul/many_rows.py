@@ -9,6 +9,9 @@ Weights in FP8 have a scale for each block of 128 x 128, rows one for each 128 o
 product on the tensor cores, 64 rows at a time, which a warpgroup then multiplies by both scales and adds to float32
 sums in its registers, while the product of the other warpgroup runs. In bfloat16 the tensor cores add up by themselves.
 
+What becomes of a tile's sums is an epilogue's business: `Rounded` stores them in bfloat16. A tile's columns may also be
+half and half of two weights of one shape, a warpgroup's each, for an epilogue that needs both products.
+
 Tiles are taken column by column within a group of tiles of rows. What all CTAs work on at a time is then about square:
 a panel of the weight that is in L2 serves the group's rows, and these serve some columns. Rows sorted by expert are no
 different; a tile's expert only says where its weight is.
@@ -17,7 +20,9 @@ different; a tile's expert only says where its weight is.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas as pl
@@ -45,21 +50,27 @@ TILED = (plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(128))  # type
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a kernel is compiled for: x [rows, depth] times weights [experts, columns, depth]."""
+    """What a kernel is compiled for: x [rows, depth] times weights [experts, columns, depth], one or two of them."""
 
     rows: int
     columns: int
     depth: int
     fp8: bool
     config: tuning.ManyRowsMatmul
+    weights: int = 1
 
     @property
     def row_tiles(self) -> int:
         return self.rows // self.config.rows
 
     @property
+    def share(self) -> int:
+        """A tile's columns of each weight."""
+        return COLUMNS // self.weights
+
+    @property
     def column_tiles(self) -> int:
-        return -(-self.columns // COLUMNS)
+        return -(-self.columns // self.share)
 
     @property
     def tiles(self) -> int:
@@ -77,7 +88,7 @@ class Problem:
     @property
     def box(self) -> int:
         """Columns of a copy: as many as surely lie within the weight, if one of them does."""
-        return next(box for box in (256, 128, 64) if self.columns % box == 0)
+        return next(box for box in (256, 128, 64) if self.columns % box == 0 and box <= self.share)
 
     @property
     def copies(self) -> int:
@@ -89,23 +100,91 @@ class Problem:
         return min(self.tiles, self.config.ctas)
 
 
+class Epilogue(Protocol):
+    """What a warpgroup does with its sums of a tile. Its refs are the outputs and its scratch, in this order."""
+
+    @property
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]: ...
+
+    @property
+    def scratch(self) -> tuple[Any, ...]: ...
+
+    def begin(self, refs: tuple[Any, ...]) -> None:
+        """Before the first tile."""
+
+    def store(self, refs: tuple[Any, ...], sums: Any, row: Any, column: Any) -> None:
+        """Of a tile: sums [64, 128] for each 64 rows, of the warpgroup's 128 columns."""
+
+    def end(self, refs: tuple[Any, ...]) -> None:
+        """After the last tile."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One CTA's program. The fields after `interpret` are refs; `experts`, `used`, the scales may be None."""
+class Rounded:
+    """Sums in bfloat16 [rows, columns], through shared memory."""
 
     problem: Problem
+
+    @property
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct((self.problem.rows, self.problem.columns), jnp.bfloat16),)
+
+    @property
+    def scratch(self) -> tuple[Any, ...]:
+        return (plgpu.SMEM((MATH, BLOCK // PIECE, PART, PIECE), jnp.bfloat16, transforms=TILED),)
+
+    def begin(self, refs: tuple[Any, ...]) -> None:
+        """Nothing."""
+
+    def store(self, refs: tuple[Any, ...], sums: Any, row: Any, column: Any) -> None:
+        """Rounds and stores a warpgroup's part of a tile, in pieces of 64 x 64 through two buffers."""
+        out, staged = refs
+        problem, warpgroup = self.problem, lax.axis_index("warpgroup")
+        first = column * COLUMNS + warpgroup * BLOCK
+        # How many later copies may be under way when a buffer is used again. A part of which only one piece is stored
+        # has no later one.
+        later = 1 if problem.columns % BLOCK == 0 else 0
+
+        def store_piece(matrix: Any, part: int, half: int) -> None:
+            buffer = staged.at[warpgroup, half]
+            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
+            buffer[...] = matrix[:, half * PIECE : (half + 1) * PIECE].astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            rows = pl.ds(row * problem.config.rows + part * PART, PART)
+            plgpu.copy_smem_to_gmem(buffer, out.at[rows, pl.ds(first + half * PIECE, PIECE)])
+
+        for part, matrix in enumerate(sums):
+            for half in range(BLOCK // PIECE):
+
+                @pl.when(first + half * PIECE < problem.columns)
+                def _(matrix=matrix, part=part, half=half):
+                    store_piece(matrix, part, half)
+
+    def end(self, refs: tuple[Any, ...]) -> None:
+        """Waits for the last copies."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One CTA's program. The fields after `interpret` are refs, or tuples of them for what there may be several of.
+
+    `experts`, `used` and `row_scales` may be None, `weight_scales` empty.
+    """
+
+    problem: Problem
+    epilogue: Epilogue
     interpret: bool
     experts: Any
     used: Any
     x: Any
     row_scales: Any
-    weights: Any
-    weight_scales: Any
-    out: Any
+    weights: tuple[Any, ...]
+    weight_scales: tuple[Any, ...]
+    ends: tuple[Any, ...]
     left: Any
     right: Any
     scales: Any
-    staged: Any
     full: Any
     free: Any
 
@@ -116,8 +195,9 @@ class Kernel:
         @pl.when(warpgroup < MATH)
         def _():
             plgpu.set_max_registers(math_registers, action="increase")
+            self.epilogue.begin(self.ends)
             self.for_tiles(self.multiply_fp8 if self.problem.fp8 else self.multiply_bf16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.epilogue.end(self.ends)
 
         @pl.when(warpgroup == MATH)
         def _():
@@ -170,11 +250,12 @@ class Kernel:
             pl.when(number >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
             depth, full = pl.ds(k * problem.step, problem.step), self.full.at[slot]
             plgpu.copy_gmem_to_smem(self.x.at[pl.ds(row * rows, rows), depth], self.left.at[slot], full)
-            for i in range(0, COLUMNS, box):
+            for at in range(0, COLUMNS, box):
+                weight, i = self.weights[at // problem.share], at % problem.share
                 # A box past the end takes columns that nobody stores.
-                first = jnp.minimum(column * COLUMNS + i, problem.columns - box)
+                first = jnp.minimum(column * problem.share + i, problem.columns - box)
                 plgpu.copy_gmem_to_smem(
-                    self.weights.at[expert, pl.ds(first, box), depth], self.right.at[slot, pl.ds(i, box)], full
+                    weight.at[expert, pl.ds(first, box), depth], self.right.at[slot, pl.ds(at, box)], full
                 )
             if problem.fp8:
                 plgpu.copy_gmem_to_smem(self.row_scales.at[k, pl.ds(row * rows, rows)], self.scales.at[slot], full)
@@ -189,27 +270,37 @@ class Kernel:
 
     # ---- math ----
 
+    def weight_scales_of(self, expert: Any, column: Any) -> Callable[[Any], Any]:
+        """`scale(k)` of the warpgroup's 128 columns."""
+        warpgroup = lax.axis_index("warpgroup")
+        if self.problem.weights == 2:
+            first, second = self.weight_scales
+            is_first = warpgroup == 0
+            return lambda k: lax.cond(is_first, lambda: first[expert, column, k], lambda: second[expert, column, k])
+        last_block = -(-self.problem.columns // BLOCK) - 1
+        block = jnp.minimum(column * (COLUMNS // BLOCK) + warpgroup, last_block)
+        return lambda k: self.weight_scales[0][expert, block, k]
+
     def multiply_fp8(self, row: Any, column: Any, expert: Any, done: Any) -> None:
         problem, warpgroup = self.problem, lax.axis_index("warpgroup")
         accumulate = (accumulate_twin if self.interpret else accumulate_function)(problem.config.rows)
-        last_block = -(-problem.columns // BLOCK) - 1
-        block = jnp.minimum(column * (COLUMNS // BLOCK) + warpgroup, last_block)
+        weight_scale = self.weight_scales_of(expert, column)
 
         def step(k, state):
             sums, scale = state
             number = done + k
             slot = self.slot(number)
             # A step early, because of its latency.
-            following = self.weight_scales[expert, block, jnp.minimum(k + 1, problem.steps - 1)]
+            following = weight_scale(jnp.minimum(k + 1, problem.steps - 1))
             plgpu.barrier_wait(self.full.at[slot])
             sums = accumulate(self.left, self.right, self.scales, tuple(sums), scale, slot, warpgroup)
             plgpu.barrier_arrive(self.free.at[slot])
             return tuple(sums), following
 
         empty = start(problem.config.rows, self.interpret)
-        first_scale = self.weight_scales[expert, block, column * 0]
+        first_scale = weight_scale(column * 0)
         sums, _ = lax.fori_loop(0, problem.steps, step, (empty, first_scale))
-        self.store(sums, row, column)
+        self.epilogue.store(self.ends, sums, row, column)
 
     def multiply_bf16(self, row: Any, column: Any, expert: Any, done: Any) -> None:
         del expert
@@ -233,51 +324,29 @@ class Kernel:
             return total
 
         total = pl.run_scoped(product, plgpu.ACC((rows, BLOCK), jnp.float32))
-        self.store([total[i : i + PART] for i in range(0, rows, PART)], row, column)
-
-    def store(self, sums: Any, row: Any, column: Any) -> None:
-        """Rounds and stores a warpgroup's part of a tile, in pieces of 64 x 64 through two buffers."""
-        problem, warpgroup = self.problem, lax.axis_index("warpgroup")
-        first = column * COLUMNS + warpgroup * BLOCK
-        # How many later copies may be under way when a buffer is used again. A part of which only one piece is stored
-        # has no later one.
-        later = 1 if problem.columns % BLOCK == 0 else 0
-
-        def store_piece(matrix: Any, part: int, half: int) -> None:
-            buffer = self.staged.at[warpgroup, half]
-            plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-            buffer[...] = matrix[:, half * PIECE : (half + 1) * PIECE].astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            rows = pl.ds(row * problem.config.rows + part * PART, PART)
-            plgpu.copy_smem_to_gmem(buffer, self.out.at[rows, pl.ds(first + half * PIECE, PIECE)])
-
-        for part, matrix in enumerate(sums):
-            for half in range(BLOCK // PIECE):
-
-                @pl.when(first + half * PIECE < problem.columns)
-                def _(matrix=matrix, part=part, half=half):
-                    store_piece(matrix, part, half)
+        self.epilogue.store(self.ends, [total[i : i + PART] for i in range(0, rows, PART)], row, column)
 
 
 def launch(
     problem: Problem,
+    epilogue: Epilogue,
     experts: jax.Array | None,
     used: jax.Array | None,
     x: jax.Array,
     row_scales: jax.Array | None,
-    weights: jax.Array,
-    weight_scales: jax.Array | None,
+    weights: tuple[jax.Array, ...],
+    weight_scales: tuple[jax.Array, ...],
     interpret: Any,
-) -> jax.Array:
-    """The kernel of whole tiles."""
+) -> tuple[jax.Array, ...]:
+    """The kernel of whole tiles: the epilogue's outputs."""
     config = problem.config
-    given = [experts, used, x, row_scales, weights, weight_scales]
+    given = [experts, used, x, row_scales, *weights, *weight_scales]
     present = [array is not None for array in given]
-    scratch = [
-        plgpu.SMEM((config.stages, config.rows, problem.step), x.dtype, transforms=SWIZZLE if problem.fp8 else TILED),
-        plgpu.SMEM((config.stages, COLUMNS, problem.step), weights.dtype, transforms=SWIZZLE if problem.fp8 else TILED),
+    transforms = SWIZZLE if problem.fp8 else TILED
+    scratch: list[Any] = [
+        plgpu.SMEM((config.stages, config.rows, problem.step), x.dtype, transforms=transforms),
+        plgpu.SMEM((config.stages, COLUMNS, problem.step), weights[0].dtype, transforms=transforms),
         *([plgpu.SMEM((config.stages, config.rows), jnp.float32)] if problem.fp8 else []),
-        plgpu.SMEM((MATH, BLOCK // PIECE, PART, PIECE), jnp.bfloat16, transforms=TILED),
         plgpu.Barrier(num_arrivals=problem.copies, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=MATH, num_barriers=config.stages),
     ]
@@ -285,14 +354,29 @@ def launch(
     def body(*refs: Any) -> None:
         remaining = iter(refs)
         operands = [next(remaining) if there else None for there in present]
-        out, left, right = (next(remaining) for _ in range(3))
+        outputs = [next(remaining) for _ in epilogue.outputs]
+        ends = (*outputs, *(next(remaining) for _ in epilogue.scratch))
+        left, right = next(remaining), next(remaining)
         scales = next(remaining) if problem.fp8 else None
-        Kernel(problem, interpret is not None, *operands, out, left, right, scales, *remaining).run()
+        of_weights, of_scales = operands[4 : 4 + len(weights)], operands[4 + len(weights) :]
+        Kernel(
+            problem,
+            epilogue,
+            interpret is not None,
+            *operands[:4],
+            tuple(of_weights),
+            tuple(of_scales),
+            ends,
+            left,
+            right,
+            scales,
+            *remaining,
+        ).run()
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((problem.rows, problem.columns), jnp.bfloat16),
-        scratch_types=scratch,
+        out_type=epilogue.outputs,
+        scratch_types=[*epilogue.scratch, *scratch],
         grid=(problem.ctas,),
         grid_names=("cta",),
         num_threads=MATH + 1,
@@ -300,6 +384,29 @@ def launch(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(*[array for array in given if array is not None])
+
+
+def whole_tiles(
+    x: jax.Array,
+    row_scales: jax.Array | None,
+    tile_expert: jax.Array | None,
+    used_tiles: jax.Array | None,
+    config: tuning.ManyRowsMatmul,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    """x and row_scales padded to tiles of the config; the experts of those, and how many of them are used."""
+    if tile_expert is None:
+        pad = -x.shape[0] % config.rows
+        if pad:
+            x = jnp.pad(x, ((0, pad), (0, 0)))
+            row_scales = None if row_scales is None else jnp.pad(row_scales, ((0, 0), (0, pad)))
+        return x, row_scales, None, None
+    tile = x.shape[0] // tile_expert.shape[0]
+    if tile % config.rows:
+        raise ValueError(f"an expert's tiles of {tile} rows are not whole tiles of {config.rows}")
+    tile_expert = jnp.repeat(tile_expert, tile // config.rows)
+    if used_tiles is not None:
+        used_tiles = (used_tiles * (tile // config.rows)).astype(jnp.int32).reshape(1)
+    return x, row_scales, tile_expert, used_tiles
 
 
 def unsupported(x: jax.Array, weights: jax.Array, *, fp8: bool, tile: int | None = None) -> str | None:
@@ -327,6 +434,7 @@ def unsupported(x: jax.Array, weights: jax.Array, *, fp8: bool, tile: int | None
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def many_rows_matmul(
     x: jax.Array,
     row_scales: jax.Array | None,
@@ -357,21 +465,13 @@ def many_rows_matmul(
     columns = weights.shape[-2]
     if count == 0:
         return jnp.zeros((0, columns), jnp.bfloat16)
+    tile = None if tile_expert is None else count // tile_expert.shape[0]
+    config = config or tuning.many_rows_matmul(count, columns, tile)
+    x, row_scales, experts, used = whole_tiles(x, row_scales, tile_expert, used_tiles, config)
     if tile_expert is None:
-        config = config or tuning.many_rows_matmul(count, columns)
         weights = weights[None]
         weight_scales = None if weight_scales is None else weight_scales[None]
-        pad = -count % config.rows
-        if pad:
-            x = jnp.pad(x, ((0, pad), (0, 0)))
-            row_scales = None if row_scales is None else jnp.pad(row_scales, ((0, 0), (0, pad)))
-    else:
-        tile = count // tile_expert.shape[0]
-        config = config or tuning.many_rows_matmul(count, columns, tile)
-        if tile % config.rows:
-            raise ValueError(f"an expert's tiles of {tile} rows are not whole tiles of {config.rows}")
-        tile_expert = jnp.repeat(tile_expert, tile // config.rows)
-        if used_tiles is not None:
-            used_tiles = (used_tiles * (tile // config.rows)).astype(jnp.int32).reshape(1)
     problem = Problem(x.shape[0], columns, depth, row_scales is not None, config)
-    return launch(problem, tile_expert, used_tiles, x, row_scales, weights, weight_scales, interpret)[:count]
+    scales = () if weight_scales is None else (weight_scales,)
+    (out,) = launch(problem, Rounded(problem), experts, used, x, row_scales, (weights,), scales, interpret)
+    return out[:count]

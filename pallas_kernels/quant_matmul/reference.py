@@ -21,7 +21,13 @@ def quant_matmul(
     if not quantize_input:
         weight = dequantize_blocks(values, scales, x.dtype)
         return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
-    xq, xs = quantize(x, scale_fmt)
+    return scaled_matmul(*quantize(x, scale_fmt), values, scales, x.dtype)
+
+
+def scaled_matmul(
+    xq: jax.Array, xs: jax.Array, values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """x W^T of FP8 values [M, K] and [N, K], and the scales of both, [M, K / 128] and [ceil(N / 128), K / 128]."""
     row_scales = jnp.repeat(scales, BLOCK, axis=0)[: values.shape[0]]  # [N, K / 128]
 
     def add_block(block, total):
@@ -31,5 +37,5 @@ def quant_matmul(
         partial = jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
         return total + partial * (xs[:, block, None] * row_scales[None, :, block])
 
-    total = jnp.zeros((x.shape[0], values.shape[0]), jnp.float32)
-    return jax.lax.fori_loop(0, x.shape[1] // BLOCK, add_block, total).astype(x.dtype)
+    total = jnp.zeros((xq.shape[0], values.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, xq.shape[1] // BLOCK, add_block, total).astype(dtype)

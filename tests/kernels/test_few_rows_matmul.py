@@ -10,8 +10,7 @@ import pytest
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.backend import BackendError
 from pallas_kernels.moe_dispatch import make_plan
-from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, quant_matmul
-from pallas_kernels.quant_matmul.int4 import dequantize_int4, int4_matmul, quantize_int4
+from pallas_kernels.quant_matmul import few_rows, quant_matmul
 from tests.kernels.cases import few_rows as cases
 
 TINY = {case.name: case for case in cases.tiny()}
@@ -128,109 +127,3 @@ def test_gradient_is_that_of_the_reference(monkeypatch):
         return jax.grad(loss)(x)
 
     np.testing.assert_array_equal(gradient("mosaic_gpu"), gradient("reference"))
-
-
-# ---- four-bit weights --------------------------------------------------------------------------------------------
-
-
-def test_int4_weights_are_the_nearest():
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((3, 256), np.float32) + np.array([[0], [2], [-9]], np.float32)
-    weight[0, 7] = 0
-    values, scales, zeros = quantize_int4(jnp.asarray(weight))
-    assert (values.dtype, scales.dtype, zeros.dtype) == (jnp.uint8, jnp.bfloat16, jnp.uint8)
-    error = np.abs(np.asarray(dequantize_int4(values, scales, zeros)) - weight).reshape(3, 2, 128)
-    assert (error <= 0.54 * np.asarray(scales, np.float32)[..., None]).all()
-    assert error[0, 0, 7] == 0
-
-
-def test_int4_reference():
-    case = cases.int4(3, 64, 512)
-    expected = cases.expected_int4(case)
-    got = int4_matmul(*(jnp.asarray(x) for x in (case.x.astype(np.float32), case.values, case.scales, case.zeros)))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize(("tokens", "ctas"), [(1, 1), (8, 2)])
-def test_int4_kernel_in_the_interpreter(tokens, ctas, capfd):
-    case = cases.int4(tokens, 128, 1024)
-    words = few_rows_int4.scale_words(jnp.asarray(case.scales), jnp.asarray(case.zeros))
-    got = few_rows_int4.matmul(
-        jnp.asarray(case.x),
-        jnp.asarray(case.values),
-        words,
-        dtype=jnp.float32,
-        config=tuning.FewRowsInt4(tile=8, stages=2, ctas=ctas),
-        interpret=mosaic.interpreter(),
-    )
-    expected = cases.expected_int4(case)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows_int4"], ids=repr)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_every_int4_config_lowers(config, dtype):
-    of = jax.ShapeDtypeStruct
-    for tokens in (1, config.tile):
-        arguments = of((tokens, 2048), jnp.bfloat16), of((7168, 1024), jnp.uint8), of((16, 7168), jnp.uint32)
-        call = jax.jit(functools.partial(few_rows_int4.matmul, config=config, dtype=dtype))
-        call.trace(*arguments).lower(lowering_platforms=("cuda",))
-
-
-def test_the_order_of_k_is_a_permutation_that_the_products_do_not_notice():
-    order = np.asarray(few_rows_int4.permute(jnp.arange(128)))
-    assert sorted(order) == list(range(128))
-    # The first 16 of K that a product takes: of each of a quad's lanes, nibbles 0 and 4, then 1 and 5, of one word.
-    first = [32 * lane + nibble for pair in ((0, 4), (1, 5)) for lane in range(4) for nibble in pair]
-    assert list(order[:16]) == first
-
-
-def test_what_the_int4_kernel_does_not_take():
-    def reason(x, values, dtype=jnp.bfloat16):
-        return few_rows_int4.unsupported(jax.ShapeDtypeStruct(x, dtype), jax.ShapeDtypeStruct(values, jnp.uint8))
-
-    assert reason((32, 512), (64, 256)) is None
-    assert "1 to 32 rows" in reason((33, 512), (64, 256))
-    assert "K in multiples of 512" in reason((1, 640), (64, 320))
-    assert "dtype float32" in reason((1, 512), (64, 256), jnp.float32)
-
-
-# ---- int8 --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize(("tokens", "rows", "ctas"), [(1, 32, 2), (5, 64, 2), (8, 128, 1)])
-def test_int8_kernel_in_the_interpreter(tokens, rows, ctas, capfd):
-    case = cases.int8(tokens, 128, 1024)
-    config = tuning.FewRows(tile=8, rows=rows, blocks=2, stages=2, ctas=ctas)
-    arguments = map(jnp.asarray, case.arguments)
-    got = few_rows_int8.matmul(*arguments, dtype=jnp.float32, config=config, interpret=mosaic.interpreter())
-    np.testing.assert_array_equal(got, cases.expected_int8(case))
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows"], ids=repr)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_every_config_lowers_for_int8(config, dtype):
-    of = jax.ShapeDtypeStruct
-    for tokens in (1, config.tile):
-        arguments = (
-            of((tokens, 2048), jnp.int8),
-            of((tokens,), jnp.float32),
-            of((7168, 2048), jnp.int8),
-            of((7168,), jnp.float32),
-        )
-        call = jax.jit(functools.partial(few_rows_int8.matmul, config=config, dtype=dtype))
-        call.trace(*arguments).lower(lowering_platforms=("cuda",))
-
-
-def test_what_the_int8_kernel_does_not_take():
-    def reason(x, values, dtype=jnp.int8):
-        return few_rows_int8.unsupported(jax.ShapeDtypeStruct(x, jnp.int8), jax.ShapeDtypeStruct(values, dtype))
-
-    assert reason((128, 512), (64, 512)) is None
-    assert "1 to 128 rows" in reason((129, 512), (64, 512))
-    assert "K in multiples of 512" in reason((1, 640), (64, 640))
-    assert "dtype uint8" in reason((1, 512), (64, 512), jnp.uint8)

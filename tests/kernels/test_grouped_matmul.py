@@ -61,6 +61,31 @@ def test_kernel(fp8, tile, depth, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(("tile", "depth"), [(8, 512), (64, 128)])
+@pytest.mark.parametrize("by_group", [True, False])
+def test_rows_that_are_quantised_already(tile, depth, by_group, capfd):
+    x, *others = arguments(tile, depth, True)
+    want = op(True, backend="reference")(x, *others)
+    rows, scales = quantize(x)
+    given = {"row_scales": scales.T if by_group else scales, "scales_by_group": by_group}
+    np.testing.assert_array_equal(op(True, backend="reference", **given)(rows, *others), want)
+    got = op(True, backend="interpret", **given)(rows, *others)
+    np.testing.assert_array_equal(got, op(True, backend="interpret")(x, *others))
+    assert got.dtype == jnp.bfloat16 and "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_row_scales_that_do_not_fit():
+    x, *others = arguments(8, 512, True)
+    rows, scales = quantize(x)
+    with pytest.raises(ValueError, match=r"must be \(4, 24\)"):
+        grouped_quant_matmul(rows, *others, quantize_input=True, row_scales=scales, scales_by_group=True)
+    with pytest.raises(ValueError, match="come with row_scales"):
+        grouped_quant_matmul(rows, *others, quantize_input=True)
+    with pytest.raises(ValueError, match="others without"):
+        grouped_quant_matmul(x, *others, quantize_input=True, row_scales=scales)
+
+
 @pytest.mark.parametrize("fp8", [True, False])
 def test_gradient_is_that_of_the_reference(fp8, monkeypatch):
     """With a kernel that cannot run here: only its gradient is asked for."""

@@ -1,4 +1,4 @@
-"""Products with few rows: FP8, dense and grouped, with NaN scales where nothing may be read; int8; four-bit weights."""
+"""FP8 products with few rows, dense and grouped, with NaN scales where nothing may be read."""
 
 import dataclasses
 
@@ -134,68 +134,3 @@ def real() -> list[Case]:
         grouped("tiles of 128", {2: 200, 3: 1}, 4, 128, 1024, 1536),
         grouped("nothing", {}, 4, 8, 1024, 1536),
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Int4Case:
-    """bfloat16 x and the parts of a four-bit weight."""
-
-    name: str
-    x: np.ndarray
-    values: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray
-
-
-def int4(tokens: int, rows: int, columns: int) -> Int4Case:
-    """Random x [tokens, columns] and weight [rows, columns], all nibbles and zeros alike."""
-    rng = np.random.default_rng(tokens)
-    groups = columns // BLOCK
-    return Int4Case(
-        f"{tokens} rows of {rows} x {columns}",
-        rng.standard_normal((tokens, columns), np.float32).astype(ml_dtypes.bfloat16),
-        rng.integers(0, 256, (rows, columns // 2), np.uint8),
-        positive(rng, rows, groups).astype(ml_dtypes.bfloat16),
-        rng.integers(0, 16, (rows, groups), np.uint8),
-    )
-
-
-def expected_int4(case: Int4Case, dtype=np.float64) -> np.ndarray:
-    """[M, N] in NumPy."""
-    nibbles = np.stack([case.values & 15, case.values >> 4], axis=-1).reshape(*case.scales.shape, BLOCK)
-    weight = (nibbles.astype(dtype) - case.zeros[..., None].astype(dtype)) * case.scales[..., None].astype(dtype)
-    return case.x.astype(dtype) @ weight.reshape(len(case.values), -1).T
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Case:
-    """Arguments of the int8 product."""
-
-    name: str
-    x: np.ndarray
-    x_scales: np.ndarray
-    values: np.ndarray
-    scales: np.ndarray
-
-    @property
-    def arguments(self) -> tuple:
-        """In the function's order."""
-        return self.x, self.x_scales, self.values, self.scales
-
-
-def int8(tokens: int, rows: int, columns: int) -> Int8Case:
-    """Random x [tokens, columns] and weight [rows, columns]."""
-    rng = np.random.default_rng(tokens)
-    return Int8Case(
-        f"{tokens} rows of {rows} x {columns}",
-        rng.integers(-127, 128, (tokens, columns), np.int8),
-        positive(rng, tokens),
-        rng.integers(-127, 128, (rows, columns), np.int8),
-        positive(rng, rows),
-    )
-
-
-def expected_int8(case: Int8Case) -> np.ndarray:
-    """float32 [M, N], to the last bit: the sums of whole numbers are exact in float64."""
-    sums = (case.x.astype(np.float64) @ case.values.astype(np.float64).T).astype(np.float32)
-    return sums * (case.x_scales[:, None] * case.scales[None])

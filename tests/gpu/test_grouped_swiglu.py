@@ -1,0 +1,93 @@
+"""Gate and up as one product with SwiGLU behind it, on a GPU: the kernels against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import grouped_swiglu
+from pallas_kernels.grouped_matmul.mosaic_gpu import swiglu_takes_few
+from pallas_kernels.quantize import quantize
+from tests.kernels.cases import grouped_swiglu as cases
+
+
+def poisoned(case, *, unused=0, **options):
+    """What the op gives of the tiles that are used, twice, in memory that very likely held NaN."""
+    by_group = options.get("scales_by_group", False)
+    scales = {}
+    if case.row_scales is not None:
+        row_scales = case.row_scales if by_group else case.row_scales.T
+        scales = {"row_scales": row_scales, "gate_scales": case.gate_scales, "up_scales": case.up_scales}
+    used = None if case.tile is None else jnp.int32(len(case.tile_expert) - unused)
+
+    @jax.jit
+    def call(arrays, scales):
+        return grouped_swiglu(*arrays, **scales, used_tiles=used, **options, backend="mosaic_gpu")
+
+    arguments = jax.tree.map(jnp.asarray, ((case.rows, case.gate, case.up, case.tile_expert), scales))
+    shape, runs = (case.rows.shape[0], case.gate.shape[-2]), []
+    written = slice(0, shape[0] - unused * (case.tile or 0))
+    for _ in range(2):
+        poison = jax.block_until_ready([jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(3)])
+        del poison
+        found = call(*arguments)
+        if not options.get("quantize_result"):
+            runs.append([np.asarray(found)[written]])
+            continue
+        values, by_row = found[0], found[1].T if by_group else found[1]
+        runs.append([np.asarray(values).view(np.uint8)[written], np.asarray(by_row)[written]])
+    for first, second in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, second, err_msg="from run to run")
+    return runs[0]
+
+
+def check(got, case):
+    """Against NumPy: whatever separates them is in the order of sums, and then rounded to a neighbour."""
+    want = cases.rounded(case)[: len(got)]
+    error = got.astype(np.float64) - want
+    assert np.isfinite(got.astype(np.float32)).all()
+    assert np.sqrt((error**2).mean()) <= 3e-3 * np.sqrt((want**2).mean())
+    assert np.abs(error).max() <= 2e-2 * np.abs(want).max()
+    assert (got[(case.rows[: len(got)] == 0).all(axis=1)] == 0).all()
+
+
+CASES = [*cases.real(), *cases.real_few()]
+
+
+FORMATS = [("ue8m0", True), (None, False), ("ue8m0", False)]
+
+
+@pytest.mark.parametrize("which", range(len(CASES)), ids=lambda which: CASES[which].name)
+def test_kernel(which):
+    """The plain result, and one of the quantised forms: bit for bit the plain one quantised."""
+    case, (scale_fmt, by_group) = CASES[which], FORMATS[which % len(FORMATS)]
+    unused = 0 if case.tile is None else 1
+    (got,) = poisoned(case, unused=unused)
+    check(got, case)
+    options = {"quantize_result": True, "scale_fmt": scale_fmt, "scales_by_group": by_group}
+    values, scales = poisoned(case, unused=unused, **options)
+    want_values, want_scales = quantize(jnp.asarray(got), scale_fmt, backend="reference")
+    np.testing.assert_array_equal(scales, want_scales)
+    np.testing.assert_array_equal(values, np.asarray(want_values).view(np.uint8))
+
+
+def test_both_kernels_are_asked():
+    """The cases of few rows take the kernel of few rows, and the others the other one, but for the one row in FP8."""
+    few = [swiglu_takes_few(case.rows, case.gate, case.tile_expert) for case in CASES if case.row_scales is not None]
+    assert sum(few) == len(cases.real_few()) + 1
+
+
+def test_rows_that_are_not_quantised_yet():
+    """Both backends quantise them alike."""
+    case = cases.case("op", 8 * 128, 512, 1024, fp8=True, tile_expert=[i // 3 for i in range(8)])
+    x = jax.random.normal(jax.random.key(0), case.rows.shape, jnp.bfloat16)
+    arrays = [jnp.asarray(y) for y in (case.gate, case.up, case.tile_expert)]
+    scales = {"gate_scales": jnp.asarray(case.gate_scales), "up_scales": jnp.asarray(case.up_scales)}
+
+    def run(backend):
+        return np.asarray(jax.jit(functools.partial(grouped_swiglu, backend=backend))(x, *arrays, **scales), np.float64)
+
+    got, want = run("mosaic_gpu"), run("reference")
+    assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) <= 3e-3
