@@ -378,7 +378,7 @@ def bench(
         list[Path] | None, typer.Option("--peers", help="Times of other libraries on this machine; repeatable.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Results. Default: experiments/results/attention_kernels.json.")
+        Path | None, typer.Option("--out", help="Results. Default: experiments/results/kernels.json.")
     ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Of one call, at most.")] = 20,
     budget_seconds: Annotated[

@@ -5,7 +5,6 @@ in the cache. The dense sides get their inputs in the form they like best (expan
 contiguous latents); making it is not timed.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ VALUE_DIM, NOPE_DIM = 128, 128
 """Of one head in the expanded form; its keys are nope and rope, 192 wide."""
 LONGEST_OF_ALL_HEADS = 32768
 """Tokens of which 128 heads, 192 wide, have less than 2^31 elements."""
+config = cases.config
 
 
 def power_of_two(number: int) -> int:
@@ -77,7 +77,7 @@ def caches(shape: Attention, key: Any) -> tuple[jax.Array, jax.Array, jax.Array]
     return tables, kv, cases.index_cache(next(key), blocks, shape.dim)
 
 
-@functools.cache
+@cases.once
 def sparse_program(avals: tuple[jax.ShapeDtypeStruct, ...], chosen: int, rope: int, backend: str) -> cases.Program:
     """The op compiled for one chunk; prompts of different lengths share what they have in common."""
 

@@ -1,7 +1,12 @@
 """For each op and shape: random inputs on the device, the compiled call, and what it must do at least."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -39,7 +44,8 @@ class Case:
 
     Attributes:
       run: makes the call and returns its arrays; nothing compiles in it.
-      work: operations by kind of product ("bf16", "fp8"), a multiplication and an addition counted as two.
+      work: operations by kind of product ("bf16", or "fp8" also for int8, which is as fast), a multiplication and an
+        addition counted as two.
       bytes: what must cross device memory at least once.
       dtype: of the inputs that weigh most.
       backend: what the op ran on: "mosaic_gpu" or "reference".
@@ -67,13 +73,73 @@ class Program:
     memory: dict[str, int]
 
 
+Programs = dict[Any, Program]
+"""By function and shapes of the arguments; of one case, where a function's name says which one it is."""
+COMPILED: ContextVar[Programs | None] = ContextVar("COMPILED", default=None)
+
+
+@contextlib.contextmanager
+def compiled(programs: Programs) -> Iterator[None]:
+    """Within, `compile_` in this thread keeps what it compiles in `programs`, and takes what is there already."""
+    token = COMPILED.set(programs)
+    try:
+        yield
+    finally:
+        COMPILED.reset(token)
+
+
 def compile_(f: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
-    """Compiles a function for these arguments."""
-    lowered = jax.jit(f, donate_argnums=donate).lower(*arguments)
-    compiled = lowered.compile()
-    stats: Any = compiled.memory_analysis()
+    """Compiles a function for arguments of these shapes."""
+    programs = COMPILED.get()
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    leaves, structure = jax.tree.flatten(avals)
+    name = f.__module__, f.__qualname__, structure, tuple((x.shape, x.dtype) for x in leaves)
+    if programs is not None and name in programs:
+        return programs[name]
+    lowered = jax.jit(f, donate_argnums=donate).lower(*avals)
+    executable = lowered.compile()
+    stats: Any = executable.memory_analysis()
     memory = {"temporary": stats.temp_size_in_bytes, "output": stats.output_size_in_bytes}
-    return Program(compiled, "mosaic_gpu" if "mosaic_gpu" in lowered.as_text() else "reference", memory)
+    program = Program(executable, "mosaic_gpu" if "mosaic_gpu" in lowered.as_text() else "reference", memory)
+    if programs is not None:
+        programs[name] = program
+    return program
+
+
+def only_shapes() -> bool:
+    """Whether this runs in `jax.eval_shape`, where no array is made."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def made(f: Callable[[Iterator[jax.Array]], Any]) -> Any:
+    """Inputs, `f(keys of random numbers)`, by one program that `compile_` keeps like the call itself."""
+
+    @functools.wraps(f)
+    def inputs(key: jax.Array) -> Any:
+        return f(iter(jax.random.split(key, 16)))
+
+    key = jax.random.key(0)
+    if not only_shapes():
+        return compile_(inputs, key).call(key)
+    if COMPILED.get() is not None:
+        compile_(inputs, key)
+    return inputs(key)
+
+
+def once(f: Callable[..., Program]) -> Any:
+    """`functools.cache`, with which a second thread that asks for the same waits for the first."""
+    cached, guard = functools.cache(f), threading.Lock()
+    locks: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+
+    @functools.wraps(f)
+    def call(*arguments: Any) -> Program:
+        with guard:
+            own = locks[arguments]
+        with own:
+            return cached(*arguments)
+
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call
 
 
 def build(shape: Shape, backend: str = "auto") -> Case:

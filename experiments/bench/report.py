@@ -8,7 +8,7 @@ from typing import Any
 from experiments.results import RESULTS, read_result
 from pallas_kernels.shapes import SHAPES
 
-NAME = "attention_kernels"
+NAME = "kernels"
 RESULT = RESULTS / f"{NAME}.json"
 PAGES = Path(__file__).parent.parent.parent / "docs" / "kernels"
 CURVE = "attention_curve.png"
@@ -50,20 +50,25 @@ def reached(row: dict[str, Any]) -> float | None:
     """The number that the row's target speaks of, if it was measured."""
     if "target" not in row or "error" in row:
         return None
-    if row["target"]["of"] == "peer":
-        return None if row["peer"] is None else row["peer"]["ratio"]
-    return None if row["roofline"] is None else row["roofline"]["fraction"]
+    measured = row.get(row["target"]["of"]) or {}
+    return measured.get("fraction" if row["target"]["of"] == "roofline" else "ratio")
 
 
 def verdict(row: dict[str, Any]) -> str:
     """The target, and whether it is reached."""
     if "target" not in row:
         return ""
-    floor, goal, value = row["target"]["floor"], row["target"]["goal"], reached(row)
-    asked = f"{floor:g} / {goal:g}"
+    target, value = row["target"], reached(row)
+    floor, goal, enough, within = (target.get(name) for name in ("floor", "goal", "enough", "within"))
+    asked = f"{floor:g} / {goal:g}" + (" of the reference" if target["of"] == "reference" else "")
+    asked += f" or {enough:.0%}" if enough else ""
+    asked += f" and {duration(within)}" if within else ""
     if value is None:
         return f"{asked}: not measured"
-    return f"{asked}: " + ("goal" if value >= goal else "floor" if value >= floor else "missed")
+    saturated = enough is not None and row["roofline"] is not None and row["roofline"]["fraction"] >= enough
+    if (value >= goal or saturated) and (within is None or row["seconds"]["median"] <= within):
+        return f"{asked}: goal"
+    return f"{asked}: " + ("floor" if value >= floor else "missed")
 
 
 def duration(seconds: float) -> str:

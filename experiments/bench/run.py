@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,43 @@ from typing import Any
 import jax
 
 from dsv32_jax.errors import UserError
-from experiments.bench import attention, cases, roofline
+from experiments.bench import attention, cases, dispatch, matmuls, moe_layer, roofline
 from experiments.bench import timer as timing
 from experiments.bench.peers import Peers
 from experiments.bench.report import three
 from experiments.results import environment, write_json
-from pallas_kernels.backend import BACKENDS
-from pallas_kernels.shapes import SHAPES, TINY, Attention, Shape
+from pallas_kernels.backend import BACKENDS, on_hopper
+from pallas_kernels.shapes import (
+    SHAPES,
+    TINY,
+    Attention,
+    GroupedMatmul,
+    MoEDispatch,
+    MoELayer,
+    Quantize,
+    QuantMatmul,
+    Shape,
+)
 
 REST_SECONDS = 0.25
 """Between measurements, so that the power limit does not carry over from one to the next."""
+AHEAD = 16
+"""Shapes whose calls are compiled together, before the first of them is measured."""
+MODULES: dict[type[Shape], Any] = {
+    Attention: attention,
+    GroupedMatmul: matmuls,
+    QuantMatmul: matmuls,
+    Quantize: dispatch,
+    MoEDispatch: dispatch,
+    MoELayer: moe_layer,
+}
+"""Where the `build`, `build_reference` and `config` of a kind of shape are, if not in `cases`."""
 Content = dict[str, Any]
+
+
+def module_of(shape: Shape) -> Any:
+    """The module with this shape's `build`, `build_reference` and `config`."""
+    return MODULES.get(type(shape), cases)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,31 +141,75 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
         say(line)
     content = open_content(settings.out, run)
     failed, left = 0, []
-    for shape in shapes:
-        if settings.budget_seconds is not None and time.monotonic() - begun > settings.budget_seconds:
-            left.append(f"{shape.op} {shape.name}")
-            continue
-        row = {**one(shape, settings, timer, peers, ceilings), "run": run["time"]}
-        failed += "error" in row
-        place(content, row)
-        if settings.out is not None:
-            write_json(settings.out, content)
-        say(line_of(row))
-        time.sleep(0 if settings.tiny else REST_SECONDS)
+
+    def late() -> bool:
+        return settings.budget_seconds is not None and time.monotonic() - begun > settings.budget_seconds
+
+    for batch in itertools.batched(shapes, AHEAD):
+        ready = [{} for _ in batch] if late() else compile_ahead(batch, settings.backend)
+        for shape, programs in zip(batch, ready, strict=True):
+            if late():
+                left.append(f"{shape.op} {shape.name}")
+                continue
+            row = {**one(shape, settings, timer, peers, ceilings, programs), "run": run["time"]}
+            failed += "error" in row
+            place(content, row)
+            if settings.out is not None:
+                write_json(settings.out, content)
+            say(line_of(row))
+            time.sleep(0 if settings.tiny else REST_SECONDS)
     if left:
         say(f"not begun within {settings.budget_seconds:g} s: {', '.join(left)}")
     return content, failed
 
 
+def measured_backend(backend: str, shape: Shape) -> str:
+    """The backend of a shape's measured call, for the `backend` of the settings.
+
+    "auto" is the kernel wherever kernels run, also of ops whose "auto" is the reference until their kernels are
+    measured: this is the measurement. A shape that should have a kernel and that it does not take fails and says so.
+    """
+    if backend != "auto":
+        return backend
+    return "mosaic_gpu" if shape.kernel and on_hopper() else "reference"
+
+
+def compile_ahead(shapes: Sequence[Shape], backend: str) -> list[cases.Programs]:
+    """The compiled calls of each shape, several shapes at once: `build` run on shapes alone makes no inputs.
+
+    References are not among them: XLA tries out algorithms for their products on the device, each with its operands.
+    """
+
+    def compile_one(shape: Shape) -> cases.Programs:
+        programs: cases.Programs = {}
+        build = functools.partial(module_of(shape).build, shape, measured_backend(backend, shape))
+        with cases.compiled(programs):
+            try:
+                jax.eval_shape(lambda: (build(), 0)[1])
+            except Exception:  # the measurement meets it again, and records it
+                programs.clear()
+        return programs
+
+    with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1)) as pool:
+        return list(pool.map(compile_one, shapes))
+
+
 def one(
-    shape: Shape, settings: Settings, timer: timing.Timer, peers: Peers, ceilings: dict[str, Any]
+    shape: Shape,
+    settings: Settings,
+    timer: timing.Timer,
+    peers: Peers,
+    ceilings: dict[str, Any],
+    programs: cases.Programs,
 ) -> dict[str, Any]:
-    """The row of one shape. Whatever stops it, out of memory too, is in `error`."""
+    """The row of one shape, by its compiled `programs`. Whatever stops it, out of memory too, is in `error`."""
     row: dict[str, Any] = {"op": shape.op, "shape": shape.name, "dims": shape.dims()}
     if shape.target is not None:
         row["target"] = dataclasses.asdict(shape.target)
-    module: Any = attention if isinstance(shape, Attention) else cases
-    row |= timed(functools.partial(module.build, shape, settings.backend), timer, settings.repetitions)
+    module = module_of(shape)
+    build = functools.partial(module.build, shape, measured_backend(settings.backend, shape))
+    with cases.compiled(programs):
+        row |= timed(build, timer, settings.repetitions)
     if "error" in row:
         return row
     median = row["seconds"]["median"]
@@ -145,7 +218,7 @@ def one(
     row["gbytes_per_second"] = row["bytes"] / median / 1e9
     bound = roofline.bound(row["work"], row["bytes"], ceilings["ceilings"])
     row["roofline"] = None if bound is None else {"bound": bound[1], "seconds": bound[0], "fraction": bound[0] / median}
-    row["config"] = cases.config(shape) if row["backend"] == "mosaic_gpu" else None
+    row["config"] = module.config(shape) if row["backend"] == "mosaic_gpu" else None
     row["peer"] = peers.join(shape)
     if row["peer"] is not None:
         row["peer"] |= peers.ratio(row["peer"], median, ceilings["empty_call_seconds"])

@@ -225,7 +225,7 @@ def grouped_matmul(
       values: float8_e4m3fn [E, N, K].
       scales: float32 [E, ceil(N / 128), K / 128].
       tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
-      used_tiles: int32 [], see `used_tiles`.
+      used_tiles: int32 [], how many tiles hold a row: the first ones.
 
     Returns:
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
@@ -235,11 +235,6 @@ def grouped_matmul(
     plan = (tile_expert, jnp.asarray(used_tiles, jnp.int32).reshape(1))
     epilogue = Rounded(config, x.shape[0], values.shape[1], dtype, interpret is not None)
     return call(epilogue, plan, x, x_scales, (values,), (scales,), interpret, config)[0]
-
-
-def used_tiles(row_token: jax.Array, tiles: int) -> jax.Array:
-    """int32 []: how many tiles of a `RoutingPlan` hold a row; they come first, and so does the row in each."""
-    return jnp.sum(row_token.reshape(tiles, -1)[:, 0] >= 0, dtype=jnp.int32)
 
 
 def call(

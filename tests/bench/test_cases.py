@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import attention, cases
+from experiments.bench import attention, cases, moe_layer, run
 from pallas_kernels.cache_write import read_index_keys, read_latents
 from pallas_kernels.shapes import SHAPES, TINY, SparseMLA, TopK
 
@@ -87,7 +87,7 @@ def test_a_long_reference_runs_on_fewer_tokens(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [s for shapes in TINY.values() for s in shapes], ids=lambda s: f"{s.op}-{s.name}")
 def test_every_tiny_case_runs_twice_with_its_reference(shape):
-    module = attention if shape.op == "attention" else cases
+    module = run.module_of(shape)
     for case in (module.build(shape, "reference"), module.build_reference(shape)):
         for leaf in jax.tree.leaves([case.run(), case.run()][1]):
             if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -95,10 +95,12 @@ def test_every_tiny_case_runs_twice_with_its_reference(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [s for shapes in SHAPES.values() for s in shapes], ids=lambda s: f"{s.op}-{s.name}")
+@pytest.mark.parametrize(
+    "shape", [s for shapes in SHAPES.values() for s in shapes if s.kernel], ids=lambda s: f"{s.op}-{s.name}"
+)
 def test_every_named_shape_lowers_to_kernels(shape, monkeypatch):
     """On a GPU the reference would be a silent answer to a shape that a kernel does not take."""
-    module = attention if shape.op == "attention" else cases
+    module = run.module_of(shape)
     lowered = []
 
     def lower(f, *arguments, donate=()):
@@ -106,10 +108,13 @@ def test_every_named_shape_lowers_to_kernels(shape, monkeypatch):
         lowered.append(jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text())
         return cases.Program(lambda *_: None, "mosaic_gpu", {"temporary": 0, "output": 0})
 
-    attention.sparse_program.cache_clear()
+    caches = attention.sparse_program.cache_clear, moe_layer.layer_program.cache_clear
     monkeypatch.setattr(module, "compile_", lower)
+    for clear in caches:
+        clear()
     jax.eval_shape(lambda: (module.build(shape, "mosaic_gpu"), 0)[1])
-    attention.sparse_program.cache_clear()
+    for clear in caches:
+        clear()
     assert lowered and all("mosaic_gpu" in text for text in lowered)
 
 
@@ -130,3 +135,18 @@ def test_prompts_share_the_programs_of_equal_chunks(monkeypatch):
         attention.build(shape, "reference")
     attention.sparse_program.cache_clear()
     assert widths == [(64, 1), (64, 2), (64, 4), (64, 5)]
+
+
+def test_programs_of_a_case_are_kept_by_function_and_shapes():
+    def double(x):
+        return 2 * x
+
+    programs = {}
+    with cases.compiled(programs):
+        first = cases.compile_(double, jnp.ones(3))
+        assert cases.compile_(double, jax.ShapeDtypeStruct((3,), jnp.float32)) is first
+        assert cases.compile_(double, jnp.ones(4)) is not first
+        assert cases.compile_(lambda x: 3 * x, jnp.ones(3)) is not first
+    assert len(programs) == 3
+    assert cases.compile_(double, jnp.ones(3)) is not first  # nothing is kept outside
+    assert first.call(jnp.ones(3)).tolist() == [2, 2, 2]

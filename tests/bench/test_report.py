@@ -74,6 +74,12 @@ def test_cells():
         ({"floor": 1.8, "goal": 2.0, "of": "peer"}, "1.8 / 2: goal"),
         ({"floor": 2.1, "goal": 3.0, "of": "peer"}, "2.1 / 3: missed"),
         ({"floor": 0.6, "goal": 0.85, "of": "roofline"}, "0.6 / 0.85: floor"),
+        ({"floor": 5, "goal": 10, "of": "reference"}, "5 / 10 of the reference: goal"),
+        ({"floor": 5, "goal": 11, "of": "reference"}, "5 / 11 of the reference: floor"),
+        ({"floor": 1.8, "goal": 3.0, "of": "peer", "enough": 0.8}, "1.8 / 3 or 80%: goal"),
+        ({"floor": 1.8, "goal": 3.0, "of": "peer", "enough": 0.95}, "1.8 / 3 or 95%: floor"),
+        ({"floor": 5, "goal": 10, "of": "reference", "within": 1e-3}, "5 / 10 of the reference and 1 ms: goal"),
+        ({"floor": 5, "goal": 10, "of": "reference", "within": 9e-4}, "5 / 10 of the reference and 900 us: floor"),
     ],
 )
 def test_verdict(target, expected):
@@ -82,6 +88,9 @@ def test_verdict(target, expected):
 
 def test_a_target_without_its_peer_is_not_reached():
     assert report.verdict(row(peer=None)) == "1.8 / 3: not measured"
+    target = {"floor": 5, "goal": 10, "of": "reference"}
+    for missing in ({"error": "x"}, None):
+        assert report.verdict(row(reference=missing, target=target)) == "5 / 10 of the reference: not measured"
 
 
 @pytest.mark.parametrize(

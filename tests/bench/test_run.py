@@ -205,3 +205,48 @@ def test_every_tiny_shape(dsv32, tmp_path):
 def test_wrong_settings_show_before_anything_runs():
     with pytest.raises(UserError, match="unknown"):
         run.chosen_shapes(run.Settings(ops=["top_k"], shape="nothing"))
+
+
+def test_calls_are_compiled_before_anything_is_measured(monkeypatch):
+    """The measurement then compiles references alone, and no call of ours."""
+    order = []
+    ahead, one = run.compile_ahead, run.one
+    shapes = [run.dataclasses.replace(TINY["top_k"][0], name=f"tiny-{n}", tokens=n) for n in (1, 2, 3)]
+    monkeypatch.setattr(run, "AHEAD", 2)
+    monkeypatch.setattr(run, "chosen_shapes", lambda settings: shapes)
+    monkeypatch.setattr(run, "place", lambda content, row: content["rows"].append(row))
+
+    def compiling(batch, backend):
+        order.append([shape.name for shape in batch])
+        programs = ahead(batch, backend)
+        assert [len(found) for found in programs] == [1] * len(batch)
+        return programs
+
+    def measuring(shape, settings, timer, peers, ceilings, programs):
+        before = list(programs.items())
+        row = one(shape, settings, timer, peers, ceilings, programs)
+        order.append((shape.name, list(programs.items()) == before))
+        return row
+
+    monkeypatch.setattr(run, "compile_ahead", compiling)
+    monkeypatch.setattr(run, "one", measuring)
+    content, failed = run.measure(run.Settings(ops=["top_k"], tiny=True), say=lambda line: None)
+    assert failed == 0 and [row["shape"] for row in content["rows"]] == ["tiny-1", "tiny-2", "tiny-3"]
+    assert order == [["tiny-1", "tiny-2"], ("tiny-1", True), ("tiny-2", True), ["tiny-3"], ("tiny-3", True)]
+
+
+def test_what_cannot_be_compiled_ahead_is_left_to_the_measurement():
+    (shape,) = TINY["top_k"]
+    assert run.compile_ahead([shape], "mosaic_gpu") == [{}]  # no kernel on this device
+
+
+@pytest.mark.parametrize(
+    ("backend", "hopper", "measured"),
+    [("auto", True, "mosaic_gpu"), ("auto", False, "reference"), ("reference", True, "reference")],
+)
+def test_a_measurement_is_of_the_kernel_where_kernels_run(monkeypatch, backend, hopper, measured):
+    monkeypatch.setattr(run, "on_hopper", lambda: hopper)
+    assert run.measured_backend(backend, TINY["top_k"][0]) == measured
+    without = run.dataclasses.replace(TINY["top_k"][0], kernel=False)
+    assert run.measured_backend(backend, without) == "reference"
+    assert run.measured_backend("mosaic_gpu", without) == "mosaic_gpu"  # a named one runs or fails

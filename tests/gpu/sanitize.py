@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-OPS = ("sparse_mla", "indexer_logits", "top_k", "index_select", "cache_write")
+OPS = (
+    *("sparse_mla", "indexer_logits", "top_k", "index_select", "cache_write"),
+    *("grouped_matmul", "quant_matmul", "quantize", "moe_dispatch", "moe_layer"),
+)
 TOOLS = ("memcheck", "synccheck", "racecheck")
 FOUND = 77
 """Exit code of the sanitizer when it found something, whatever pytest's own."""

@@ -92,7 +92,7 @@ def test_what_the_kernel_does_not_take():
 def test_used_tiles_of_a_plan():
     experts = jnp.asarray([[5, 1], [5, 2], [0, 3], [5, 1]], jnp.int32)
     plan = make_plan(experts, jnp.asarray([True, True, False, True]), 8, tile=8)
-    assert int(few_rows.used_tiles(plan.row_token, len(plan.tile_expert))) == 3  # experts 1, 2 and 5
+    assert int(plan.used_tiles) == 3  # experts 1, 2 and 5
     assert list(plan.tile_expert[:3]) == [1, 2, 5]
 
 

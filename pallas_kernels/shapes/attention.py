@@ -1,58 +1,11 @@
-"""The named shapes of DeepSeek-V3.2-Exp that tests, tuning and benchmarks share.
-
-A shape says how large a call of an op is, which published kernel does the same work (`peers`), and how fast the op
-should be (`target`). Nothing here imports JAX.
-"""
+"""Shapes of the attention ops."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-
-@dataclasses.dataclass(frozen=True)
-class PeerRow:
-    """One measurement in a peers' file: which library, which of its calls, at which shape."""
-
-    peer: str
-    op: str
-    shape: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a shape must reach (`floor`) and shall reach (`goal`).
-
-    `of` says in what: "peer" is the peer's time over ours, "roofline" the fraction of what the device could do.
-    """
-
-    floor: float
-    goal: float
-    of: str = "peer"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What every shape has.
-
-    Attributes:
-      name: unique within the op.
-      peers: alternatives, of which the fastest counts; each is a sequence of rows whose times add up.
-      target: what is asked of it, if anything.
-    """
-
-    op: ClassVar[str]
-    name: str
-    peers: tuple[tuple[PeerRow, ...], ...] = ()
-    target: Target | None = None
-
-    def dims(self) -> dict[str, Any]:
-        """The sizes alone."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in {"name", "peers", "target"}
-        }
+from pallas_kernels.shapes.base import K, PeerRow, Shape, Target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,9 +94,6 @@ class Attention(Shape):
     """Tokens that a prefill handles at a time."""
     room: int = 0
     """Tokens of a cache that is larger than `sequences` contexts."""
-
-
-K = 1024
 
 
 def _flash_mla(op: str, tokens: int, context: int) -> PeerRow:
@@ -292,7 +242,6 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "cache_write": _cache_write(),
     "attention": _attention(),
 }
-"""By op: the shapes of the full model that are measured."""
 
 TINY: dict[str, tuple[Shape, ...]] = {
     "sparse_mla": (
@@ -324,7 +273,6 @@ TINY: dict[str, tuple[Shape, ...]] = {
         Attention(name="tiny-masked", kind="masked", tokens=8, context=128, heads=2, index_heads=2, chosen=32),
     ),
 }
-"""The same kinds of calls, small enough for the reference on a CPU."""
 
 SMALL: dict[str, tuple[Shape, ...]] = {
     "sparse_mla": (
@@ -342,4 +290,3 @@ SMALL: dict[str, tuple[Shape, ...]] = {
     "index_select": (IndexSelect(name="small", tokens=5, context=512, chosen=128),),
     "cache_write": (CacheWrite(name="small", tokens=70),),
 }
-"""What the kernels take, as small as it gets: for tools that slow a GPU down a hundred times."""

@@ -1,0 +1,272 @@
+"""Products with quantised weights, dense and grouped by expert, as the other modules' `build` and `build_reference`.
+
+FP8 rows are quantised before the clock starts, as they are for the published kernels; int8 products quantise theirs
+themselves. The routing plan is made before.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.cases import Case, Program, compile_, made, normal
+from pallas_kernels import mosaic, tuning
+from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
+from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_kernels
+from pallas_kernels.moe_dispatch import RoutingPlan, make_plan
+from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
+from pallas_kernels.quant_matmul import (
+    BLOCK,
+    few_rows,
+    few_rows_int4,
+    grouped_int4_matmul,
+    grouped_int8_matmul,
+    int4_matmul,
+    int8_matmul,
+    many_rows,
+    quantize_weight_int4,
+    quantize_weight_int8,
+)
+from pallas_kernels.quant_matmul.reference import scaled_matmul
+from pallas_kernels.quantize import GROUP
+from pallas_kernels.shapes import GroupedMatmul, QuantMatmul
+
+MASKED_ROWS = 2**19
+"""Rows times experts of a `ragged_dot`: XLA multiplies each row by every expert's weight, and may store it as often."""
+Fp8 = tuple[jax.Array, jax.Array]
+"""Values float8_e4m3fn [..., N, K], and scales float32: of rows [..., K / 128], of weights one for each 128 x 128."""
+
+
+def build(shape: GroupedMatmul | QuantMatmul, backend: str) -> Case:
+    """The product by our kernel."""
+    if isinstance(shape, GroupedMatmul):
+        return build_grouped(shape, backend)
+    return build_dense(shape, backend)
+
+
+def build_reference(shape: GroupedMatmul | QuantMatmul) -> Case:
+    """What stock JAX has, in bfloat16."""
+    return ragged_dot(shape) if isinstance(shape, GroupedMatmul) else bfloat16_matmul(shape)
+
+
+def config(shape: GroupedMatmul | QuantMatmul) -> dict[str, Any]:
+    """The tile sizes that the kernels take at this shape."""
+    if isinstance(shape, GroupedMatmul):
+        tile = tile_rows(shape.rows, shape.experts)
+        return grouped_config(tile, tiles_of_plan(shape.rows, shape.experts, tile), shape.columns, shape.scheme)
+    return dense_config(shape.tokens, shape.columns, shape.scheme) if shape.kernel else {}
+
+
+def dense_config(tokens: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
+    """Of a dense product."""
+    if tokens > few_rows.TILES[-1]:
+        return dataclasses.asdict(tuning.many_rows_matmul(tokens, columns))
+    return few_rows_config(next(tile for tile in few_rows.TILES if tile >= tokens), columns, 1, scheme)
+
+
+def grouped_config(tile: int, tiles: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
+    """Of a product of `tiles` tiles of rows."""
+    if scheme == "bf16" or (scheme == "fp8_block" and tile >= grouped_kernels.MANY):
+        return dataclasses.asdict(tuning.many_rows_matmul(tile * tiles, columns, tile))
+    return few_rows_config(tile, columns, tiles, scheme)
+
+
+def few_rows_config(tile: int, columns: int, tiles: int, scheme: str) -> dict[str, Any]:
+    """Of the kernels of few rows."""
+    if scheme == "int4":
+        return dataclasses.asdict(tuning.few_rows_int4(min(tile, few_rows_int4.TILES[-1]), columns, tiles))
+    return dataclasses.asdict(tuning.few_rows(tile, columns, tiles))
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------
+
+
+def fp8_rows(key: jax.Array, rows: int, depth: int) -> Fp8:
+    """Quantised rows."""
+    key, scale_key = jax.random.split(key)
+    scales = jax.random.uniform(scale_key, (rows, depth // GROUP), minval=0.5, maxval=1.5)
+    return normal(key, (rows, depth), jnp.float8_e4m3fn), scales
+
+
+def fp8_weight(key: jax.Array, *dims: int) -> Fp8:
+    """A weight [N, K], or one for each expert [E, N, K], with which products keep the size of the rows."""
+    key, scale_key = jax.random.split(key)
+    *experts, columns, depth = dims
+    scales = jax.random.uniform(scale_key, (*experts, -(-columns // BLOCK), -(-depth // BLOCK)), minval=0.5, maxval=1.5)
+    return weights(key, dims, jnp.float8_e4m3fn), scales * depth**-0.5
+
+
+def weights(key: jax.Array, dims: tuple[int, ...], dtype: Any, size: float = 1.0) -> jax.Array:
+    """Normal; of experts one after another, since random numbers of all would need several times the room."""
+    if len(dims) == 2:
+        return normal(key, dims, dtype)
+
+    def one(key):
+        values = normal(key, dims[1:], dtype)
+        return values if size == 1 else values * jnp.asarray(size, dtype)
+
+    return jax.lax.map(one, jax.random.split(key, dims[0]))
+
+
+def integer_weight(key: jax.Array, scheme: str, *dims: int) -> tuple[jax.Array, jax.Array]:
+    """The same in int8, values and scales, or in four bits, packed values and words of scales and zeros."""
+    *experts, columns, depth = dims
+    quantize = quantize_weight_int8 if scheme == "int8" else quantize_weight_int4
+
+    def one(key):
+        return quantize(normal(key, (columns, depth)) * jnp.bfloat16(depth**-0.5))
+
+    return jax.lax.map(one, jax.random.split(key, experts[0])) if experts else one(key)
+
+
+def plan_of(shape: GroupedMatmul) -> RoutingPlan:
+    """The plan of rows of random experts, as many for each."""
+    experts = np.sort(np.random.default_rng(0).permutation(shape.experts)[: shape.used])
+    choices = jnp.asarray(np.repeat(experts, shape.rows // shape.used)[:, None], jnp.int32)
+    valid = jnp.ones(shape.rows, bool)
+    return make_plan(choices, valid, shape.experts, backend="reference")
+
+
+def scales_by_group(plan: RoutingPlan) -> bool:
+    """Whether the products with this plan's rows read their scales by group of K, as [K / 128, P]."""
+    return plan.tile >= grouped_kernels.MANY
+
+
+def written_rows(shape: GroupedMatmul) -> int:
+    """The first rows of the product, which are defined: those of the tiles in use."""
+    tile = tile_rows(shape.rows, shape.experts)
+    return shape.used * -(-shape.rows // shape.used // tile) * tile
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+
+def fp8_matmul(rows: Fp8, weight: Fp8, backend: str) -> jax.Array:
+    """bfloat16 [M, N] by the kernels of `quant_matmul`, whose op would quantise the rows first."""
+    x, scales = rows
+    interpret = mosaic.interpreter() if backend == "interpret" else None
+    if backend == "reference":
+        return scaled_matmul(x, scales, *weight, jnp.bfloat16)
+    if few_rows.unsupported(x, weight[0]) is None:
+        return few_rows.matmul(x, scales, *weight, interpret=interpret)
+    return many_rows.many_rows_matmul(x, scales.T, *weight, interpret=interpret)
+
+
+def grouped_inputs(shape: GroupedMatmul, key: Iterator[jax.Array]) -> tuple[Any, ...]:
+    """Rows, weights, and where: tiles' experts, and how many of them are in use."""
+    plan, dims = plan_of(shape), (shape.experts, shape.columns, shape.depth)
+    x, weight = inputs(shape, key, plan.row_token.shape[0], dims)
+    return x, weight, plan.tile_expert, plan.used_tiles
+
+
+def inputs(shape: GroupedMatmul | QuantMatmul, key: Iterator[jax.Array], rows: int, dims: tuple[int, ...]) -> Any:
+    """Rows, and weights of `dims`."""
+    if shape.scheme == "fp8_block":
+        return fp8_rows(next(key), rows, shape.depth), fp8_weight(next(key), *dims)
+    x = normal(next(key), (rows, shape.depth))
+    if shape.scheme == "bf16":
+        return x, weights(next(key), dims, jnp.bfloat16)
+    return x, integer_weight(next(key), shape.scheme, *dims)
+
+
+def build_grouped(shape: GroupedMatmul, backend: str) -> Case:
+    scheme, arguments = shape.scheme, made(lambda key: grouped_inputs(shape, key))
+
+    def op(x, weight, tile_expert, used):
+        how: dict[str, Any] = {"used_tiles": used, "backend": backend}
+        if scheme == "fp8_block":
+            (x, row_scales), (values, scales) = x, weight
+            how |= {"quantize_input": True, "row_scales": row_scales}
+            return grouped_quant_matmul(x, values, scales, tile_expert, **how)
+        if scheme == "bf16":
+            return grouped_dense_matmul(x, weight, tile_expert, **how)
+        return (grouped_int8_matmul if scheme == "int8" else grouped_int4_matmul)(x, *weight, tile_expert, **how)
+
+    return case(compile_(op, *arguments), arguments, shape, shape.used)
+
+
+def build_dense(shape: QuantMatmul, backend: str) -> Case:
+    scheme, dims = shape.scheme, (shape.columns, shape.depth)
+    arguments = made(lambda key: inputs(shape, key, shape.tokens, dims))
+
+    def op(x, weight):
+        if scheme == "fp8_block":
+            return fp8_matmul(x, weight, backend)
+        return (int8_matmul if scheme == "int8" else int4_matmul)(x, *weight, backend=backend)
+
+    return case(compile_(op, *arguments), arguments, shape, 1)
+
+
+def case(program: Program, arguments: tuple[Any, ...], shape: GroupedMatmul | QuantMatmul, used: int) -> Case:
+    """A product that reads `used` weights."""
+    row_blocks, blocks = -(-shape.columns // BLOCK), -(-shape.depth // BLOCK)
+    weight = shape.columns * shape.depth
+    # Of a row's elements and of a weight: bytes, scales and all.
+    element, weight_bytes, dtype = {
+        "fp8_block": (1 + 4 / BLOCK, weight + 4 * row_blocks * blocks, "float8_e4m3fn, rows quantised before"),
+        "bf16": (2, 2 * weight, "bfloat16"),
+        "int8": (2, weight + 4 * shape.columns, "int8, bfloat16 rows quantised within"),
+        "int4": (2, weight // 2 + 4 * shape.columns * blocks, "int4, bfloat16 rows"),
+    }[shape.scheme]
+    return Case(
+        run=lambda: program.call(*arguments),
+        work={"fp8" if shape.scheme in ("fp8_block", "int8") else "bf16": 2 * shape.tokens * weight},
+        bytes=int(used * weight_bytes + shape.tokens * (element * shape.depth + 2 * shape.columns)),
+        dtype=dtype,
+        backend=program.backend,
+        memory=program.memory,
+        tokens=shape.tokens,
+    )
+
+
+# ---- what stands beside them -----------------------------------------------------------------------------------
+
+
+def fewer(rows: int, experts: int, each: int = 1) -> int:
+    """Rows, in multiples of `each`, that a `ragged_dot` of so many experts has room for."""
+    return max(each, min(rows, MASKED_ROWS // experts) // each * each)
+
+
+def ragged_dot(shape: GroupedMatmul) -> Case:
+    """The same rows' product in bfloat16, of fewer rows where all would take too much time and room."""
+    rows = fewer(shape.rows, shape.experts, shape.used)
+    experts = np.random.default_rng(0).permutation(shape.experts)[: shape.used]
+    dims = (shape.experts, shape.depth, shape.columns)
+    arguments = made(
+        lambda key: (
+            normal(next(key), (rows, shape.depth)),
+            weights(next(key), dims, jnp.bfloat16),
+            jnp.zeros(shape.experts, jnp.int32).at[experts].set(rows // shape.used),
+        )
+    )
+    program = compile_(lambda *arrays: jax.lax.ragged_dot(*arrays), *arguments)
+    return Case(
+        run=lambda: program.call(*arguments),
+        work={"bf16": 2 * rows * shape.columns * shape.depth},
+        bytes=2 * (shape.used * shape.columns * shape.depth + rows * (shape.columns + shape.depth)),
+        dtype="bfloat16",
+        backend="reference",
+        memory=program.memory,
+        tokens=rows,
+        name="lax.ragged_dot in bfloat16",
+    )
+
+
+def bfloat16_matmul(shape: QuantMatmul) -> Case:
+    """The product of XLA."""
+    dims = (shape.tokens, shape.depth), (shape.columns, shape.depth)
+    x, weight = made(lambda key: [normal(next(key), d) for d in dims])
+    program = compile_(lambda x, weight: x @ weight.T, x, weight)
+    return Case(
+        run=lambda: program.call(x, weight),
+        work={"bf16": 2 * shape.tokens * shape.columns * shape.depth},
+        bytes=2 * (shape.depth * (shape.columns + shape.tokens) + shape.tokens * shape.columns),
+        dtype="bfloat16",
+        backend="reference",
+        memory=program.memory,
+        tokens=shape.tokens,
+        name="XLA's product in bfloat16",
+    )

@@ -1,0 +1,246 @@
+"""A whole mixture-of-experts layer at full width in FP8, and what stock JAX has for it in bfloat16.
+
+Ours: routing, plan, gather of quantised rows, the experts' products, weighted sum, and the shared expert; from bfloat16
+rows of the residual stream to bfloat16 rows that are added to it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
+from experiments.bench.dispatch import routed
+from experiments.bench.matmuls import (
+    Fp8,
+    dense_config,
+    fewer,
+    fp8_matmul,
+    fp8_weight,
+    grouped_config,
+    scales_by_group,
+    weights,
+)
+from pallas_kernels import tuning
+from pallas_kernels.backend import on_hopper
+from pallas_kernels.grouped_matmul import grouped_quant_matmul, grouped_swiglu, swiglu_few
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
+from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
+from pallas_kernels.quant_matmul import BLOCK
+from pallas_kernels.quantize import quantize
+from pallas_kernels.shapes import MoELayer
+
+
+class Layer(NamedTuple):
+    """Weights of a layer.
+
+    Attributes:
+      router: bfloat16 [E, D].
+      bias: float32 [E].
+      gate: of the experts, [E, W, D], in FP8; in bfloat16 transposed, as `ragged_dot` wants them.
+      up: likewise.
+      down: likewise, [E, D, W].
+      shared_gate: of the shared expert, [W, D].
+      shared_up: likewise.
+      shared_down: [D, W].
+    """
+
+    router: jax.Array
+    bias: jax.Array
+    gate: Any
+    up: Any
+    down: Any
+    shared_gate: Any
+    shared_up: Any
+    shared_down: Any
+
+
+def layer_inputs(shape: MoELayer, key: Iterator[jax.Array], fp8: bool, tokens: int) -> tuple[jax.Array, Layer]:
+    """Rows [T, D] and random weights that keep the size of what goes through them."""
+    experts, hidden, width = shape.experts, shape.hidden, shape.width
+    x = normal(next(key), (tokens, hidden))
+    router = normal(next(key), (experts, hidden)) * jnp.bfloat16(hidden**-0.5)
+    bias = normal(next(key), (experts,), jnp.float32) / 8
+
+    def weight(*dims: int) -> Any:
+        if fp8:
+            return fp8_weight(next(key), *dims)
+        *stacked, columns, depth = dims
+        if not stacked:
+            return normal(next(key), dims) * jnp.bfloat16(depth**-0.5)
+        return weights(next(key), (*stacked, depth, columns), jnp.bfloat16, depth**-0.5)
+
+    sides = (width, hidden), (width, hidden), (hidden, width)
+    return x, Layer(router, bias, *(weight(experts, *s) for s in sides), *(weight(*s) for s in sides))
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------
+
+
+def logits_of(x: jax.Array, router: jax.Array) -> jax.Array:
+    """Router logits float32 [T, E]."""
+    return jnp.matmul(x, router.T, preferred_element_type=jnp.float32)
+
+
+def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, fused: bool = True) -> jax.Array:
+    """x [T, D] -> [T, D]; `fused` as `activations` has it for the routed experts."""
+    _, weight, plan = routed(shape, logits_of(x, layer.router), layer.bias, backend)
+    by_group = scales_by_group(plan)
+    rows = gather_rows_fp8(x, plan, scales_by_group=by_group, backend=backend)
+    how = {"used_tiles": plan.used_tiles, "scales_by_group": by_group, "backend": backend}
+    hidden = (activations if fused else activations_apart)(rows, layer.gate, layer.up, plan.tile_expert, **how)
+    out = grouped_product(hidden, layer.down, plan.tile_expert, **how)
+    of_shared = activations(quantize(x, backend=backend), layer.shared_gate, layer.shared_up, None, backend=backend)
+    shared = fp8_matmul(of_shared, layer.shared_down, backend)
+    return (combine(out, weight, plan, backend=backend) + shared.astype(jnp.float32)).astype(x.dtype)
+
+
+def grouped_product(rows: Fp8, weight: Fp8, tile_expert: jax.Array, **how: Any) -> jax.Array:
+    """bfloat16 [P, N] of quantised rows."""
+    (x, row_scales), (values, scales) = rows, weight
+    how |= {"quantize_input": True, "row_scales": row_scales}
+    return grouped_quant_matmul(x, values, scales, tile_expert, **how)
+
+
+def activations(rows: Fp8, gate: Fp8, up: Fp8, tile_expert: jax.Array | None, **how: Any) -> Fp8:
+    """Quantised silu(gate) * up of quantised rows."""
+    (x, scales), (gate_values, gate_scales), (up_values, up_scales) = rows, gate, up
+    how |= {"row_scales": scales, "gate_scales": gate_scales, "up_scales": up_scales}
+    values, scales = grouped_swiglu(x, gate_values, up_values, tile_expert, quantize_result=True, **how)
+    return values, scales
+
+
+def activations_apart(rows: Fp8, gate: Fp8, up: Fp8, tile_expert: jax.Array, **how: Any) -> Fp8:
+    """The same by two products, SwiGLU in XLA, and quantisation."""
+    both = swiglu(*(grouped_product(rows, weight, tile_expert, **how) for weight in (gate, up)))
+    values, scales = quantize(both, backend=how["backend"])
+    return values, scales.T if how["scales_by_group"] else scales
+
+
+@once
+def layer_program(shape: MoELayer, avals: Any, backend: str, fused: bool) -> Program:
+    """The layer compiled; the same for all that it stands beside."""
+
+    def op(x, layer):
+        return moe_layer(shape, x, layer, backend, fused)
+
+    return compile_(op, *jax.tree.unflatten(avals[0], avals[1]))
+
+
+def build(shape: MoELayer, backend: str, fused: bool = True) -> Case:
+    """The layer in FP8. Its bytes count the experts that its tokens chose, and no others."""
+    arguments = made(lambda key: layer_inputs(shape, key, True, shape.tokens))
+    leaves, structure = jax.tree.flatten(arguments)
+    avals = structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    bare = dataclasses.replace(shape, name="", beside="", peers=(), target=None)
+    program = layer_program(bare, avals, backend, fused)
+    return Case(
+        run=lambda: program.call(*arguments),
+        work={
+            "fp8": 2 * shape.tokens * (shape.chosen + 1) * 3 * shape.hidden * shape.width,
+            "bf16": 2 * shape.tokens * shape.hidden * shape.experts,
+        },
+        bytes=layer_bytes(shape, experts_used(shape, *arguments)),
+        dtype="bfloat16 rows, FP8 weights",
+        backend=program.backend,
+        memory=program.memory,
+        tokens=shape.tokens,
+        name="the same kernels, gate, up, SwiGLU and quantisation apart",
+    )
+
+
+def experts_used(shape: MoELayer, x: jax.Array, layer: Layer) -> int:
+    """How many experts some token chose; all of them where only shapes are known."""
+    if only_shapes():
+        return shape.experts
+    find = jax.jit(lambda x, router, bias: routed(shape, logits_of(x, router), bias, "reference")[0])
+    return np.unique(np.asarray(find(x, layer.router, layer.bias))).size
+
+
+def layer_bytes(shape: MoELayer, used: int) -> int:
+    """Weights and scales of these experts and the shared one, the router, and the rows in and out."""
+    blocks = 3 * -(-shape.width // BLOCK) * -(-shape.hidden // BLOCK)
+    expert = 3 * shape.hidden * shape.width + 4 * blocks
+    router = (2 * shape.hidden + 4) * shape.experts
+    return (used + 1) * expert + router + 4 * shape.tokens * shape.hidden
+
+
+def config(shape: MoELayer) -> dict[str, Any]:
+    """The tile sizes that the layer's kernels take."""
+    choices = shape.tokens * shape.chosen
+    tile = tile_rows(choices, shape.experts)
+    tiles = tiles_of_plan(choices, shape.experts, tile)
+    return {
+        "plan": dataclasses.asdict(tuning.moe_plan(choices)),
+        "gate and up": swiglu_config(tile, shape.width, tiles),
+        "down": grouped_config(tile, tiles, shape.hidden),
+        "shared gate and up": swiglu_config(shape.tokens, shape.width),
+        "shared down": dense_config(shape.tokens, shape.hidden),
+    }
+
+
+def swiglu_config(rows: int, width: int, tiles: int | None = None) -> dict[str, Any]:
+    """Of the product of gate and up: of `tiles` tiles of rows, or of the only expert's rows."""
+    few = next((tile for tile in swiglu_few.TILES if tile >= rows), None)
+    if few is not None:
+        return dataclasses.asdict(tuning.few_rows_swiglu(few, width, tiles or 1))
+    return dataclasses.asdict(tuning.many_rows_matmul(rows * (tiles or 1), 2 * width, tiles and rows))
+
+
+# ---- what stands beside it -------------------------------------------------------------------------------------
+
+
+def build_reference(shape: MoELayer) -> Case:
+    """What the shape names; `ragged_dot` of fewer tokens where all would take too much time and room."""
+    if shape.beside == "apart":
+        return build(shape, "mosaic_gpu" if on_hopper() else "reference", fused=False)
+    ragged = shape.beside == "ragged_dot"
+    tokens = fewer(shape.tokens * shape.chosen, shape.experts, shape.chosen) // shape.chosen if ragged else shape.tokens
+    arguments = made(lambda key: layer_inputs(shape, key, False, tokens))
+    program = compile_(lambda x, layer: in_bfloat16(shape, x, layer), *arguments)
+    return Case(
+        run=lambda: program.call(*arguments),
+        work={"bf16": 2 * tokens * (shape.chosen + 1) * 3 * shape.hidden * shape.width},
+        bytes=2 * 3 * shape.hidden * shape.width * (shape.experts + 1),
+        dtype="bfloat16",
+        backend="reference",
+        memory=program.memory,
+        tokens=tokens,
+        name="lax.ragged_dot in bfloat16" if ragged else "loop of masked products over the experts in bfloat16",
+    )
+
+
+def in_bfloat16(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
+    """x [T, D] -> [T, D], by the form that `shape.beside` names."""
+    experts = by_ragged_dot if shape.beside == "ragged_dot" else by_loop
+    shared = swiglu(x @ layer.shared_gate.T, x @ layer.shared_up.T) @ layer.shared_down.T
+    return (experts(shape, x, layer) + shared.astype(jnp.float32)).astype(x.dtype)
+
+
+def by_ragged_dot(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
+    """Rows sorted by expert, without padding."""
+    experts, weight, _ = routed(shape, logits_of(x, layer.router), layer.bias, "reference")
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    sizes = jnp.zeros(shape.experts, jnp.int32).at[experts.reshape(-1)].add(1)
+    rows = x[order // shape.chosen]
+    hidden = swiglu(*(jax.lax.ragged_dot(rows, weight, sizes) for weight in (layer.gate, layer.up)))
+    rows = jax.lax.ragged_dot(hidden, layer.down, sizes).astype(jnp.float32)
+    rows = jnp.zeros_like(rows).at[order].set(rows).reshape(*experts.shape, -1)
+    return (weight[..., None] * rows).sum(1)
+
+
+def by_loop(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
+    """Every expert with all tokens."""
+    experts, weight, _ = routed(shape, logits_of(x, layer.router), layer.bias, "reference")
+    tokens = jnp.arange(x.shape[0])[:, None]
+    by_expert = jnp.zeros((x.shape[0], shape.experts)).at[tokens, experts].set(weight).T
+
+    def add(total, expert):
+        gate, up, down, share = expert
+        return total + share[:, None] * (swiglu(x @ gate, x @ up) @ down).astype(jnp.float32), None
+
+    return jax.lax.scan(add, jnp.zeros(x.shape), (layer.gate, layer.up, layer.down, by_expert))[0]

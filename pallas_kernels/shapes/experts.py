@@ -1,0 +1,301 @@
+"""Shapes of the mixture-of-experts ops, of the quantised products and of quantisation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from pallas_kernels.shapes.base import PeerRow, Shape, Target
+
+HIDDEN, WIDTH = 7168, 2048
+"""Of the model, and of one expert."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedMatmul(Shape):
+    """`rows` rows, equally many for each of `used` of `experts` experts, times the [columns, depth] weight of each.
+
+    `scheme`: "fp8_block" of rows that are quantised already; "bf16", "int8" and "int4" of bfloat16 rows.
+    """
+
+    op: ClassVar[str] = "grouped_matmul"
+    scheme: str = "fp8_block"
+    experts: int
+    used: int
+    rows: int
+    columns: int
+    depth: int
+
+    @property
+    def tokens(self) -> int:
+        """What a reference of fewer rows is scaled by."""
+        return self.rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantMatmul(Shape):
+    """`tokens` rows times one [columns, depth] weight.
+
+    `scheme`: "fp8_block" of rows that are quantised already; "int8" and "int4" of bfloat16 rows.
+    """
+
+    op: ClassVar[str] = "quant_matmul"
+    scheme: str = "fp8_block"
+    tokens: int
+    columns: int
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Shape):
+    """`tokens` rows of `width` to `form`: FP8 with "ue8m0" or "exact" scales, "int8", or "norm", a norm and "ue8m0"."""
+
+    op: ClassVar[str] = "quantize"
+    form: str
+    tokens: int
+    width: int = HIDDEN
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEDispatch(Shape):
+    """One step of moving `tokens` tokens: "plan" routing and the routing plan, "gather" to FP8 rows, or "combine"."""
+
+    op: ClassVar[str] = "moe_dispatch"
+    step: str
+    tokens: int
+    experts: int = 256
+    groups: int = 8
+    groups_kept: int = 4
+    chosen: int = 8
+    width: int = HIDDEN
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoELayer(Shape):
+    """A whole mixture-of-experts layer in FP8, from the router to the sum with the shared expert.
+
+    `beside` says what it stands beside. In bfloat16: "ragged_dot" of sorted rows, or a "loop" over the experts of
+    products of all tokens, weighted by 0 where a token did not choose the expert. Or "apart", the same kernels with
+    gate, up, SwiGLU and quantisation one after another instead of in one.
+    """
+
+    op: ClassVar[str] = "moe_layer"
+    beside: str = "ragged_dot"
+    tokens: int
+    experts: int = 256
+    groups: int = 8
+    groups_kept: int = 4
+    chosen: int = 8
+    hidden: int = HIDDEN
+    width: int = WIDTH
+
+
+GATE_UP, DOWN = (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)
+"""[N, K] of the two products of an expert."""
+
+
+def _deep_gemm(op: str, shape: str) -> tuple[tuple[PeerRow, ...], ...]:
+    return ((PeerRow("DeepGEMM", op, shape),),)
+
+
+def _prefill(experts: int, rows: int, sides: tuple[int, int], target: Target, scheme: str = "fp8_block"):
+    columns, depth = sides
+    return GroupedMatmul(
+        name=f"{scheme.removesuffix('_block')}-{experts}x{rows}-{columns}",
+        scheme=scheme,
+        experts=experts,
+        used=experts,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        peers=_deep_gemm(f"grouped_matmul {scheme}", f"E={experts} M={rows} N={columns} K={depth}"),
+        target=target,
+    )
+
+
+def _grouped_matmul() -> tuple[GroupedMatmul, ...]:
+    many = [
+        _prefill(experts, rows, sides, target)
+        for experts, rows, target in (
+            (64, 65536, Target(0.85, 1.05)),
+            (256, 65536, Target(0.85, 1.1)),
+            (256, 32768, Target(0.8, 1.05)),
+        )
+        for sides in (GATE_UP, DOWN)
+    ]
+    bf16 = _prefill(64, 65536, GATE_UP, Target(0.85, 1.0), "bf16")
+    columns, depth = GATE_UP
+    few = [
+        GroupedMatmul(
+            name=f"fp8-{used}of{experts}-{each}-each",
+            experts=experts,
+            used=used,
+            rows=used * each,
+            columns=columns,
+            depth=depth,
+            peers=_deep_gemm("grouped_matmul fp8 masked", f"E={experts} used={used} rows={each} N={columns} K={depth}"),
+            target=goal and Target(0.8, goal),
+        )
+        for experts, used, each, goal in (
+            (256, 8, 1, 1.3),
+            (256, 160, 1, 1.05),
+            (64, 64, 16, 1.05),
+            (256, 256, 4, None),
+        )
+    ]
+    integers = [
+        GroupedMatmul(
+            name=f"{scheme}-160of256-1-each",
+            scheme=scheme,
+            experts=256,
+            used=160,
+            rows=160,
+            columns=columns,
+            depth=depth,
+        )
+        for scheme in ("int8", "int4")
+    ]
+    return (*many, bf16, *few, *integers)
+
+
+def _quant_matmul() -> tuple[QuantMatmul, ...]:
+    few, many = Target(1.0, 1.4, enough=0.95), Target(0.85, 1.0)
+    fp8 = [
+        QuantMatmul(
+            name=f"{tokens}x{columns}x{depth}",
+            tokens=tokens,
+            columns=columns,
+            depth=depth,
+            peers=_deep_gemm("quant_matmul fp8_block", f"M={tokens} N={columns} K={depth}"),
+            target=many if tokens == 4096 else few,
+        )
+        for tokens in (1, 16, 128, 4096)
+        for columns, depth in ((24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168))
+    ]
+    int8 = QuantMatmul(
+        name="int8-8192x8192x8192",
+        scheme="int8",
+        tokens=8192,
+        columns=8192,
+        depth=8192,
+        target=Target(1.5, 1.9, of="reference"),
+        kernel=False,
+    )
+    integers = [
+        QuantMatmul(
+            name=f"{scheme}-{tokens}x{columns}x{depth}",
+            scheme=scheme,
+            tokens=tokens,
+            columns=columns,
+            depth=depth,
+            target=Target(2.5, 3.5, of="reference") if scheme == "int4" else None,
+        )
+        for scheme in ("int8", "int4")
+        for tokens in (1, 16)
+        for columns, depth in ((7168, 16384), (4096, 7168))
+    ]
+    return (*fp8, int8, *integers)
+
+
+def _quantize() -> tuple[Quantize, ...]:
+    many = [Quantize(name=f"{form}-4096", form=form, tokens=4096) for form in ("ue8m0", "exact", "int8", "norm")]
+    return (*many, Quantize(name="ue8m0-128", form="ue8m0", tokens=128))
+
+
+def _moe_dispatch() -> tuple[MoEDispatch, ...]:
+    plans = [
+        MoEDispatch(
+            name=f"plan-{tokens}",
+            step="plan",
+            tokens=tokens,
+            target=Target(5, 10, of="reference", within=15e-6 if tokens == 128 else None),
+        )
+        for tokens in (1, 32, 128, 1024, 4096)
+    ]
+    moves = [
+        MoEDispatch(name=f"{step}-{tokens}", step=step, tokens=tokens)
+        for step in ("gather", "combine")
+        for tokens in (128, 4096)
+    ]
+    return (*plans, *moves)
+
+
+def _moe_layer() -> tuple[MoELayer, ...]:
+    ragged = MoELayer(name="prefill-4096", tokens=4096, target=Target(20, 60, of="reference"))
+    loop = MoELayer(name="prefill-4096-loop", beside="loop", tokens=4096, target=Target(15, 35, of="reference"))
+    decode = [
+        MoELayer(name=f"decode-{tokens}", tokens=tokens, target=Target(0.55, 0.85, of="roofline"))
+        for tokens in (1, 32, 128)
+    ]
+    apart = [MoELayer(name=f"{tokens}-apart", beside="apart", tokens=tokens) for tokens in (4096, 128)]
+    return (ragged, loop, *decode, *apart)
+
+
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "grouped_matmul": _grouped_matmul(),
+    "quant_matmul": _quant_matmul(),
+    "quantize": _quantize(),
+    "moe_dispatch": _moe_dispatch(),
+    "moe_layer": _moe_layer(),
+}
+
+TINY: dict[str, tuple[Shape, ...]] = {
+    "grouped_matmul": (
+        GroupedMatmul(name="tiny-fp8", experts=3, used=2, rows=10, columns=192, depth=256),
+        GroupedMatmul(name="tiny-bf16", scheme="bf16", experts=3, used=3, rows=9, columns=64, depth=64),
+        GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128),
+        GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128),
+    ),
+    "quant_matmul": (
+        QuantMatmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
+        QuantMatmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
+        QuantMatmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128),
+    ),
+    "quantize": tuple(
+        Quantize(name=f"tiny-{form}", form=form, tokens=3, width=256) for form in ("ue8m0", "exact", "int8", "norm")
+    ),
+    "moe_dispatch": tuple(
+        MoEDispatch(name=f"tiny-{step}", step=step, tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, width=128)
+        for step in ("plan", "gather", "combine")
+    ),
+    "moe_layer": tuple(
+        MoELayer(
+            name=f"tiny-{beside}",
+            beside=beside,
+            tokens=5,
+            experts=8,
+            groups=4,
+            groups_kept=2,
+            chosen=2,
+            hidden=256,
+            width=128,
+        )
+        for beside in ("ragged_dot", "loop", "apart")
+    ),
+}
+
+SMALL: dict[str, tuple[Shape, ...]] = {
+    "grouped_matmul": (
+        GroupedMatmul(name="small-few", experts=8, used=3, rows=6, columns=64, depth=512),
+        GroupedMatmul(name="small-many", experts=2, used=2, rows=180, columns=192, depth=256),
+        GroupedMatmul(name="small-bf16", scheme="bf16", experts=2, used=2, rows=180, columns=192, depth=128),
+        GroupedMatmul(name="small-int8", scheme="int8", experts=8, used=3, rows=6, columns=64, depth=512),
+        GroupedMatmul(name="small-int4", scheme="int4", experts=8, used=3, rows=6, columns=64, depth=512),
+    ),
+    "quant_matmul": (
+        QuantMatmul(name="small-few", tokens=3, columns=192, depth=512),
+        QuantMatmul(name="small-many", tokens=150, columns=192, depth=256),
+        QuantMatmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
+        QuantMatmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
+    ),
+    "quantize": tuple(
+        Quantize(name=f"small-{form}", form=form, tokens=3, width=640) for form in ("ue8m0", "exact", "int8", "norm")
+    ),
+    "moe_dispatch": tuple(
+        MoEDispatch(name=f"small-{step}", step=step, tokens=70, width=640, experts=64)
+        for step in ("plan", "gather", "combine")
+    ),
+    "moe_layer": (
+        MoELayer(name="small", tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, hidden=512, width=512),
+    ),
+}

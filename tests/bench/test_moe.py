@@ -1,0 +1,152 @@
+"""Inputs, counts and references of the mixture-of-experts cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bench import dispatch, matmuls, moe_layer
+from experiments.bench.cases import keys
+from pallas_kernels.quant_matmul import dequantize_blocks, dequantize_int4, dequantize_int8
+from pallas_kernels.quantize import dequantize
+from pallas_kernels.shapes import SHAPES, TINY, GroupedMatmul
+
+
+def named(op, name):
+    return next(shape for shape in SHAPES[op] if shape.name == name)
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
+
+
+def test_rows_are_shared_evenly_by_the_experts_in_use():
+    shape = GroupedMatmul(name="x", experts=5, used=3, rows=30, columns=64, depth=64)
+    plan = matmuls.plan_of(shape)
+    assert plan.tile == 8 and matmuls.written_rows(shape) == 3 * 16
+    assert int(plan.used_tiles) == 6
+    experts = np.asarray(plan.tile_expert)[:6]
+    assert len(set(experts.tolist())) == 3 and (experts[::2] == experts[1::2]).all()
+    assert int((plan.row_token >= 0).sum()) == 30 and int(plan.row_token[48:].max()) == -1
+
+
+BITS = {"fp8_block": (8, 8), "bf16": (16, 16), "int8": (16, 8), "int4": (16, 4)}
+"""Of an element of a row and of a weight."""
+
+
+@pytest.mark.parametrize(
+    "shape", [*TINY["grouped_matmul"], *TINY["quant_matmul"]], ids=lambda shape: f"{shape.op}-{shape.name}"
+)
+def test_counts_are_those_of_the_peers(shape):
+    """The peers' own file counts weights, rows and results, without scales."""
+    case = matmuls.build(shape, "reference")
+    of_row, of_weight = BITS[shape.scheme]
+    weights = shape.columns * shape.depth * getattr(shape, "used", 1)
+    counted = (of_weight * weights + of_row * shape.tokens * shape.depth) // 8 + 2 * shape.tokens * shape.columns
+    assert counted <= case.bytes < 1.12 * counted  # four-bit weights have 4 bytes of scale and zero for each 64
+    assert list(case.work.values()) == [2 * shape.tokens * shape.columns * shape.depth]
+    assert list(case.work) == ["fp8" if of_weight == 8 else "bf16"]
+
+
+@pytest.mark.parametrize("shape", TINY["grouped_matmul"], ids=lambda shape: shape.name)
+def test_grouped_products_are_those_of_each_expert(shape):
+    found = np.asarray(matmuls.build(shape, "reference").run(), np.float64)
+    plan = matmuls.plan_of(shape)
+    x, weights, *_ = matmuls.grouped_inputs(shape, keys(shape))
+    exact = {"fp8_block": dequantize_blocks, "int8": dequantize_int8, "int4": dequantize_int4}
+    if shape.scheme == "fp8_block":
+        x = dequantize(*x)
+    if shape.scheme != "bf16":
+        weights = exact[shape.scheme](*weights)
+    expert = np.repeat(np.asarray(plan.tile_expert), plan.tile)
+    x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    for row in range(matmuls.written_rows(shape)):
+        assert relative_error(found[row], weights[expert[row]] @ x[row]) < 0.02
+
+
+def test_fewer_rows_of_a_reference_are_whole_shares():
+    assert matmuls.fewer(65536, 64, 64) == 8192 and matmuls.fewer(65536, 256, 256) == 2048
+    assert matmuls.fewer(8, 256, 8) == 8 and matmuls.fewer(3, 1, 3) == 3
+    assert matmuls.fewer(1000, 4096, 24) == 120
+
+
+def test_a_long_reference_says_how_many_rows_it_had(monkeypatch):
+    monkeypatch.setattr(matmuls, "MASKED_ROWS", 12)
+    shape = TINY["grouped_matmul"][0]
+    case = matmuls.build_reference(shape)
+    assert (case.tokens, shape.tokens) == (4, 10) and case.run().shape == (4, shape.columns)
+
+
+def test_every_step_of_dispatch_runs_the_op():
+    plan, gather, combine = (dispatch.build(shape, "reference") for shape in TINY["moe_dispatch"])
+    shape = TINY["moe_dispatch"][0]
+    weights, made = plan.run()
+    assert weights.shape == (shape.tokens, shape.chosen)
+    assert dispatch.plan_rows(shape) == made.row_token.size == gather.run()[0].shape[0]
+    assert combine.run().shape == (shape.tokens, shape.width)
+
+
+def test_forms_of_quantisation():
+    for shape in TINY["quantize"]:
+        values, scales = dispatch.build(shape, "reference").run()
+        assert values.dtype == (jnp.int8 if shape.form == "int8" else jnp.float8_e4m3fn)
+        powers = np.log2(np.asarray(scales))
+        assert (powers == np.round(powers)).all() == (shape.form in ("ue8m0", "norm"))
+
+
+def test_the_layer_computes_what_stands_beside_it():
+    """With the same weights, up to the quantisation of rows."""
+    shape = TINY["moe_layer"][0]
+    x, layer = moe_layer.layer_inputs(shape, keys(shape), True, shape.tokens)
+    ours = moe_layer.moe_layer(shape, x, layer, "reference")
+
+    def dense(weight):
+        return dequantize_blocks(*weight).astype(jnp.bfloat16)
+
+    plain = layer._replace(
+        gate=dense(layer.gate).transpose(0, 2, 1),
+        up=dense(layer.up).transpose(0, 2, 1),
+        down=dense(layer.down).transpose(0, 2, 1),
+        shared_gate=dense(layer.shared_gate),
+        shared_up=dense(layer.shared_up),
+        shared_down=dense(layer.shared_down),
+    )
+    ragged, loop = (
+        moe_layer.in_bfloat16(dataclasses.replace(shape, beside=beside), x, plain) for beside in ("ragged_dot", "loop")
+    )
+    apart = moe_layer.moe_layer(shape, x, layer, "reference", fused=False)
+    np.testing.assert_array_equal(np.asarray(apart, np.float32), np.asarray(ours, np.float32))
+    assert relative_error(ragged, loop) < 0.01
+    assert relative_error(ours, loop) < 0.06
+    assert 0.05 < float(jnp.std(ours.astype(jnp.float32))) < 20  # neither vanishes nor overflows
+
+
+def test_the_layer_s_bytes_count_the_experts_in_use():
+    shape = named("moe_layer", "decode-1")
+    one, nine = moe_layer.layer_bytes(shape, 1), moe_layer.layer_bytes(shape, 9)
+    expert = 3 * 7168 * 2048
+    assert expert < (nine - one) / 8 < 1.001 * expert
+    assert one < 2.1 * expert
+    tiny = TINY["moe_layer"][0]
+    arguments = moe_layer.layer_inputs(tiny, keys(tiny), True, tiny.tokens)
+    logits = moe_layer.logits_of(arguments[0], arguments[1].router)
+    experts = moe_layer.routed(tiny, logits, arguments[1].bias, "reference")[0]
+    assert moe_layer.experts_used(tiny, *arguments) == len(set(np.asarray(experts).ravel().tolist()))
+    assert moe_layer.build(tiny, "reference").bytes == moe_layer.layer_bytes(
+        tiny, moe_layer.experts_used(tiny, *arguments)
+    )
+
+
+def test_layers_that_stand_beside_different_things_share_a_program(monkeypatch):
+    compiled = []
+    compile_ = moe_layer.compile_
+    monkeypatch.setattr(moe_layer, "compile_", lambda *x: compiled.append(1) or compile_(*x))
+    moe_layer.layer_program.cache_clear()
+    outputs = [moe_layer.build(shape, "reference").run() for shape in TINY["moe_layer"][:2]]
+    moe_layer.layer_program.cache_clear()
+    assert len(compiled) == 1
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in outputs))
+    assert jax.tree.leaves(outputs)[0].dtype == jnp.bfloat16
