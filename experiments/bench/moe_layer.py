@@ -5,12 +5,14 @@ rows of the residual stream to bfloat16 rows that are added to it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compute_on import compute_on
 
 from experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
 from experiments.bench.dispatch import routed
@@ -86,17 +88,36 @@ def logits_of(x: jax.Array, router: jax.Array) -> jax.Array:
     return jnp.matmul(x, router.T, preferred_element_type=jnp.float32)
 
 
-def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, fused: bool = True) -> jax.Array:
-    """x [T, D] -> [T, D]; `fused` as `activations` has it for the routed experts."""
+FORMS = {
+    "fused": "the kernels as the model has them",
+    "apart": "the same kernels, gate, up, SwiGLU and quantisation apart",
+    "streams": "the same kernels, the shared expert on a stream of its own",
+}
+"""Of the layer; all but the first stand beside it."""
+
+
+def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, form: str = "fused") -> jax.Array:
+    """x [T, D] -> [T, D], in one of `FORMS`."""
     _, weight, plan = routed(shape, logits_of(x, layer.router), layer.bias, backend)
     by_group = scales_by_group(plan)
     rows = gather_rows_fp8(x, plan, scales_by_group=by_group, backend=backend)
     how = {"used_tiles": plan.used_tiles, "scales_by_group": by_group, "backend": backend}
-    hidden = (activations if fused else activations_apart)(rows, layer.gate, layer.up, plan.tile_expert, **how)
+    hidden = (activations_apart if form == "apart" else activations)(
+        rows, layer.gate, layer.up, plan.tile_expert, **how
+    )
     out = grouped_product(hidden, layer.down, plan.tile_expert, **how)
-    of_shared = activations(quantize(x, backend=backend), layer.shared_gate, layer.shared_up, None, backend=backend)
-    shared = fp8_matmul(of_shared, layer.shared_down, backend)
+    shared_expert = functools.partial(of_shared_expert, backend=backend)
+    if form == "streams":
+        where = {"compute_type": "gpu_stream:1", "out_memory_spaces": jax.memory.Space.Device}
+        shared_expert = compute_on(shared_expert, **where)
+    shared = shared_expert(x, layer)
     return (combine(out, weight, plan, backend=backend) + shared.astype(jnp.float32)).astype(x.dtype)
+
+
+def of_shared_expert(x: jax.Array, layer: Layer, backend: str) -> jax.Array:
+    """x [T, D] -> [T, D]."""
+    hidden = activations(quantize(x, backend=backend), layer.shared_gate, layer.shared_up, None, backend=backend)
+    return fp8_matmul(hidden, layer.shared_down, backend)
 
 
 def grouped_product(rows: Fp8, weight: Fp8, tile_expert: jax.Array, **how: Any) -> jax.Array:
@@ -122,22 +143,22 @@ def activations_apart(rows: Fp8, gate: Fp8, up: Fp8, tile_expert: jax.Array, **h
 
 
 @once
-def layer_program(shape: MoELayer, avals: Any, backend: str, fused: bool) -> Program:
+def layer_program(shape: MoELayer, avals: Any, backend: str, form: str) -> Program:
     """The layer compiled; the same for all that it stands beside."""
 
     def op(x, layer):
-        return moe_layer(shape, x, layer, backend, fused)
+        return moe_layer(shape, x, layer, backend, form)
 
     return compile_(op, *jax.tree.unflatten(avals[0], avals[1]))
 
 
-def build(shape: MoELayer, backend: str, fused: bool = True) -> Case:
+def build(shape: MoELayer, backend: str, form: str = "fused") -> Case:
     """The layer in FP8. Its bytes count the experts that its tokens chose, and no others."""
     arguments = made(lambda key: layer_inputs(shape, key, True, shape.tokens))
     leaves, structure = jax.tree.flatten(arguments)
     avals = structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     bare = dataclasses.replace(shape, name="", beside="", peers=(), target=None)
-    program = layer_program(bare, avals, backend, fused)
+    program = layer_program(bare, avals, backend, form)
     return Case(
         run=lambda: program.call(*arguments),
         work={
@@ -149,7 +170,7 @@ def build(shape: MoELayer, backend: str, fused: bool = True) -> Case:
         backend=program.backend,
         memory=program.memory,
         tokens=shape.tokens,
-        name="the same kernels, gate, up, SwiGLU and quantisation apart",
+        name=FORMS[form],
     )
 
 
@@ -196,8 +217,8 @@ def swiglu_config(rows: int, width: int, tiles: int | None = None) -> dict[str, 
 
 def build_reference(shape: MoELayer) -> Case:
     """What the shape names; `ragged_dot` of fewer tokens where all would take too much time and room."""
-    if shape.beside == "apart":
-        return build(shape, "mosaic_gpu" if on_hopper() else "reference", fused=False)
+    if shape.beside in FORMS:
+        return build(shape, "mosaic_gpu" if on_hopper() else "reference", shape.beside)
     ragged = shape.beside == "ragged_dot"
     tokens = fewer(shape.tokens * shape.chosen, shape.experts, shape.chosen) // shape.chosen if ragged else shape.tokens
     arguments = made(lambda key: layer_inputs(shape, key, False, tokens))
