@@ -20,16 +20,16 @@ def grouped_swiglu(rows, row_scales, weights, weight_scales, tile_expert, result
         # Within one program XLA may drop the rounding of what is widened again at once.
         return jax.lax.optimization_barrier(swiglu(*jax.lax.optimization_barrier(products)))
 
-    if tile_expert is None:
-        tile_expert = jnp.zeros(1, jnp.int32)
-        weights, weight_scales = jax.tree.map(lambda w: w[None], (weights, weight_scales))
+    def by_expert(f, rows, weights):
+        return f(rows, weights) if tile_expert is None else map_tiles(f, rows, tile_expert, weights)
+
     if not weight_scales:
 
         def product(x, weight):
             gate, up = (jnp.matmul(x, w.astype(x.dtype).T, precision="highest") for w in weight[0])
             return rounded_swiglu(gate, up)
 
-        return map_tiles(product, rows, tile_expert, (weights, ()))
+        return by_expert(product, rows, (weights, ()))
 
     dtype = rows.dtype
     if row_scales is None:
@@ -41,4 +41,4 @@ def grouped_swiglu(rows, row_scales, weights, weight_scales, tile_expert, result
         pairs = zip(*weight, strict=True)
         return rounded_swiglu(*(scaled_matmul(*x, values, scales, dtype) for values, scales in pairs))
 
-    return map_tiles(scaled_product, (rows, row_scales), tile_expert, (weights, weight_scales))
+    return by_expert(scaled_product, (rows, row_scales), (weights, weight_scales))
