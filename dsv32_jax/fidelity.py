@@ -72,13 +72,14 @@ def recall(reference: np.ndarray, chosen: np.ndarray, size: int) -> np.ndarray:
     return np.where(count == 0, 1.0, (wanted & got).sum(-1) / np.maximum(count, 1))
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """KL(softmax(reference) || softmax(other)) over the last axis, in nats; computed in float64."""
-
-    def log_softmax(logits: np.ndarray) -> np.ndarray:
-        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
     p, q = log_softmax(reference), log_softmax(other)
     return (np.exp(p) * (p - q)).sum(-1)
 

@@ -124,8 +124,8 @@ class Numerics:
         Returns:
           [P, D] in the plan's order, in x's dtype.
         """
-        how: dict[str, Any] = {"used_tiles": plan.used_tiles, "backend": self.backend}
-        how["tile_expert"] = plan.tile_expert
+        tiles = {"tile_expert": plan.tile_expert, "used_tiles": plan.used_tiles}
+        how: dict[str, Any] = {**tiles, "backend": self.backend}
         if self.act_quant and isinstance(gate, QTensor) and isinstance(up, QTensor) and isinstance(down, QTensor):
             return self.quantised_experts(x, gate, up, down, plan, how)
         rows = gather_rows(x, plan, backend=self.backend)

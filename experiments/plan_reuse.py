@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.fidelity import kl_divergence, recall
+from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.loading import load
@@ -25,6 +25,7 @@ from dsv32_jax.quant import float32_matmul
 from experiments import held_out
 from experiments.reading import progress
 from experiments.results import RESULTS, environment, write_json
+from pallas_kernels.moe_dispatch.reference import weights_of
 
 RESULT = RESULTS / "plan_reuse.json"
 LENGTH, WINDOWS = 512, 16
@@ -44,10 +45,7 @@ class ReusingMoE(MoE):
         fresh, _ = super().route(x, config, backend)
         experts = fresh[jnp.arange(len(x)) // self.period * self.period]
         scores = jax.nn.sigmoid(float32_matmul(x, self.router))
-        weights = jnp.take_along_axis(scores, experts, axis=1)
-        if config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return experts, weights * config.routed_scaling_factor
+        return experts, weights_of(scores, experts, config.norm_topk_prob, config.routed_scaling_factor)
 
 
 def reusing(lm: LanguageModel, period: int) -> LanguageModel:
@@ -112,8 +110,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
 
 def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """float64 [T] of targets [T, 1] under logits [T, V]."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.take_along_axis(shifted, targets, -1)[:, 0] - np.log(np.exp(shifted).sum(-1))
+    return np.take_along_axis(log_softmax(logits), targets, -1)[:, 0]
 
 
 def main() -> None:

@@ -31,6 +31,11 @@ def interpreter(detect_races: bool = True) -> Any:
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 
+def interpret_on(backend: str) -> Any:
+    """`interpret` of a kernel on the backend that was chosen: None on a GPU."""
+    return interpreter() if backend == "interpret" else None
+
+
 def integer(bits: int) -> ir.Type:
     """The MLIR type of an integer."""
     return ir.IntegerType.get_signless(bits)

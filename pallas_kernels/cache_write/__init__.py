@@ -108,7 +108,7 @@ def cache_write(
             quantize_latent=quantize_latent,
             scale_fmt=scale_fmt,
             config=tuning.CACHE_WRITE,
-            interpret=mosaic.interpreter() if chosen == "interpret" else None,
+            interpret=mosaic.interpret_on(chosen),
         )
 
     layer = jnp.full((1,), layer, jnp.int32)

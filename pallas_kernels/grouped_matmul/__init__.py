@@ -127,7 +127,7 @@ def grouped_quant_matmul(
         return map_tiles(product, (rows, by_row), tile_expert, (values, scales))
 
     def kernel(rows, row_scales, *others):
-        interpret = mosaic.interpreter() if chosen == "interpret" else None
+        interpret = mosaic.interpret_on(chosen)
         by_group = scales_by_group and row_scales is not None
         if row_scales is None:
             rows, row_scales = quantize(rows, scale_fmt)
@@ -175,7 +175,7 @@ def grouped_dense_matmul(
         return map_tiles(product, rows, tile_expert, weights)
 
     def kernel(*arrays):
-        interpret = mosaic.interpreter() if chosen == "interpret" else None
+        interpret = mosaic.interpret_on(chosen)
         return mosaic_gpu.grouped_dense_matmul(*arrays, interpret=interpret)
 
     op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
@@ -251,7 +251,7 @@ def grouped_swiglu(
         if fp8 and row_scales is None:
             rows, row_scales = quantize(rows, scale_fmt)
             row_scales = row_scales.T if scales_by_group else row_scales
-        interpret = mosaic.interpreter() if chosen == "interpret" else None
+        interpret = mosaic.interpret_on(chosen)
         return mosaic_gpu.grouped_swiglu(rows, row_scales, *others, result=result, interpret=interpret)
 
     op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)

@@ -66,9 +66,8 @@ def grouped_quant_matmul(
     if few == scales_by_group:
         row_scales = row_scales.T
     if few:
-        used = tile_expert.shape[0] if used_tiles is None else used_tiles
         return few_rows.grouped_matmul(
-            rows, row_scales, values, scales, tile_expert, used, dtype=jnp.bfloat16, interpret=interpret
+            rows, row_scales, values, scales, tile_expert, used_tiles, dtype=jnp.bfloat16, interpret=interpret
         )
     return many_rows.many_rows_matmul(rows, row_scales, values, scales, tile_expert, used_tiles, interpret=interpret)
 

@@ -25,6 +25,7 @@ from pallas_kernels.grouped_matmul.swiglu import Result, swiglu
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
 from pallas_kernels.quant_matmul import few_rows
 from pallas_kernels.quant_matmul.few_rows_tile import first_column, layout_of, unpack
+from pallas_kernels.quant_matmul.weight_stream import plan_of
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import GROUP
 from pallas_kernels.quantize.reference import quantize as quantize_reference
@@ -238,8 +239,7 @@ def swiglu_few_rows(
     else:
         tiles = tile_expert.shape[0]
         config = config or tuning.few_rows_swiglu(count // tiles, width, tiles)
-        used = tiles if used_tiles is None else used_tiles
-        plan = (tile_expert, jnp.asarray(used, jnp.int32).reshape(1))
+        plan = plan_of(tile_expert, used_tiles)
     quantises = result.quantized and config.rows // 2 == GROUP
     own = dataclasses.replace(result, quantized=quantises)
     epilogue = SwiGLU(config, x.shape[0], width, own, interpret is not None)

@@ -44,7 +44,7 @@ def index_select(
     chosen = resolve(backend, "index_select", KERNEL, mosaic_gpu.unsupported(*arguments, k))
     if chosen == "reference":
         return reference.index_select(*arguments, k, chunk_bytes)
-    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    interpret = mosaic.interpret_on(chosen)
     # Positions have no gradient, in the reference either; the kernels are not differentiated to find that out.
     queries, head_weights, index = jax.lax.stop_gradient((queries, head_weights, index))
     rest = (layer, block_tables, sequence, positions)

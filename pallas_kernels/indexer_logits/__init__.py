@@ -63,7 +63,7 @@ def indexer_logits(
         )
 
     def kernel(*arrays: jax.Array) -> jax.Array:
-        return mosaic_gpu.indexer_logits(*arrays, interpret=mosaic.interpreter() if chosen == "interpret" else None)
+        return mosaic_gpu.indexer_logits(*arrays, interpret=mosaic.interpret_on(chosen))
 
     layer = jnp.asarray(layer, jnp.int32)
     arrays = (queries, head_weights, index, layer, block_tables, sequence, positions)

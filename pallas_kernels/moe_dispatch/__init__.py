@@ -20,7 +20,7 @@ def chosen_backend(backend: str, op: str, unsupported: str | None, tokens: int) 
     chosen = resolve(backend, op, UNMEASURED_KERNEL, unsupported)
     if tokens == 0:
         chosen = "reference"
-    return chosen, mosaic.interpreter() if chosen == "interpret" else None
+    return chosen, mosaic.interpret_on(chosen)
 
 
 def route(

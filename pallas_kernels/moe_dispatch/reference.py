@@ -19,10 +19,15 @@ def route(logits, bias, num_groups, groups_kept, experts_per_token, normalize, s
     # -inf, not 0, for the other groups: a biased score can be negative.
     candidates = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(biased.shape)
     experts = jax.lax.top_k(candidates, experts_per_token)[1]
+    return experts.astype(jnp.int32), weights_of(scores, experts, normalize, scaling_factor)
+
+
+def weights_of(scores: jax.Array, experts: jax.Array, normalize: bool, scaling_factor: float) -> jax.Array:
+    """Routing weights float32 [T, K] of chosen experts, from the scores [T, E] of all."""
     weights = jnp.take_along_axis(scores, experts, axis=1)
     if normalize:
         weights = weights / weights.sum(-1, keepdims=True)
-    return experts.astype(jnp.int32), weights * scaling_factor
+    return weights * scaling_factor
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["row_token", "tile_expert", "token_row"], meta_fields=["tile"])

@@ -90,7 +90,7 @@ def quant_matmul(
         return plain(x, values, scales)
 
     def kernel(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
-        interpret = mosaic.interpreter() if chosen == "interpret" else None
+        interpret = mosaic.interpret_on(chosen)
         rows, row_scales = quantize(x, scale_fmt)
         if few_rows.unsupported(x, values) is None:
             return few_rows.matmul(rows, row_scales, values, scales, dtype=x.dtype, interpret=interpret)

@@ -26,7 +26,7 @@ from jax import lax
 from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, GROUP
-from pallas_kernels.quant_matmul.weight_stream import stream
+from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE
 
 TILES = (8, 16, 32, 64, 128)
@@ -152,6 +152,11 @@ def unsupported(x: jax.Array, values: jax.Array, tile: int | None = None) -> str
         return f"weights of dtype {values.dtype}; it takes float8_e4m3fn"
     if rows % 64 or columns % (BLOCK * GROUP):
         return f"weights of shape {values.shape}; it takes N in multiples of 64 and K in multiples of {BLOCK * GROUP}"
+    return unsupported_rows(x, tile)
+
+
+def unsupported_rows(x: jax.Array, tile: int | None) -> str | None:
+    """`unsupported`, of the rows alone."""
     if tile is None and not 1 <= x.shape[0] <= TILES[-1]:
         return f"x of shape {x.shape}; it takes 1 to {TILES[-1]} rows"
     if tile is not None and tile not in TILES:
@@ -211,7 +216,7 @@ def grouped_matmul(
     values: jax.Array,
     scales: jax.Array,
     tile_expert: jax.Array,
-    used_tiles: jax.Array,
+    used_tiles: jax.Array | None,
     *,
     dtype: Any = jnp.bfloat16,
     interpret: Any = None,
@@ -225,14 +230,14 @@ def grouped_matmul(
       values: float8_e4m3fn [E, N, K].
       scales: float32 [E, ceil(N / 128), K / 128].
       tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
-      used_tiles: int32 [], how many tiles hold a row: the first ones.
+      used_tiles: int32 [], how many tiles hold a row: the first ones; None: all.
 
     Returns:
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tile = x.shape[0] // tile_expert.shape[0]
     config = config or tuning.few_rows(tile, values.shape[1], tile_expert.shape[0])
-    plan = (tile_expert, jnp.asarray(used_tiles, jnp.int32).reshape(1))
+    plan = plan_of(tile_expert, used_tiles)
     epilogue = Rounded(config, x.shape[0], values.shape[1], dtype, interpret is not None)
     return call(epilogue, plan, x, x_scales, (values,), (scales,), interpret, config)[0]
 

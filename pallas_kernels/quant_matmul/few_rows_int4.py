@@ -26,7 +26,7 @@ from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import layout_of, pack, unpack
 from pallas_kernels.quant_matmul.int4 import BIASED, GROUP, unpack_values
-from pallas_kernels.quant_matmul.weight_stream import stream
+from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
 GROUPS = 4
@@ -282,7 +282,7 @@ def grouped_matmul(
     packed: jax.Array,
     words: jax.Array,
     tile_expert: jax.Array,
-    used_tiles: jax.Array,
+    used_tiles: jax.Array | None,
     *,
     dtype: Any = jnp.bfloat16,
     interpret: Any = None,
@@ -295,15 +295,14 @@ def grouped_matmul(
       packed: uint8 [E, N, K / 2].
       words: uint32 [E, K / 128, N].
       tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
-      used_tiles: int32 [], how many tiles hold a row: the first ones.
+      used_tiles: int32 [], how many tiles hold a row: the first ones; None: all.
 
     Returns:
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tile = x.shape[0] // tile_expert.shape[0]
     config = config or tuning.few_rows_int4(min(tile, TILES[-1]), packed.shape[1], tile_expert.shape[0])
-    parts = tile // config.tile
-    plan = (jnp.repeat(tile_expert, parts), jnp.asarray(used_tiles * parts, jnp.int32).reshape(1))
+    plan = plan_of(tile_expert, used_tiles, tile // config.tile)
     return call(plan, x, packed, words, dtype=dtype, interpret=interpret, config=config)
 
 

@@ -18,9 +18,9 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quant_matmul import few_rows_tile as device
-from pallas_kernels.quant_matmul.few_rows import TILES
+from pallas_kernels.quant_matmul.few_rows import tile_for, unsupported_rows
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, unpack
-from pallas_kernels.quant_matmul.weight_stream import stream
+from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 
 
@@ -161,11 +161,7 @@ def unsupported(x: jax.Array, values: jax.Array, tile: int | None = None) -> str
         return f"x of dtype {x.dtype}; it takes bfloat16 and float32"
     if rows % 64 or columns % (4 * BLOCK):
         return f"weights of shape {values.shape}; it takes N in multiples of 64 and K in multiples of {4 * BLOCK}"
-    if tile is None and not 1 <= x.shape[0] <= TILES[-1]:
-        return f"x of shape {x.shape}; it takes 1 to {TILES[-1]} rows"
-    if tile is not None and tile not in TILES:
-        return f"tiles of {tile} rows; it takes {', '.join(map(str, TILES))}"
-    return None
+    return unsupported_rows(x, tile)
 
 
 def matmul(
@@ -193,7 +189,7 @@ def matmul(
       [M, N].
     """
     tokens = x.shape[0]
-    config = config or tuning.few_rows(next(tile for tile in TILES if tile >= tokens), values.shape[0], 1)
+    config = config or tuning.few_rows(tile_for(tokens), values.shape[0], 1)
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
         x, x_scales = jnp.pad(x, ((0, config.tile - tokens), (0, 0))), jnp.pad(x_scales, (0, config.tile - tokens))
     how = {"dtype": dtype, "interpret": interpret, "config": config}
@@ -206,7 +202,7 @@ def grouped_matmul(
     values: jax.Array,
     scales: jax.Array,
     tile_expert: jax.Array,
-    used_tiles: jax.Array,
+    used_tiles: jax.Array | None,
     *,
     dtype: Any = jnp.bfloat16,
     interpret: Any = None,
@@ -220,14 +216,14 @@ def grouped_matmul(
       values: int8 [E, N, K].
       scales: float32 [E, N].
       tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
-      used_tiles: int32 [], how many tiles hold a row: the first ones.
+      used_tiles: int32 [], how many tiles hold a row: the first ones; None: all.
 
     Returns:
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tiles = tile_expert.shape[0]
     config = config or tuning.few_rows(x.shape[0] // tiles, values.shape[1], tiles)
-    plan = (tile_expert, jnp.asarray(used_tiles, jnp.int32).reshape(1))
+    plan = plan_of(tile_expert, used_tiles)
     return call(plan, x, x_scales, values, scales, dtype=dtype, interpret=interpret, config=config)
 
 

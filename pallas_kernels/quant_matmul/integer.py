@@ -49,11 +49,6 @@ def check_plan(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array) -> i
     return rows.shape[0] // tiles
 
 
-def interpreter(chosen: str) -> Any:
-    """The parameter of a kernel."""
-    return mosaic.interpreter() if chosen == "interpret" else None
-
-
 def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: str = "auto") -> jax.Array:
     """x W^T with an int8 weight and x quantised to int8 by row (`quantize_int8`): W8A8.
 
@@ -80,7 +75,9 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
 
     def kernel(x, values, scales):
         rows, row_scales = quantize_int8(x)
-        return few_rows_int8.matmul(rows, row_scales, values, scales, dtype=x.dtype, interpret=interpreter(chosen))
+        return few_rows_int8.matmul(
+            rows, row_scales, values, scales, dtype=x.dtype, interpret=mosaic.interpret_on(chosen)
+        )
 
     return gradient_of_reference(kernel, int8.matmul)(x, values, scales)
 
@@ -125,9 +122,9 @@ def grouped_int8_matmul(
             values,
             scales,
             tile_expert,
-            tile_expert.shape[0] if used_tiles is None else used_tiles,
+            used_tiles,
             dtype=rows.dtype,
-            interpret=interpreter(chosen),
+            interpret=mosaic.interpret_on(chosen),
         )
 
     op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
@@ -159,7 +156,7 @@ def int4_matmul(x: jax.Array, packed: jax.Array, words: jax.Array, *, backend: s
         return int4.matmul(x, packed, words)
 
     def kernel(x, packed, words):
-        return few_rows_int4.matmul(x, packed, words, dtype=x.dtype, interpret=interpreter(chosen))
+        return few_rows_int4.matmul(x, packed, words, dtype=x.dtype, interpret=mosaic.interpret_on(chosen))
 
     return gradient_of_reference(kernel, int4.matmul)(x, packed, words)
 
@@ -200,9 +197,8 @@ def grouped_int4_matmul(
         return map_tiles(lambda x, weight: int4.matmul(x, *weight), rows, tile_expert, (packed, words))
 
     def kernel(rows, packed, words, tile_expert, used_tiles):
-        used = tile_expert.shape[0] if used_tiles is None else used_tiles
-        how = {"dtype": rows.dtype, "interpret": interpreter(chosen)}
-        return few_rows_int4.grouped_matmul(rows, packed, words, tile_expert, used, **how)
+        how = {"dtype": rows.dtype, "interpret": mosaic.interpret_on(chosen)}
+        return few_rows_int4.grouped_matmul(rows, packed, words, tile_expert, used_tiles, **how)
 
     op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
     return op(rows, packed, words, tile_expert, used_tiles)

@@ -7,10 +7,18 @@ of TMA copies runs ahead of the products, also into the next items.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+
+
+def plan_of(tile_expert: jax.Array, used_tiles: jax.Array | None, parts: int = 1) -> tuple[jax.Array, jax.Array]:
+    """`plan` of `stream`: int32 [tiles] and [1], each tile taken as so many `parts`; without `used_tiles` all are."""
+    used = tile_expert.shape[0] if used_tiles is None else used_tiles
+    experts = tile_expert if parts == 1 else jnp.repeat(tile_expert, parts)
+    return experts, jnp.asarray(used * parts, jnp.int32).reshape(1)
 
 
 def stream(

@@ -44,7 +44,7 @@ def quantize(
     check(x, scale_fmt, group)
     if chosen == "reference" or x.size == 0:
         return reference.quantize(x, scale_fmt, group)
-    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    interpret = mosaic.interpret_on(chosen)
     kernel = functools.partial(mosaic_gpu.quantize, scale_fmt=scale_fmt, interpret=interpret)
     return without_gradient(kernel, "quantize")(x)
 
@@ -73,7 +73,7 @@ def rms_norm_quantize(
     check(x, scale_fmt, GROUP)
     if chosen == "reference" or x.size == 0:
         return reference.rms_norm_quantize(x, weight, eps, scale_fmt)
-    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    interpret = mosaic.interpret_on(chosen)
     kernel = functools.partial(mosaic_gpu.rms_norm_quantize, eps=eps, scale_fmt=scale_fmt, interpret=interpret)
     return without_gradient(kernel, "rms_norm_quantize")(x, weight)
 
@@ -91,5 +91,5 @@ def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, ja
     chosen = resolve(backend, "quantize_int8", UNMEASURED_KERNEL, mosaic_gpu.int8_unsupported(x))
     if chosen == "reference" or x.size == 0:
         return reference.quantize_int8(x)
-    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    interpret = mosaic.interpret_on(chosen)
     return without_gradient(functools.partial(mosaic_gpu.quantize_int8, interpret=interpret), "quantize_int8")(x)

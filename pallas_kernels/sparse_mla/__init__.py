@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import CHUNK_BYTES
-from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic import interpret_on
 from pallas_kernels.sparse_mla import mosaic_gpu, reference
 from pallas_kernels.sparse_mla.reference import dense_mla
 
@@ -65,7 +65,7 @@ def sparse_mla(
     backend = resolve(backend, "sparse_mla", KERNEL, mosaic_gpu.unsupported(queries, kv, slots, scale, rope_dim))
     if backend == "reference":
         return reference.sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
-    interpret = interpreter() if backend == "interpret" else None
+    interpret = interpret_on(backend)
 
     # What may be a tracer goes in as an argument; a missing array is an empty tree of them.
     op = gradient_of_reference(

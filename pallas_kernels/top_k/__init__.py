@@ -47,5 +47,5 @@ def top_k(scores: jax.Array, k: int, *, lengths: jax.Array | None = None, backen
     chosen = resolve(backend, "top_k", KERNEL, unsupported(scores.shape, scores.dtype, k))
     if chosen == "reference":
         return reference.top_k(scores, k, lengths)
-    interpret = mosaic.interpreter() if chosen == "interpret" else None
+    interpret = mosaic.interpret_on(chosen)
     return mosaic_gpu.top_k(scores, k, lengths=lengths, interpret=interpret)
