@@ -146,27 +146,26 @@ def markdown(content: dict[str, Any], op: str) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 
-ATTENTION_HEADINGS = ("shape", "time", "memory", "dense", "dense time", "dense memory", "faster by")
+ATTENTION_HEADINGS = (
+    *("shape", "time", "memory", "dense, stock JAX", "its time", "its memory", "faster by"),
+    *("dense, published", "its time", "faster by"),
+)
 
 
 def attention_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the whole attention, beside the best dense one."""
+    """A row of the whole attention, beside the dense ones: what JAX has itself, and the best published kernel."""
     if "error" in row:
-        return cells(row)[: len(ATTENTION_HEADINGS)]
+        return [*cells(row)[:3], *[""] * (len(ATTENTION_HEADINGS) - 3)]
     line = [row["shape"], duration(row["seconds"]["median"]), size(row["memory"])]
-    best = dense(row)
-    if best is None:
-        return [*line, "", "did not run", "", ""]
-    seconds, name = best
-    reference = row.get("reference") or {}
-    own = reference.get("name") == name
-    return [
-        *line,
-        name,
-        duration(seconds),
-        size(reference["memory"]) if own else "",
-        f"{seconds / row['seconds']['median']:.2f}x",
-    ]
+    reference, peer = row.get("reference"), row.get("peer")
+    if reference is None or "error" in reference:
+        line += ["did not run", "", "", ""]
+    else:
+        seconds = duration(reference["seconds_scaled_to_shape"])
+        line += [reference["name"], seconds, size(reference["memory"]), f"{reference['ratio']:.2f}x"]
+    if peer is None:
+        return [*line, "", "", ""]
+    return [*line, "; ".join(peer["rows"]), duration(peer["seconds"]), f"{peer['ratio']:.2f}x"]
 
 
 def size(memory: dict[str, int]) -> str:

@@ -32,7 +32,7 @@ def row(op="top_k", shape="64x32768", median=1e-3, **fields):
         "roofline": {"bound": "compute", "fraction": 0.81, "seconds": 0.81 * median},
         "backend": "mosaic_gpu",
         "memory": {"temporary": 10**9, "output": 5 * 10**8},
-        "peer": {"name": "P", "seconds": 2 * median, "ratio": 2.0},
+        "peer": {"name": "P", "rows": ["P: a call, a shape"], "seconds": 2 * median, "ratio": 2.0},
         "reference": reference(median * 10, median),
         "target": {"floor": 1.8, "goal": 3.0, "of": "peer"},
         **fields,
@@ -138,13 +138,13 @@ def test_an_unknown_marker_is_an_error():
         report.with_tables("<!-- bench:softmax -->\n<!-- /bench -->\n", content())
 
 
-def test_attention_stands_beside_the_best_dense_one():
+def test_attention_stands_beside_both_dense_ones():
     ours = row("attention", "prefill-32768", median=1e-3, peer=None)
     assert report.attention_cells(ours) == [
-        "prefill-32768", "1 ms", "1.5 GB", "plain", "10 ms", "2 GB", "10.00x",
+        "prefill-32768", "1 ms", "1.5 GB", "plain", "10 ms", "2 GB", "10.00x", "", "", "",
     ]  # fmt: skip
-    peered = row("attention", "prefill-32768")
-    assert report.attention_cells(peered)[3:] == ["P", "2 ms", "", "2.00x"]
+    peered = row("attention", "prefill-32768", reference={"error": "x"})
+    assert report.attention_cells(peered)[3:] == ["did not run", "", "", "", "P: a call, a shape", "2 ms", "2.00x"]
     assert report.dense(row(peer=None, reference={"error": "x"})) is None
 
 

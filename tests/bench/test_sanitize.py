@@ -6,6 +6,7 @@ from pallas_kernels.shapes import SMALL
 from tests.gpu.sanitize import FOUND, OPS, TOOLS, command, judged
 
 PASSED = "==== 2 passed, 3 deselected in 4.00s ====\n"
+BROKEN = "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.\n"
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ PASSED = "==== 2 passed, 3 deselected in 4.00s ====\n"
         (FOUND, PASSED + "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", "found"),
         (FOUND, "==== 1 failed in 4.00s ====\n========= ERROR SUMMARY: 5 errors\n", "found"),
         (1, "==== 1 failed, 1 passed in 4.00s ====\n========= ERROR SUMMARY: 0 errors\n", "tests failed"),
+        (FOUND, BROKEN + "==== 1 failed in 4.00s ====\n= RACECHECK SUMMARY: 1 hazard displayed (1 error)", "not run"),
         (5, "==== 9 deselected in 0.10s ====\n========= ERROR SUMMARY: 0 errors\n", "not run"),
         (0, "==== 2 skipped in 0.10s ====\n========= ERROR SUMMARY: 0 errors\n", "not run"),
         (1, "========= Error: Device not supported\n", "not run"),
@@ -33,6 +35,8 @@ def test_verdicts(code, output, verdict):
 
 def test_a_run_that_does_not_count_says_why():
     assert judged("memcheck", 1, "x\n========= Error: Device not supported\n")["summary"].endswith("not supported")
+    broken = judged("racecheck", FOUND, BROKEN + PASSED + "= RACECHECK SUMMARY: 1 hazard")
+    assert broken["summary"].startswith("Internal Sanitizer Error")
     assert judged("memcheck", None, "")["summary"] == "out of time"
     assert judged("memcheck", 0, "2 passed in 4.00s\n= ERROR SUMMARY: 0 errors")["tests"] == "2 passed in 4.00s"
 

@@ -68,7 +68,8 @@ def test_kernel(which):
     check(got, case)
     options = {"quantize_result": True, "scale_fmt": scale_fmt, "scales_by_group": by_group}
     values, scales = poisoned(case, unused=unused, **options)
-    want_values, want_scales = quantize(jnp.asarray(got), scale_fmt, backend="reference")
+    with jax.default_device(jax.devices("cpu")[0]):  # on a GPU, XLA's own division may be off in the last bit
+        want_values, want_scales = quantize(jnp.asarray(got), scale_fmt, backend="reference")
     np.testing.assert_array_equal(scales, want_scales)
     np.testing.assert_array_equal(values, np.asarray(want_values).view(np.uint8))
 
