@@ -1,7 +1,8 @@
 """Times of published kernels, as a peers' file carries them.
 
-Such a file is JSON: `device`, and `rows` of `peer`, `op`, `shape` and `seconds` (or `error`). It is written by a script
-that times other libraries on the same machine just before; a ratio across devices would mean nothing, and is refused.
+Such a file is JSON: `device`, `flush`, and `rows` of `peer`, `op`, `shape` and `seconds` (or `error`). It is written by
+a script that times other libraries on the same machine just before; a ratio across devices, or with another way to
+empty L2 (`timer.FLUSH`), would mean nothing, and is refused.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from experiments.bench.timer import FLUSH
 from pallas_kernels.shapes import PeerRow, Shape
 
 EMPTY = PeerRow("torch", "empty call", "nothing")
@@ -25,7 +27,7 @@ class Peers:
 
     @classmethod
     def read(cls, paths: Sequence[Path], device: str) -> "Peers":
-        """The rows that were measured on this kind of device.
+        """The rows that were measured on this kind of device, and as `timer` does.
 
         Raises:
           UserError: a file cannot be read or is no peers' file.
@@ -44,8 +46,9 @@ class Peers:
                 raise UserError(f"--peers {path}: cannot be read: {error.strerror}") from error
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--peers {path}: not a file of a device and rows of peer, op, shape") from error
-            used = content.get("device") == device
-            files.append({"name": path.name, "device": content.get("device"), "used": used})
+            own = {"device": content.get("device"), "flush": content.get("flush")}
+            used = own == {"device": device, "flush": FLUSH}
+            files.append({"name": path.name, **own, "used": used})
             if used:
                 rows.update(found)
         return cls(rows, files)

@@ -182,7 +182,7 @@ def sentence(run: dict[str, Any]) -> str:
         for name, label, unit in (("copy", "copy", "TB/s"), ("bf16", "bf16", "TFLOP/s"), ("fp8", "FP8", "TFLOP/s"))
         if rates[name] is not None
     ]
-    return f"{run['date']}, jax {run['versions']['jax']}; {', '.join(shown)}"
+    return f"{run['date']}, jax {run['versions']['jax']}; {run['timer']}; {', '.join(shown)}"
 
 
 def with_tables(page: str, content: dict[str, Any]) -> str:

@@ -6,13 +6,14 @@ import pytest
 
 from dsv32_jax.errors import UserError
 from experiments.bench.peers import EMPTY, Peers
+from experiments.bench.timer import FLUSH
 from pallas_kernels.shapes import PeerRow, TopK
 
 LOGITS, FAST, SLOW = PeerRow("A", "logits", "T=4"), PeerRow("B", "topk", "T=4"), PeerRow("C", "topk", "T=4")
 
 
-def peers_file(path, rows, device="GPU X"):
-    path.write_text(json.dumps({"device": device, "rows": rows}))
+def peers_file(path, rows, device="GPU X", flush=FLUSH):
+    path.write_text(json.dumps({"device": device, "flush": flush, "rows": rows}))
     return path
 
 
@@ -48,14 +49,16 @@ def test_each_timer_s_own_empty_call_is_taken_off(tmp_path):
     assert known.ratio(known.join(both), 1.5, empty=0.5) == {"ratio": 2.5, "net": True}
 
 
-def test_another_device_is_not_compared(tmp_path):
+def test_another_device_or_way_to_empty_l2_is_not_compared(tmp_path):
     files = [
         peers_file(tmp_path / "here.json", [as_row(FAST, seconds=1.0)]),
         peers_file(tmp_path / "there.json", [as_row(SLOW, seconds=0.5)], device="GPU Y"),
+        peers_file(tmp_path / "written.json", [as_row(SLOW, seconds=0.5)], flush="write"),
+        peers_file(tmp_path / "unknown.json", [as_row(SLOW, seconds=0.5)], flush=None),
     ]
     peers = Peers.read(files, "GPU X")
     assert (peers.seconds(FAST), peers.seconds(SLOW)) == (1.0, None)
-    assert [(file["name"], file["used"]) for file in peers.files] == [("here.json", True), ("there.json", False)]
+    assert [file["name"] for file in peers.files if file["used"]] == ["here.json"] and len(peers.files) == 4
 
 
 def test_several_files_are_one_table(tmp_path):

@@ -16,6 +16,7 @@ def made(device="GPU X", time="2026-01-01T00:00:00"):
         "device": device,
         "date": "2026-01-01",
         "versions": versions,
+        "timer": "device clock",
         "roofline": {"ceilings": CEILINGS},
     }
 
@@ -117,7 +118,7 @@ def test_a_page_gets_its_tables_and_keeps_the_rest():
     new = report.with_tables(page, content(row()))
     assert new == (
         "# top_k\n\n<!-- bench:top_k -->\n"
-        "GPU X; 2026-01-01, jax 0.11.2; copy 4.2 TB/s, bf16 800 TFLOP/s, FP8 1500 TFLOP/s.\n\n"
+        "GPU X; 2026-01-01, jax 0.11.2; device clock; copy 4.2 TB/s, bf16 800 TFLOP/s, FP8 1500 TFLOP/s.\n\n"
         "| shape | time | spread | TFLOP/s | GB/s | roofline | memory | reference | peer | target |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| 64x32768 | 1 ms | 900 us to 1.1 ms | 620 | 1234 | 81% (compute) | 1.5 GB | 10.0x | 2.00x (P) "

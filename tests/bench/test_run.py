@@ -7,6 +7,7 @@ import pytest
 from dsv32_jax.cli import main
 from dsv32_jax.errors import UserError
 from experiments.bench import cases, run
+from experiments.bench.timer import FLUSH
 from experiments.results import environment
 from pallas_kernels.shapes import SHAPES, TINY, PeerRow, TopK
 
@@ -51,7 +52,7 @@ def peered(monkeypatch):
 
 def peers_file(path, device, seconds=1.0):
     row = {"peer": "P", "op": "topk", "shape": "tiny", "seconds": seconds}
-    path.write_text(json.dumps({"device": device, "rows": [row]}))
+    path.write_text(json.dumps({"device": device, "flush": FLUSH, "rows": [row]}))
     return path
 
 
@@ -76,7 +77,10 @@ def test_a_row_and_its_run(dsv32, tmp_path, peered):
     content = json.loads(out.read_text())
     (made,), (row,) = content["runs"], content["rows"]
     assert (made["tiny"], made["timer"], made["device"]) == (True, "host clock", DEVICE)
-    assert made["peers"] == [{"name": "peers.json", "device": DEVICE, "used": True}] and made["versions"]["jax"]
+    assert (
+        made["peers"] == [{"name": "peers.json", "device": DEVICE, "flush": FLUSH, "used": True}]
+        and made["versions"]["jax"]
+    )
     assert (row["op"], row["shape"], row["run"], row["backend"]) == ("top_k", "tiny", made["time"], "reference")
     assert row["dims"] == {"tokens": 3, "context": 256, "chosen": 16} and row["target"]["goal"] == 3.0
     times = row["seconds"]
