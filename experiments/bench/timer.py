@@ -3,8 +3,8 @@
 `StampTimer` does what CUDA events around a call do in PyTorch: it queues a read of 256 MB (so that L2 holds nothing of
 the call's, nor anything that would have to be written back while the call runs), a kernel that spins while the host
 launches what follows, a kernel that reads the device's clock, the call, and a second such kernel. Gaps between the
-call's own kernels count; the host's work does not, unless the call waits for the device in the middle. JAX runs what one
-thread dispatches to a device in order.
+call's own kernels count; the host's work does not, unless the call waits for the device in the middle. JAX runs what
+one thread dispatches to a device in order.
 """
 
 import statistics
