@@ -65,7 +65,7 @@ class Statistics:
       cached: blocks that nobody holds, but that still have an identity to be found by.
       free: the others.
       shared: blocks that more than one sequence holds.
-      tokens_asked, tokens_found: of all prompts so far: their length, and how much of it was cached.
+      tokens_asked, tokens_found: of all that was opened so far: its length, and how much of it was cached.
       evictions: identities given up for memory so far.
       internal_fragmentation: share of the slots of blocks in use that hold no token.
       external_fragmentation: share of the available blocks that no request could get. Always 0: a block is as good as
@@ -84,7 +84,7 @@ class Statistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of all prompts' tokens that was found in the cache."""
+        """Share of all opened tokens that was found in the cache."""
         return self.tokens_found / self.tokens_asked if self.tokens_asked else 0.0
 
 
@@ -133,7 +133,7 @@ class BlockPool:
 
     # ---- sequences ----
 
-    def open(self, tokens: Sequence[int], salt: bytes = b"") -> BlockTable:
+    def open(self, tokens: Sequence[int], salt: bytes = b"", *, room: int = 0) -> BlockTable:
         """A table that begins with the longest cached prefix of a prompt; its `length` says how long that is.
 
         The prompt's last token is never among what is found: its logits are wanted, so it must be computed.
@@ -141,20 +141,28 @@ class BlockPool:
         Args:
           tokens: ids of the prompt.
           salt: see `BlockTable`.
+          room: tokens for which `extend` must be able to give places next, if nothing else happens in between.
+
+        Raises:
+          OutOfBlocks: there is no such room; nothing has changed.
         """
         table = BlockTable(salt=salt)
+        for index in range((len(tokens) - 1) // BLOCK_SIZE if self.sharing else 0):
+            digest = self._identity(table, tokens, index)
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            table.blocks.append(block)
+            table.digests.append(digest)
+        needed = -(-room // BLOCK_SIZE) - len(table.blocks)
+        available = self.available - sum(self._references[block] == 0 for block in table.blocks)
+        if needed > available:
+            raise OutOfBlocks(needed, available)
+        for block in table.blocks:
+            self._hold(block)
+        table.length = len(table.blocks) * BLOCK_SIZE
         self._asked += len(tokens)
-        if self.sharing:
-            for index in range((len(tokens) - 1) // BLOCK_SIZE):
-                digest = self._identity(table, tokens, index)
-                block = self._block_of.get(digest)
-                if block is None:
-                    break
-                self._hold(block)
-                table.blocks.append(block)
-                table.digests.append(digest)
-            table.length = len(table.blocks) * BLOCK_SIZE
-            self._found += table.length
+        self._found += table.length
         return table
 
     def extend(self, table: BlockTable, length: int) -> list[tuple[int, int]]:

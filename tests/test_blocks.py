@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from dsv32_jax.blocks import BLOCK_SIZE, BlockPool, BlockTable, OutOfBlocks
 
@@ -83,17 +83,28 @@ class Pools(RuleBasedStateMachine):
         length=st.integers(1, 400),
         own=st.booleans(),
         salt=st.sampled_from([b"", b"tenant"]),
+        room=st.sampled_from([0, 0, 70, 400]),
     )
-    def open(self, text, length, own, salt):
+    def open(self, text, length, own, salt, room):
         prompt = [*text[: length - 1], 99] if own else text[:length]
-        table = self.pool.open(prompt, salt)
         held = []
         for stop in range(BLOCK_SIZE, len(prompt), BLOCK_SIZE):
             block = self.naive.find((salt, *prompt[:stop]))
             if block is None:
                 break
-            block.holders += 1
             held.append(block)
+        needed = -(-room // BLOCK_SIZE) - len(held)
+        available = self.naive.available() - sum(not block.holders for block in held)
+        if needed > available:
+            before = self.pool.statistics()
+            with pytest.raises(OutOfBlocks) as raised:
+                self.pool.open(prompt, salt, room=room)
+            assert (raised.value.needed, raised.value.available) == (needed, available)
+            assert before == self.pool.statistics()
+            return multiple()
+        table = self.pool.open(prompt, salt, room=room)
+        for block in held:
+            block.holders += 1
         assert table.length == len(held) * BLOCK_SIZE < len(prompt)
         sequence = Sequence(table, prompt, held, table.length, table.length)
         self.alive.append(sequence)

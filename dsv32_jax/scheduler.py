@@ -1,0 +1,277 @@
+"""What the next step runs: which sequences, which of their tokens, in which blocks. On the host, without JAX.
+
+A step is a flat batch of tokens. Every running sequence gets a place first, the oldest before the others: one token
+where it is being continued, a piece of its prompt where that is not read yet. What is left of the step's tokens goes to
+waiting sequences. Where blocks run out, the youngest running sequence gives its own back and waits again, before those
+that came later; what it has computed may still be found in the pool, and else is computed anew.
+
+A step may be planned before the tokens of the one before it are known: they are `in_flight`, and only their number
+counts here.
+"""
+
+import bisect
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from dsv32_jax.blocks import BLOCK_SIZE, BlockPool, BlockTable, OutOfBlocks
+
+__all__ = ["Limits", "Part", "Scheduler", "Sequence", "Step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one step may hold.
+
+    Attributes:
+      tokens: in a step, at most; prompts are read in pieces that fit.
+      sequences: that run at a time, at most.
+    """
+
+    tokens: int
+    sequences: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sequences <= self.tokens:
+            raise ValueError(
+                f"sequences: {self.sequences}; must be from 1 to the tokens of a step, {self.tokens}: each running "
+                f"sequence gets one"
+            )
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One continuation of one prompt.
+
+    Attributes:
+      tokens: ids of the prompt, and of what has come after it so far.
+      max_new_tokens: how many may come.
+      salt: see `BlockTable`.
+      siblings: other continuations of the same prompt, which begin when it has been read.
+      arrival: its place in the order of all; set by `Scheduler.add`.
+      prompt: how many of `tokens` are the prompt's.
+      in_flight: tokens drawn in steps whose results are not known yet.
+      computed: tokens that are in the cache, or in a planned step.
+      table: its blocks; None while it waits.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    salt: bytes = b""
+    siblings: list["Sequence"] = dataclasses.field(default_factory=list)
+    arrival: int = -1
+    prompt: int = dataclasses.field(init=False)
+    in_flight: int = 0
+    computed: int = 0
+    table: BlockTable | None = None
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that it has, known or in flight."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that are to be computed now; 0 where the last one has been drawn."""
+        return 0 if self.length - self.prompt >= self.max_new_tokens else self.length - self.computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tokens start..stop of a sequence in a step.
+
+    Attributes:
+      sequence: whose.
+      start, stop: their positions.
+      slots: int32 [stop - start], where their values go; see `BlockTable.slots`.
+      samples: sequences that draw a token from the logits of the last of them: the sequence, if it is complete with
+        that, and those of its siblings that begin here.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    slots: np.ndarray
+    samples: tuple[Sequence, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A planned step.
+
+    Attributes:
+      parts: of different sequences.
+      copies: (source, target) blocks to be copied before it.
+      preempted: sequences that had to give back their blocks for it.
+    """
+
+    parts: list[Part]
+    copies: list[tuple[int, int]]
+    preempted: list[Sequence]
+
+    @property
+    def tokens(self) -> int:
+        """How many it computes."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    @property
+    def samples(self) -> list[Sequence]:
+        """Who draws a token, in the order of the parts."""
+        return [sequence for part in self.parts for sequence in part.samples]
+
+
+class Scheduler:
+    """The queues of waiting and running sequences, and the pool that they share.
+
+    Args:
+      pool: blocks of the cache.
+      limits: of a step.
+    """
+
+    def __init__(self, pool: BlockPool, limits: Limits):
+        self.pool = pool
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._arrivals = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence, with its siblings, at the end of the queue.
+
+        Raises:
+          ValueError: it could never run: too many siblings, or more tokens than the whole cache holds.
+        """
+        together = 1 + len(sequence.siblings)
+        if together > self.limits.sequences:
+            raise ValueError(f"{together} continuations of one prompt; at most {self.limits.sequences} run at a time")
+        # The last token that is drawn needs no place.
+        needed, room = sequence.length + sequence.max_new_tokens - 1, self.pool.num_blocks * BLOCK_SIZE
+        if needed > room:
+            raise ValueError(f"{needed} tokens are more than the whole cache holds, {room}")
+        for one in (sequence, *sequence.siblings):
+            one.arrival = self._arrivals
+            self._arrivals += 1
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Step | None:
+        """Plans the next step; None if there is nothing to compute now."""
+        parts: list[Part] = []
+        copies: list[tuple[int, int]] = []
+        preempted: list[Sequence] = []
+        budget = self.limits.tokens
+        # Who comes later begins when all before it have read their prompts: each but the last wants one token at most.
+        for sequence in list(self.running):
+            count = min(sequence.wanted, budget)
+            if sequence.table is None or not count:  # an older one has its blocks now, or its last token was drawn
+                continue
+            found = self._places(sequence, count, preempted)
+            if found is not None:
+                copies += found
+                parts.append(self._part(sequence, count))
+                budget -= count
+        while self.waiting and not preempted and budget:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            count = min(sequence.wanted, budget)
+            self.pool.extend(self._table(sequence), sequence.computed + count)  # behind whole blocks: nothing to copy
+            parts.append(self._part(sequence, count))
+            budget -= count
+        # Only now: no part of this step begins with what another part of it computes.
+        for part in parts:
+            self._commit(part.sequence)
+        return Step(parts, copies, preempted) if parts else None
+
+    def receive(self, step: Step, tokens: Iterable[int]) -> None:
+        """The tokens that a step drew, in the order of `Step.samples`; those of finished sequences are dropped."""
+        for sequence, token in zip(step.samples, tokens, strict=True):
+            sequence.in_flight -= 1
+            if not sequence.finished:
+                sequence.tokens.append(token)
+                self._commit(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence ends, wherever it is; its blocks are released. Siblings that have not begun go with it."""
+        for sibling in sequence.siblings:
+            sibling.finished = True
+        sequence.siblings = []
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._close(sequence)
+
+    # ---- helpers ----
+
+    def _places(self, sequence: Sequence, count: int, preempted: list[Sequence]) -> list[tuple[int, int]] | None:
+        """Places for a running sequence's next tokens, at the cost of younger ones; None if it had to go itself."""
+        while True:
+            try:
+                return self.pool.extend(self._table(sequence), sequence.computed + count)
+            except OutOfBlocks:
+                victim = self.running[-1]
+                self._preempt(victim)
+                preempted.append(victim)
+                if victim is sequence:
+                    return None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, in the order of arrival."""
+        self.running.remove(sequence)
+        self._close(sequence)
+        place = bisect.bisect([one.arrival for one in self.waiting], sequence.arrival)
+        self.waiting.insert(place, sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Lets the first waiting sequence run, if there is room for all that it has so far."""
+        if sequence.in_flight:  # it was preempted while a token was being drawn, which is not known yet
+            return False
+        if len(self.running) + 1 + len(sequence.siblings) > self.limits.sequences:
+            return False
+        try:
+            table = self.pool.open(sequence.tokens, sequence.salt, room=sequence.length)
+        except OutOfBlocks:
+            return False
+        self.waiting.popleft()
+        bisect.insort(self.running, sequence, key=lambda one: one.arrival)
+        sequence.table, sequence.computed = table, table.length
+        return True
+
+    def _part(self, sequence: Sequence, count: int) -> Part:
+        """The next tokens of a sequence, which have places."""
+        table, start = self._table(sequence), sequence.computed
+        sequence.computed += count
+        samples: tuple[Sequence, ...] = ()
+        if sequence.computed == sequence.length:
+            samples = (sequence, *sequence.siblings)
+            for sibling in sequence.siblings:
+                sibling.table, sibling.computed = self.pool.fork(table), sequence.computed
+                bisect.insort(self.running, sibling, key=lambda one: one.arrival)
+            sequence.siblings = []
+            for one in samples:
+                one.in_flight += 1
+        return Part(sequence, start, start + count, table.slots(start, start + count), samples)
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Full blocks of known tokens can be found from now on."""
+        if sequence.table is not None:
+            self.pool.commit(sequence.table, sequence.tokens, min(sequence.computed, len(sequence.tokens)))
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self.pool.close(sequence.table)
+        sequence.table, sequence.computed = None, 0
+
+    @staticmethod
+    def _table(sequence: Sequence) -> BlockTable:
+        assert sequence.table is not None
+        return sequence.table

@@ -1,0 +1,223 @@
+"""Plans of steps, run on a memory of tokens instead of a model: what each step reads must be what its sequences are."""
+
+import hashlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
+from dsv32_jax.scheduler import Limits, Scheduler, Sequence
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    """What the model of these tests says after some tokens."""
+    return hashlib.sha256(np.asarray([seed, *tokens], np.int64).tobytes()).digest()[0]
+
+
+class Machine:
+    """Runs steps as an engine does, each planned before the tokens of the one before it are known."""
+
+    def __init__(self, blocks: int, limits: Limits):
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.memory = np.full((blocks, BLOCK_SIZE), -1)
+        self.seeds: dict[Sequence, int] = {}
+        self.drawn: dict[Sequence, list[int]] = {}
+        self.late = None  # a step that ran, whose tokens are not known yet
+        self.preemptions = 0
+
+    def add(self, prompt, new, seed=0, continuations=1):
+        first, *others = (Sequence(list(prompt), new) for _ in range(continuations))
+        first.siblings = others
+        for n, sequence in enumerate((first, *others)):
+            self.seeds[sequence], self.drawn[sequence] = seed + n, []
+        self.scheduler.add(first)
+        return [first, *others]
+
+    def step(self) -> bool:
+        """Plans and runs a step, then learns the tokens of the one before; False if there was nothing to do."""
+        planned = self.scheduler.schedule()
+        result = None
+        if planned is not None:
+            self.check_plan(planned)
+            result = planned, self.run(planned)
+        late, self.late = self.late, result
+        if late is not None:
+            self.scheduler.receive(*late)
+            for sequence in late[0].samples:
+                if not sequence.finished and len(sequence.tokens) - sequence.prompt >= sequence.max_new_tokens:
+                    self.scheduler.finish(sequence)
+        self.check_pool()
+        return planned is not None or late is not None
+
+    def run(self, planned) -> list[int]:
+        for source, target in planned.copies:
+            self.memory[target] = self.memory[source]
+        whole = {}
+        for part in planned.parts:
+            # All its tokens, also those that the scheduler does not know yet.
+            known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
+            self.memory.reshape(-1)[part.slots] = known[part.start : part.stop]
+            whole[part.sequence] = known
+        tokens = []
+        for part in planned.parts:
+            # What attention would read: everything before the part's end, through the table.
+            assert self.read(part.sequence, part.stop) == whole[part.sequence][: part.stop]
+            for sequence in part.samples:
+                token = next_token(whole[part.sequence], self.seeds[sequence])
+                self.drawn[sequence].append(token)
+                tokens.append(token)
+        return tokens
+
+    def read(self, sequence, stop):
+        return self.memory.reshape(-1)[sequence.table.slots(0, stop)].tolist()
+
+    def check_plan(self, planned):
+        limits = self.scheduler.limits
+        assert 0 < planned.tokens <= limits.tokens and len(self.scheduler.running) <= limits.sequences
+        assert len({part.sequence for part in planned.parts}) == len(planned.parts)
+        slots = [slot for part in planned.parts for slot in part.slots]
+        assert len(set(slots)) == len(slots)
+        written = {slot // BLOCK_SIZE for slot in slots}
+        assert all(self.pool._references[block] == 1 or self.begins_here(planned, block) for block in written)
+        running = self.scheduler.running
+        assert [s.arrival for s in running] == sorted(s.arrival for s in running)
+        if not planned.preempted:  # each running sequence that wants a token gets one
+            assert {part.sequence for part in planned.parts} | set(planned.samples) >= {s for s in running if s.wanted}
+        self.preemptions += len(planned.preempted)
+
+    @staticmethod
+    def begins_here(planned, block):
+        """A block that is shared because siblings begin with what this step computes."""
+        return any(len(part.samples) > 1 and block in part.sequence.table.blocks for part in planned.parts)
+
+    def check_pool(self):
+        held = sum(len(s.table.blocks) for s in self.scheduler.running)
+        assert sum(self.pool._references) == held
+        assert all(sequence.table is None for sequence in self.scheduler.waiting)
+
+    def finish_all(self, most: int):
+        for _ in range(most):
+            if not self.step():
+                break
+        assert not self.scheduler.running and not self.scheduler.waiting, "it does not end"
+        assert self.pool.statistics().in_use == 0
+
+
+REQUEST = st.tuples(
+    st.integers(0, 2),  # which text
+    st.integers(1, 300),  # tokens of the prompt
+    st.integers(1, 90),  # new ones
+    st.integers(1, 3),  # continuations
+    st.integers(0, 12),  # steps before it comes
+    st.sampled_from([None, None, None, 1, 5, 20]),  # steps until it is given up
+)
+TEXTS = [[(seed * 5 + i * i) % 7 for i in range(300)] for seed in range(3)]
+
+
+def alone(prompt, new, seed):
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(next_token(tokens, seed))
+    return tokens
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(REQUEST, min_size=1, max_size=8), st.integers(7, 20), st.integers(3, 150), st.integers(3, 6))
+def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences):
+    machine = Machine(blocks, Limits(max(tokens, sequences), sequences))
+    alive, given_up = [], set()
+    for clock in range(40):
+        for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
+            if clock == comes:
+                found = machine.add(TEXTS[text][:length], new, 10 * number, continuations)
+                alive.append((found, clock + leaves if leaves else None))
+        for found, end in alive:
+            if clock == end:
+                given_up.update(sequence for sequence in found if not sequence.finished)
+                for sequence in found:
+                    machine.scheduler.finish(sequence)
+        machine.step()
+    machine.finish_all(20_000)
+    for found, _ in alive:
+        for sequence in found:
+            want = alone(sequence.tokens[: sequence.prompt], sequence.max_new_tokens, machine.seeds[sequence])
+            assert sequence.finished
+            assert (
+                sequence.tokens == want if sequence not in given_up else sequence.tokens == want[: len(sequence.tokens)]
+            )
+
+
+def test_a_small_pool_preempts_the_youngest_and_loses_nothing():
+    machine = Machine(5, Limits(64, 4))
+    found = [machine.add(TEXTS[n][:100], 100, n)[0] for n in range(3)]
+    machine.finish_all(2000)
+    assert machine.preemptions > 0
+    for n, sequence in enumerate(found):
+        assert sequence.tokens == alone(TEXTS[n][:100], 100, n)
+
+
+def test_who_waits_for_a_token_in_flight_is_not_read_without_it():
+    """Steps are planned ahead of results; a sequence that was preempted meanwhile begins again with all its tokens."""
+    pool = BlockPool(3)
+    scheduler = Scheduler(pool, Limits(256, 2))
+    old, young = Sequence([1] * 60, 30), Sequence([2] * 60, 30)
+    scheduler.add(old)
+    scheduler.add(young)
+    steps = []
+    while not (steps and steps[-1].preempted):
+        steps.append(scheduler.schedule())
+    assert steps[-1].preempted == [young] and young.in_flight == len(steps) - 1
+    steps.append(scheduler.schedule())
+    assert [part.sequence for part in steps[-1].parts] == [old]
+    scheduler.finish(old)
+    assert scheduler.schedule() is None
+    for step in steps:
+        scheduler.receive(step, range(len(step.samples)))
+    (part,) = scheduler.schedule().parts
+    assert (part.sequence, part.stop) == (young, 60 + len(steps) - 2)
+
+
+def test_running_sequences_go_on_while_a_long_prompt_is_read():
+    machine = Machine(40, Limits(16, 4))
+    first = machine.add(TEXTS[0][:10], 50)[0]
+    machine.step()
+    long = machine.add(TEXTS[1][:300], 2)[0]
+    for _ in range(10):
+        before = first.length
+        machine.step()
+        assert first.length == before + 1 and long.computed > 0
+    machine.finish_all(200)
+
+
+def test_a_prompt_of_several_continuations_is_read_once():
+    machine = Machine(20, Limits(256, 4))
+    machine.add(TEXTS[0][:200], 5, continuations=3)
+    planned = machine.scheduler.schedule()
+    assert planned.tokens == 200 and len(planned.samples) == 3
+    assert machine.pool.statistics().in_use == 4
+    machine.run(planned)
+    again = machine.scheduler.schedule()
+    assert again.tokens == 3 and len(again.copies) == 2
+
+
+def test_a_shared_prefix_is_not_computed_again():
+    machine = Machine(20, Limits(256, 4))
+    machine.add(TEXTS[0][:200], 1)
+    machine.step()
+    other = machine.add([*TEXTS[0][:150], 9, 9], 1)[0]
+    planned = machine.scheduler.schedule()
+    assert planned.parts[0].start == 128 and planned.tokens == 24 and other.table.blocks[:2]
+
+
+def test_what_can_never_run_is_refused():
+    scheduler = Scheduler(BlockPool(2), Limits(8, 2))
+    with pytest.raises(ValueError, match="129 tokens are more than the whole cache holds, 128"):
+        scheduler.add(Sequence([1] * 100, 30))
+    scheduler.add(Sequence([1] * 100, 29))
+    with pytest.raises(ValueError, match="3 continuations of one prompt; at most 2"):
+        scheduler.add(Sequence([1], 1, siblings=[Sequence([1], 1), Sequence([1], 1)]))
+    with pytest.raises(ValueError, match="sequences: 9"):
+        Limits(8, 9)
