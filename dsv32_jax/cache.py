@@ -73,6 +73,20 @@ class KVCache:
         shapes = KVCache.shapes(config, 1, form, fp8_index)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) // BLOCK_SIZE
 
+    def copy_blocks(self, sources: jax.Array, targets: jax.Array) -> "KVCache":
+        """The cache with some blocks, of all layers, written over with others.
+
+        Args:
+          sources: int32 [C], blocks to be read.
+          targets: int32 [C], different blocks to be written, none of them a source; -1 where there is none.
+        """
+        where = jnp.where(targets < 0, self.num_blocks, targets)  # past the end: dropped
+
+        def copy(array: jax.Array) -> jax.Array:
+            return array.at[:, where].set(array[:, jnp.maximum(sources, 0)], mode="drop")
+
+        return jax.tree.map(copy, self)
+
     @property
     def num_blocks(self) -> int:
         """Blocks of 64 tokens."""

@@ -6,19 +6,22 @@ from jax import Array, lax
 
 
 @jax.jit
-def row_keys(seed: Array | int, rows: Array, positions: Array) -> Array:
+def row_keys(seeds: Array | int, rows: Array, positions: Array) -> Array:
     """One PRNG key for each row and position, so that what a row draws does not depend on its neighbours.
 
     Args:
-      seed: the run's seed, a scalar.
-      rows: int32 [B], the row's number within the run.
+      seeds: of the run, a scalar; or [B], each row's own.
+      rows: int32 [B], the row's number within the run, or within those of one seed.
       positions: int32 [B], position of the token to be drawn.
 
     Returns:
       Keys [B] for `sample`.
     """
-    key = jax.random.key(seed)
-    return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
+
+    def key(seed: Array, row: Array, position: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
+
+    return jax.vmap(key)(jnp.broadcast_to(seeds, rows.shape), rows, positions)
 
 
 @jax.jit

@@ -1,0 +1,314 @@
+"""Many requests at once: the loop of scheduler, jitted step and results.
+
+The host plans a step while the device still runs the one before: a token that is drawn there goes into the next step
+without the host having seen it. The host then reads what the earlier step drew. A continuation that ends is noticed one
+step late; what it computes in that step is dropped.
+
+Steps have few shapes: the tokens and the width of the block tables are powers of two, all else is fixed. `warmup`
+compiles all of them.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
+from dsv32_jax.cache import KVCache
+from dsv32_jax.errors import UserError
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.model import Batch, Options
+from dsv32_jax.request import Completion, Event, Request, SamplingParams
+from dsv32_jax.sampling import row_keys, sample
+from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
+
+__all__ = ["Engine"]
+
+SMALLEST_STEP = 8
+"""Tokens that the smallest step is padded to."""
+NARROWEST_TABLE = 4
+"""Blocks of the narrowest block tables; each wider one is `WIDER` times as wide."""
+WIDER = 4
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p", "seeds", "numbers", "positions"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How the tokens of a step are drawn, by row: float32 and int32 [R]; see `sampling`."""
+
+    temperature: Array
+    top_p: Array
+    seeds: Array
+    numbers: Array
+    positions: Array
+
+
+class Engine:
+    """Continuous batching of requests over one model.
+
+    Args:
+      lm: model, tokenizer and options. The engine keeps to the options that it is made with.
+      cache_tokens: places of the cache, rounded up to whole blocks. Default: of one sequence of the greatest length, or
+        2^15, whichever is less.
+      max_tokens: of a step.
+      max_sequences: that run at a time.
+      sharing: find cached prefixes again.
+
+    Raises:
+      UserError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        cache_tokens: int | None = None,
+        max_tokens: int = 256,
+        max_sequences: int = 32,
+        sharing: bool = True,
+    ):
+        if cache_tokens is None:
+            cache_tokens = min(lm.config.max_position_embeddings, 2**15)
+        if cache_tokens < 1:
+            raise UserError(f"cache_tokens: {cache_tokens}; must be at least 1")
+        try:
+            limits = Limits(max_tokens, max_sequences)
+        except ValueError as error:
+            raise UserError(f"max_{error}") from error
+        self.lm = lm
+        self.options: Options = lm.options
+        self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.cache = KVCache.create(lm.config, self.pool.num_blocks, self.options)
+        self._leaves, self._structure = jax.tree.flatten(lm.model)
+        self._numbers = itertools.count()
+        self._owner: dict[Sequence, tuple[Request, int]] = {}
+        self._drawn = jnp.zeros(limits.sequences, jnp.int32)  # by the step before
+        self._row: dict[Sequence, int] = {}  # of a sequence's token in it
+        self._late: tuple[Step, Array] | None = None
+
+    # ---- requests ----
+
+    def add(self, prompt: Any, params: SamplingParams | None = None) -> Request:
+        """Queues a prompt.
+
+        Args:
+          prompt: a text, or ids.
+          params: how it is continued.
+
+        Raises:
+          UserError: the prompt is wrong, or could never run: it does not fit into the cache with what may follow it.
+        """
+        params = params or SamplingParams()
+        (ids,) = self.lm.rows(prompt)
+        self.lm.new_tokens([ids], params.max_new_tokens)
+        if params.stop and self.lm.tokenizer is None:
+            raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
+        sequences = [Sequence(list(ids), params.max_new_tokens) for _ in range(params.n)]
+        sequences[0].siblings = sequences[1:]
+        try:
+            self.scheduler.add(sequences[0])
+        except ValueError as error:
+            raise UserError(f"prompt: {error}") from error
+        decoders = [self.lm.tokenizer.stream_decoder() if self.lm.tokenizer else None for _ in sequences]
+        request = Request(next(self._numbers), ids, params, [Completion(decoder) for decoder in decoders])
+        self._owner |= {sequence: (request, n) for n, sequence in enumerate(sequences)}
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its blocks are free for the next step."""
+        self._end(request, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Something runs or waits."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._late)
+
+    def step(self) -> list[Event]:
+        """Starts the next step, then takes the tokens of the one before it: those are what it returns."""
+        planned = self.scheduler.schedule()
+        started = None if planned is None else (planned, self._run(planned))
+        late, self._late = self._late, started
+        return [] if late is None else self._receive(*late)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Events of one request as they come, while all others go on too."""
+        while not request.finished:
+            yield from (event for event in self.step() if event.request is request)
+
+    def generate(self, prompts: Iterable[Any], params: SamplingParams | None = None) -> list[Request]:
+        """Adds prompts, and runs until they have all ended."""
+        requests = [self.add(prompt, params) for prompt in prompts]
+        while not all(request.finished for request in requests):
+            self.step()
+        return requests
+
+    # ---- shapes ----
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(tokens, width of the block tables) of every step that can be."""
+        limits, most = self.scheduler.limits, self._widest()
+        tokens = doubled(SMALLEST_STEP, limits.tokens, 2)
+        return [(count, width) for width in doubled(NARROWEST_TABLE, most, WIDER) for count in tokens]
+
+    def warmup(self) -> int:
+        """Compiles every shape, by steps that change nothing; returns how many there are."""
+        shapes = self.shapes()
+        for tokens, width in shapes:
+            batch, feed, draws = self._arrays(Step([], [], []), tokens, width)
+            self._drawn, self.cache = self._call(batch, feed, draws)
+        self._copy([])
+        jax.block_until_ready(self.cache)
+        return len(shapes)
+
+    def _widest(self) -> int:
+        """Blocks of the longest sequence."""
+        return min(-(-self.lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
+
+    # ---- a step ----
+
+    def _run(self, planned: Step) -> Array:
+        """Starts a step; returns the tokens that it draws, int32 [max_sequences], before they are there."""
+        if planned.copies:
+            self._copy(planned.copies)
+        limits = self.scheduler.limits
+        blocks = max(len(part.sequence.table.blocks) for part in planned.parts if part.sequence.table)
+        tokens = next(count for count in doubled(SMALLEST_STEP, limits.tokens, 2) if count >= planned.tokens)
+        width = next(width for width in doubled(NARROWEST_TABLE, self._widest(), WIDER) if width >= blocks)
+        batch, feed, draws = self._arrays(planned, tokens, width)
+        self._drawn, self.cache = self._call(batch, feed, draws)
+        self._row = {sequence: row for row, sequence in enumerate(planned.samples)}
+        self._drawn.copy_to_host_async()
+        return self._drawn
+
+    def _call(self, batch: Batch, feed: Array, draws: Draws) -> tuple[Array, KVCache]:
+        return engine_step(
+            self._leaves, self._structure, batch, feed, self._drawn, draws, cache=self.cache, options=self.options
+        )
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        """Of all copies of a step, as many as may run at a time: no sequence needs more than one."""
+        pairs = np.full((self.scheduler.limits.sequences, 2), -1, np.int32)
+        pairs[: len(copies)] = np.asarray(copies, np.int32).reshape(-1, 2)
+        self.cache = copy_blocks(self.cache, *map(jnp.asarray, pairs.T))
+
+    def _arrays(self, planned: Step, tokens: int, width: int) -> tuple[Batch, Array, Draws]:
+        """A plan as arrays of a given shape; `feed` int32 [T]: rows of the tokens drawn before, -1 for known ids."""
+        rows = self.scheduler.limits.sequences
+        ids, sequence = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
+        feed, positions, slots = (np.full(tokens, -1, np.int32) for _ in range(3))
+        tables = np.full((rows, width), -1, np.int32)
+        wanted = np.full(rows, -1, np.int32)
+        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+        seeds, numbers, places = (np.zeros(rows, np.int32) for _ in range(3))
+        begin, row = 0, 0
+        for number, part in enumerate(planned.parts):
+            table, known = part.sequence.table, part.sequence.tokens[part.start : part.stop]
+            assert table is not None
+            end = begin + part.stop - part.start
+            ids[begin : begin + len(known)] = known
+            if begin + len(known) < end:  # the last token is one that the step before draws
+                feed[end - 1] = self._row[part.sequence]
+            positions[begin:end] = np.arange(part.start, part.stop)
+            slots[begin:end] = part.slots
+            sequence[begin:end] = number
+            tables[number, : len(table.blocks)] = table.blocks
+            owner, _ = self._owner[part.sequence]
+            if owner.cached_tokens is None:
+                owner.cached_tokens = part.start
+            for drawing in part.samples:
+                request, n = self._owner[drawing]
+                wanted[row], places[row] = end - 1, part.stop
+                temperature[row], top_p[row] = request.params.temperature, request.params.top_p
+                seeds[row], numbers[row] = request.params.seed, n
+                row += 1
+            begin = end
+        batch = Batch(*map(jnp.asarray, (ids, positions, slots, sequence, tables, wanted)))
+        draws = Draws(*map(jnp.asarray, (temperature, top_p, seeds, numbers, places)))
+        return batch, jnp.asarray(feed), draws
+
+    def _receive(self, planned: Step, drawn: Array) -> list[Event]:
+        """Hands out a step's tokens."""
+        tokens = np.asarray(drawn)[: len(planned.samples)].tolist()
+        self.scheduler.receive(planned, tokens)
+        events, now = [], time.monotonic()
+        for sequence, token in zip(planned.samples, tokens, strict=True):
+            if sequence.finished:
+                continue
+            request, n = self._owner[sequence]
+            completion = request.completions[n]
+            text = completion.add(token, request.params, self.lm.eos_ids, now - request.came)
+            if completion.finish_reason:
+                self._finish(sequence)
+            events.append(Event(request, n, token, text))
+        return events
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Ends what still runs of a request."""
+        for sequence, (owner, n) in list(self._owner.items()):
+            if owner is request:
+                if request.completions[n].finish_reason is None:
+                    request.completions[n].finish_reason = reason
+                self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        del self._owner[sequence]
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))
+def engine_step(
+    leaves: list[Any],
+    structure: Any,
+    batch: Batch,
+    feed: Array,
+    drawn: Array,
+    draws: Draws,
+    *,
+    cache: KVCache,
+    options: Options,
+) -> tuple[Array, KVCache]:
+    """The model's step and what is drawn from its logits.
+
+    Args:
+      leaves, structure: of the model.
+      batch: its tokens; those that the step before drew have no id yet.
+      feed: int32 [T], their rows in `drawn`; -1 for the others.
+      drawn: int32 [R], of the step before.
+      draws: of each row of `batch.logit_rows`.
+      cache: donated.
+      options: of the model.
+
+    Returns:
+      int32 [R] and the cache.
+    """
+    ids = jnp.where(feed >= 0, drawn[feed], batch.ids)
+    model = jax.tree.unflatten(structure, leaves)
+    logits, cache = model(dataclasses.replace(batch, ids=ids), cache, options)
+    keys = row_keys(draws.seeds, draws.numbers, draws.positions)
+    return sample(logits, keys, draws.temperature, draws.top_p), cache
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copy_blocks(cache: KVCache, sources: Array, targets: Array) -> KVCache:
+    """`KVCache.copy_blocks`, in place."""
+    return cache.copy_blocks(sources, targets)
+
+
+def doubled(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... up to the first that is not less than `last`, which then takes its place."""
+    found = [first]
+    while found[-1] < last:
+        found.append(found[-1] * factor)
+    return [*found[:-1], max(last, first)]

@@ -1,0 +1,190 @@
+"""Many requests at once: each gets the tokens that it gets alone, whatever else runs, waits, ends or is evicted."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+
+from dsv32_jax import engine as engine_module
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.engine import Engine
+from dsv32_jax.errors import UserError
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.model import DeepseekV32
+from dsv32_jax.request import Completion, SamplingParams, overlap
+from tests.harness import EXACT
+from tests.test_language_model import golden
+
+TEXTS = [[(seed * 5 + i * i) % 97 + 2 for i in range(220)] for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """Random weights large enough that tokens differ and no two logits are near each other."""
+    config = ModelConfig.tiny(
+        num_hidden_layers=2, initializer_range=0.3, quantization_config=None, num_nextn_predict_layers=0
+    )
+    return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
+
+
+SMALL = {"cache_tokens": 6 * 64, "max_tokens": 16, "max_sequences": 4}
+"""Six blocks of cache for four sequences of up to four blocks each: often too few."""
+
+
+@pytest.fixture(scope="module")
+def engine(lm):
+    engine = Engine(lm, **SMALL)
+    engine.warmup()
+    return engine
+
+
+@functools.cache
+def alone(lm, prompt, new, temperature, seed):
+    how = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
+    return lm.generate(list(prompt), new, **how).tokens[0].tolist()
+
+
+REQUEST = st.tuples(
+    st.sampled_from([0, 1]),  # which text
+    st.sampled_from([1, 30, 65, 129, 180]),  # tokens of the prompt
+    st.sampled_from([1, 40]),  # new ones
+    st.sampled_from([0.0, 1.0]),  # temperature
+    st.integers(0, 2),  # seed
+    st.sampled_from([1, 1, 3]),  # continuations
+    st.integers(0, 10),  # steps before it comes
+    st.sampled_from([None, None, None, 2, 9]),  # steps until it is given up
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(REQUEST, min_size=1, max_size=6))
+def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
+    found = []
+    programs = engine_module.engine_step._cache_size()
+    for clock in range(2000):
+        for text, length, new, temperature, seed, n, comes, leaves in requests:
+            if clock == comes:
+                params = SamplingParams(new, temperature, 0.9, seed, n, ignore_eos=True)
+                found.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves))
+        for request, leaves in found:
+            if clock == leaves:
+                engine.cancel(request)
+        engine.step()
+        if clock > 10 and not engine.busy:
+            break
+    assert len(found) == len(requests) and not engine.busy
+    for request, _ in found:
+        params = request.params
+        for n, completion in enumerate(request.completions):
+            if n == 0 or params.temperature == 0:
+                want = alone(lm, tuple(request.prompt), params.max_new_tokens, params.temperature, params.seed)
+                assert completion.tokens == want[: len(completion.tokens)]
+            assert completion.finish_reason == (
+                "length" if len(completion.tokens) == params.max_new_tokens else "cancelled"
+            )
+    assert engine.pool.statistics().in_use == 0 and not engine._owner
+    assert engine_module.engine_step._cache_size() == programs
+
+
+def test_continuations_differ_and_are_the_same_in_any_company(engine):
+    params = SamplingParams(12, 1.0, seed=3, n=3, ignore_eos=True)
+    (first,) = engine.generate([TEXTS[0][:100]], params)
+    again, _ = engine.generate([TEXTS[0][:100], TEXTS[1][:150]], params)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert len({tuple(completion.tokens) for completion in first.completions}) == 3
+
+
+def test_a_prefix_is_found(lm):
+    engine = Engine(lm, **SMALL)
+    first, second = (engine.generate([TEXTS[0][:150]], SamplingParams(3))[0] for _ in range(2))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 128)
+    assert first.completions[0].tokens == second.completions[0].tokens
+    assert engine.pool.statistics().hit_rate == 128 / 300
+
+
+def test_the_step_updates_the_cache_in_place(engine):
+    """No second cache: of the largest step, temporary memory is less than the cache."""
+    tokens, width = engine.shapes()[-1]
+    batch, feed, draws = engine._arrays(engine_module.Step([], [], []), tokens, width)
+    lowered = engine_module.engine_step.lower(
+        engine._leaves, engine._structure, batch, feed, engine._drawn, draws, cache=engine.cache, options=engine.options
+    )
+    sizes = lowered.compile().memory_analysis()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
+    assert sizes.alias_size_in_bytes >= cache
+    sources = targets = np.zeros(4, np.int32)
+    sizes = engine_module.copy_blocks.lower(engine.cache, sources, targets).compile().memory_analysis()
+    assert sizes.alias_size_in_bytes >= cache
+
+
+def test_text_and_stop_strings():
+    m = golden("tiny")
+    engine = Engine(m, **SMALL)
+    plain = engine.generate(["The lighthouse keeper"], SamplingParams(20, ignore_eos=True))[0].completions[0]
+    assert plain.text == m.generate("The lighthouse keeper", 20, ignore_eos=True).texts[0]
+    stop = plain.text[4:7]
+    request = engine.add("The lighthouse keeper", SamplingParams(20, stop=(stop,), ignore_eos=True))
+    pieces = [event.text for event in engine.stream(request)]
+    (found,) = request.completions
+    assert found.finish_reason == "stop" and found.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
+    assert len(found.tokens) < 20
+    eos = plain.tokens[2]
+    (request,) = engine.generate(["The lighthouse keeper"], SamplingParams(20, stop_token_ids=(eos,), ignore_eos=True))
+    assert request.completions[0].tokens == plain.tokens[: plain.tokens.index(eos) + 1]
+
+
+class Letters:
+    """A decoder whose tokens are characters."""
+
+    def add(self, token):
+        return chr(token)
+
+    def finish(self):
+        return ""
+
+
+def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
+    completion = Completion(Letters())
+    params = SamplingParams(9, stop=("abc", "bd"))
+    pieces = [completion.add(ord(x), params, (), 0.0) for x in "xababd"]
+    assert pieces == ["x", "", "", "ab", "", "a"] and completion.text == "xaba"
+    assert completion.finish_reason == "stop"
+    completion = Completion(Letters())
+    assert [completion.add(ord(x), SamplingParams(2, stop=("abc",)), (), 0.0) for x in "ab"] == ["", "ab"]
+    assert completion.finish_reason == "length"
+    assert [overlap(text, "aab") for text in ("", "a", "aa", "aaa", "ab")] == [0, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"n": 17}, r"n: 17; must be in 1\.\.16"),
+        ({"n": 0}, "n: 0"),
+        ({"stop": ("a", "")}, "stop: must be"),
+        ({"stop": ("a",) * 17}, "stop: must be at most 16"),
+        ({"seed": -1}, "seed: -1"),
+    ],
+)
+def test_wrong_params(how, message):
+    with pytest.raises(UserError, match=message):
+        SamplingParams(**how)
+
+
+def test_what_can_never_run_is_refused_at_once(lm, engine):
+    with pytest.raises(UserError, match="prompt: 399 tokens are more than the whole cache holds, 384"):
+        Engine(lm, cache_tokens=384).add([2] * 200, SamplingParams(200))
+    with pytest.raises(UserError, match="5 continuations of one prompt; at most 4"):
+        engine.add([2], SamplingParams(2, n=5))
+    with pytest.raises(UserError, match="stop: the checkpoint has no tokenizer"):
+        engine.add([2], SamplingParams(2, stop=("x",)))
+    with pytest.raises(UserError, match="max_sequences: 9"):
+        Engine(lm, max_tokens=8, max_sequences=9)
+    with pytest.raises(UserError, match="cache_tokens: 0"):
+        Engine(lm, cache_tokens=0)
+    assert not engine.busy
