@@ -334,21 +334,31 @@ class ManyRowsMatmul:
 
     Attributes:
       rows: of a tile: 64 or 128. Both math warpgroups take all of them, and 128 of the tile's 256 columns each.
+      by_rows: instead, both take all columns, and 64 of the 128 rows each: operands are read from shared memory less
+        often. Only where the matrix units add up by themselves, in bfloat16 and int8, with one weight.
       stages: 128 bytes of K of both operands, in shared memory.
       group: tiles of rows that are worked on side by side, so that a panel of the weight is read once for all of them.
       registers: of a math thread and of a copying thread. Three warpgroups start with 168 each.
       ctas: of the persistent grid.
+      cluster: 1, or 2 CTAs that take tiles of rows next to each other, of one expert. Each copies half of the weight's
+        part for both: a byte of it leaves L2 once for two.
     """
 
     rows: int = 128
+    by_rows: bool = False
     stages: int = 4
     group: int = 16
     registers: tuple[int, int] = (232, 40)
     ctas: int = SMS
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         if self.rows not in (64, 128):
             raise ValueError(f"a tile has 64 or 128 rows, not {self.rows}")
+        if self.cluster not in (1, 2) or self.ctas % self.cluster or self.group % self.cluster:
+            raise ValueError(f"clusters of 1 or 2 must divide CTAs and groups: {self}")
+        if self.by_rows and self.rows != 128:
+            raise ValueError(f"two warpgroups share 128 rows, not {self.rows}")
         if self.stages < 2 or self.group < 1 or self.ctas < 1:
             raise ValueError(f"at least 2 stages, a group of 1 and 1 CTA are needed: {self}")
         math, copies = self.registers
@@ -360,6 +370,11 @@ class ManyRowsMatmul:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 
     @property
+    def unit(self) -> int:
+        """Rows of one expert that are worked on together."""
+        return self.rows * self.cluster
+
+    @property
     def shared_bytes(self) -> int:
         """Operands, the rows' scales (in whole kilobytes), outputs on their way and barriers."""
         scales = -(-self.stages * self.rows * 4 // 1024) * 1024
@@ -369,9 +384,11 @@ class ManyRowsMatmul:
 MANY_ROWS = ManyRowsMatmul()
 MANY_ROWS_SHORT_TILES = ManyRowsMatmul(rows=64)
 CONFIGS["many_rows_matmul"] = [MANY_ROWS, MANY_ROWS_SHORT_TILES]
+MANY_ROWS_INT8 = ManyRowsMatmul(by_rows=True)
+CONFIGS["many_rows_int8"] = [MANY_ROWS_INT8, MANY_ROWS_SHORT_TILES]
 
 
-def many_rows_matmul(rows: int, columns: int, tile: int | None = None) -> ManyRowsMatmul:
+def many_rows_matmul(rows: int, columns: int, tile: int | None = None, *, int8: bool = False) -> ManyRowsMatmul:
     """By rows and columns of the result, or by the rows of an expert's tile, a multiple of 64.
 
     Short tiles also where twice as many of them still leave no multiprocessor with two.
@@ -380,7 +397,9 @@ def many_rows_matmul(rows: int, columns: int, tile: int | None = None) -> ManyRo
         short = rows <= 64 or 2 * -(-rows // 128) * -(-columns // 256) <= SMS
     else:
         short = tile % 128 != 0
-    return MANY_ROWS_SHORT_TILES if short else MANY_ROWS
+    if short:
+        return MANY_ROWS_SHORT_TILES
+    return MANY_ROWS_INT8 if int8 else MANY_ROWS
 
 
 # ---- few_rows --------------------------------------------------------------------------------------------------
@@ -392,34 +411,46 @@ class FewRows:
 
     Attributes:
       tile: tokens of a tile.
-      rows: of the weight, that a CTA takes at a time; a warpgroup takes up to 64 of them.
+      rows: of the weight, that a CTA takes at a time: a strip.
+      warpgroups: of a CTA; each takes as many of these rows, up to 64.
       blocks: of 128 along K, in a stage: 1, 2 or 4.
       stages: in shared memory.
+      cluster: CTAs that take strips next to each other; each copies its share of their tokens for all.
       ctas: of the grid.
     """
 
     tile: int
     rows: int
+    warpgroups: int = 1
     blocks: int
     stages: int
+    cluster: int = 1
     ctas: int = SMS
 
     def __post_init__(self) -> None:
         if self.tile not in (8, 16, 32, 64, 128):
             raise ValueError(f"a tile has 8, 16, 32, 64 or 128 tokens, not {self.tile}")
-        if self.rows not in (32, 64, 128, 256):
-            raise ValueError(f"a CTA takes 32, 64, 128 or 256 rows of the weight, not {self.rows}")
+        if not 1 <= self.warpgroups <= 4:
+            raise ValueError(f"a CTA has 1 to 4 warpgroups, not {self.warpgroups}")
+        if self.rows % (8 * self.warpgroups) or not 8 <= self.own <= 64:
+            raise ValueError(
+                f"each of {self.warpgroups} warpgroups takes up to 64 rows of the weight, in eights, of {self.rows}"
+            )
         if self.blocks not in (1, 2, 4):
             raise ValueError(f"a stage has 1, 2 or 4 blocks, not {self.blocks}")
         if self.stages < 2:
             raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+        if self.cluster not in (1, 2, 4) or self.tile % (8 * self.cluster) or self.ctas % self.cluster:
+            raise ValueError(f"a cluster of 1, 2 or 4 CTAs shares a tile's copies in eights of tokens: {self}")
+        if self.stages * self.blocks * self.tile < 64 - self.own:
+            raise ValueError(f"a product of 64 rows reads past a warpgroup's {self.own}, and past all of {self}")
 
     @property
-    def warpgroups(self) -> int:
-        """Of a CTA."""
-        return max(1, self.rows // 64)
+    def own(self) -> int:
+        """Rows of a warpgroup."""
+        return self.rows // self.warpgroups
 
     @property
     def weights(self) -> int:
@@ -447,15 +478,62 @@ FEW_ROWS = {
 }
 """Two CTAs on a multiprocessor, where they fit: while one ends an item, the other streams."""
 FEW_ROWS_WIDE = {
-    64: FewRows(tile=64, rows=128, blocks=2, stages=4),
-    128: FewRows(tile=128, rows=128, blocks=1, stages=6),
+    64: FewRows(tile=64, rows=128, warpgroups=2, blocks=2, stages=4),
+    128: FewRows(tile=128, rows=128, warpgroups=2, blocks=1, stages=6),
 }
 """Many tokens: two warpgroups share them."""
-CONFIGS["few_rows"] = [*FEW_ROWS_NARROW.values(), *FEW_ROWS.values(), *FEW_ROWS_WIDE.values()]
+FEW_ROWS_ALONE = {
+    8: [FEW_ROWS_NARROW[8], FEW_ROWS[8], dataclasses.replace(FEW_ROWS[8], rows=56)],
+    16: [FEW_ROWS_NARROW[16], FEW_ROWS[16], dataclasses.replace(FEW_ROWS[16], rows=56)],
+    32: [
+        FewRows(tile=32, rows=32, blocks=4, stages=6),
+        FEW_ROWS[32],
+        dataclasses.replace(FEW_ROWS[32], rows=56),
+    ],
+    64: [
+        FEW_ROWS[64],
+        dataclasses.replace(FEW_ROWS[64], rows=56),
+        FEW_ROWS_WIDE[64],
+        FewRows(tile=64, rows=144, warpgroups=3, blocks=2, stages=4),
+        FewRows(tile=64, rows=192, warpgroups=3, blocks=1, stages=6),
+    ],
+    128: [
+        FewRows(tile=128, rows=64, blocks=2, stages=4),
+        FewRows(tile=128, rows=112, warpgroups=2, blocks=2, stages=3),
+        FewRows(tile=128, rows=144, warpgroups=3, blocks=1, stages=6),
+        FewRows(tile=128, rows=192, warpgroups=3, blocks=1, stages=5),
+    ],
+}
+"""Of one weight and one tile: strips of several heights, one of which has all multiprocessors end at about one time."""
+CONFIGS["few_rows"] = list(
+    dict.fromkeys(
+        [
+            *FEW_ROWS_NARROW.values(),
+            *FEW_ROWS.values(),
+            *FEW_ROWS_WIDE.values(),
+            *(config for configs in FEW_ROWS_ALONE.values() for config in configs),
+        ]
+    )
+)
+
+
+def strips_cost(tile: int, strip: int, rows: int, cluster: int = 1) -> float:
+    """Of one weight of `rows` rows in strips, in the time of a row.
+
+    The busiest multiprocessor's strips, each with some work for its tokens; and what all of them read through the
+    second-level cache, where each strip (or cluster of strips) reads the tokens anew. Neither bound hides all of the
+    other, so both count.
+    """
+    strips = -(-rows // strip)
+    own = -(-strips // SMS) * (strip + tile / 4)
+    shared = strips * (strip + tile / cluster) / SMS
+    return own + 1.2 * shared
 
 
 def few_rows(tile: int, rows: int, tiles: int) -> FewRows:
     """By the tokens of a tile, the weight's N, and the tiles that may be used: strips for all multiprocessors."""
+    if tiles == 1:
+        return min(FEW_ROWS_ALONE[tile], key=lambda config: strips_cost(tile, config.rows, rows, config.cluster))
     if tile in FEW_ROWS_WIDE and rows % 128 == 0 and rows // 128 * tiles >= SMS * 3 // 4:
         return FEW_ROWS_WIDE[tile]
     if tile in FEW_ROWS_NARROW and rows // 64 * tiles < SMS * 3 // 4:
@@ -474,6 +552,8 @@ class FewRowsSwiGLU(FewRows):
         super().__post_init__()
         if self.tile > 64:
             raise ValueError(f"a tile has up to 64 tokens, not {self.tile}")
+        if self.rows not in (32, 64, 128, 256) or self.own != min(64, self.rows):
+            raise ValueError(f"a CTA takes 32, 64, 128 or 256 rows, a warpgroup 64 of them or all, not {self}")
 
     @property
     def weights(self) -> int:
@@ -492,17 +572,17 @@ class FewRowsSwiGLU(FewRows):
 
 
 FEW_ROWS_SWIGLU = {
-    8: FewRowsSwiGLU(tile=8, rows=256, blocks=1, stages=6),
-    16: FewRowsSwiGLU(tile=16, rows=256, blocks=1, stages=6),
-    32: FewRowsSwiGLU(tile=32, rows=256, blocks=1, stages=5),
-    64: FewRowsSwiGLU(tile=64, rows=256, blocks=1, stages=4),
+    8: FewRowsSwiGLU(tile=8, rows=256, warpgroups=4, blocks=1, stages=6),
+    16: FewRowsSwiGLU(tile=16, rows=256, warpgroups=4, blocks=1, stages=6),
+    32: FewRowsSwiGLU(tile=32, rows=256, warpgroups=4, blocks=1, stages=5),
+    64: FewRowsSwiGLU(tile=64, rows=256, warpgroups=4, blocks=1, stages=4),
 }
 """128 columns of the result a strip: a group of the quantisation."""
 FEW_ROWS_SWIGLU_HALF = {
-    8: FewRowsSwiGLU(tile=8, rows=128, blocks=2, stages=6),
-    16: FewRowsSwiGLU(tile=16, rows=128, blocks=2, stages=5),
-    32: FewRowsSwiGLU(tile=32, rows=128, blocks=2, stages=4),
-    64: FewRowsSwiGLU(tile=64, rows=128, blocks=1, stages=6),
+    8: FewRowsSwiGLU(tile=8, rows=128, warpgroups=2, blocks=2, stages=6),
+    16: FewRowsSwiGLU(tile=16, rows=128, warpgroups=2, blocks=2, stages=5),
+    32: FewRowsSwiGLU(tile=32, rows=128, warpgroups=2, blocks=2, stages=4),
+    64: FewRowsSwiGLU(tile=64, rows=128, warpgroups=2, blocks=1, stages=6),
 }
 """64 columns, where those would keep too few multiprocessors reading."""
 FEW_ROWS_SWIGLU_NARROW = {
@@ -547,12 +627,17 @@ class FewRowsInt4:
     def __post_init__(self) -> None:
         if self.tile not in (8, 16, 32):
             raise ValueError(f"a tile has 8, 16 or 32 tokens, not {self.tile}")
-        if self.rows not in (32, 64):
-            raise ValueError(f"a CTA takes 32 or 64 rows of the weight, not {self.rows}")
+        if self.rows % 8 or not 8 <= self.rows <= 64:
+            raise ValueError(f"a CTA takes up to 64 rows of the weight, in eights, not {self.rows}")
         if self.stages < 2:
             raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+
+    @property
+    def own(self) -> int:
+        """Rows of the warpgroup that stores."""
+        return self.rows
 
     @property
     def shared_bytes(self) -> int:
@@ -568,11 +653,27 @@ FEW_ROWS_INT4 = {
 }
 FEW_ROWS_INT4_NARROW = FewRowsInt4(tile=8, rows=32, stages=12)
 """As `FEW_ROWS_NARROW`. Of more tokens a strip would read more than of the weight."""
-CONFIGS["few_rows_int4"] = [FEW_ROWS_INT4_NARROW, *FEW_ROWS_INT4.values()]
+FEW_ROWS_INT4_ALONE = {
+    8: [FEW_ROWS_INT4_NARROW, FEW_ROWS_INT4[8], FewRowsInt4(tile=8, rows=56, stages=9)],
+    16: [FEW_ROWS_INT4[16], dataclasses.replace(FEW_ROWS_INT4[16], rows=56)],
+    32: [FEW_ROWS_INT4[32], dataclasses.replace(FEW_ROWS_INT4[32], rows=56)],
+}
+"""As `FEW_ROWS_ALONE`."""
+CONFIGS["few_rows_int4"] = list(
+    dict.fromkeys(
+        [
+            FEW_ROWS_INT4_NARROW,
+            *FEW_ROWS_INT4.values(),
+            *(config for configs in FEW_ROWS_INT4_ALONE.values() for config in configs),
+        ]
+    )
+)
 
 
 def few_rows_int4(tile: int, rows: int, tiles: int) -> FewRowsInt4:
     """By the tokens of a tile, the weight's N, and the tiles that may be used: as many stages as fit."""
+    if tiles == 1:  # four bytes of tokens for a byte of values
+        return min(FEW_ROWS_INT4_ALONE[tile], key=lambda config: strips_cost(4 * tile, config.rows, rows))
     if tile == FEW_ROWS_INT4_NARROW.tile and rows // 64 * tiles < SMS * 3 // 4:
         return FEW_ROWS_INT4_NARROW
     return FEW_ROWS_INT4[tile]

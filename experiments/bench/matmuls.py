@@ -63,14 +63,14 @@ def config(shape: GroupedMatmul | QuantMatmul) -> dict[str, Any]:
 def dense_config(tokens: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
     """Of a dense product."""
     if tokens > few_rows.TILES[-1]:
-        return dataclasses.asdict(tuning.many_rows_matmul(tokens, columns))
+        return dataclasses.asdict(tuning.many_rows_matmul(tokens, columns, int8=scheme == "int8"))
     return few_rows_config(next(tile for tile in few_rows.TILES if tile >= tokens), columns, 1, scheme)
 
 
 def grouped_config(tile: int, tiles: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
     """Of a product of `tiles` tiles of rows."""
-    if scheme == "bf16" or (scheme == "fp8_block" and tile >= grouped_kernels.MANY):
-        return dataclasses.asdict(tuning.many_rows_matmul(tile * tiles, columns, tile))
+    if scheme == "bf16" or (scheme != "int4" and tile >= grouped_kernels.MANY):
+        return dataclasses.asdict(tuning.many_rows_matmul(tile * tiles, columns, tile, int8=scheme == "int8"))
     return few_rows_config(tile, columns, tiles, scheme)
 
 

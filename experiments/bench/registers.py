@@ -97,6 +97,16 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((3, 512, 512), fp8), of((3, 4, 4), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
         yield "many_rows_matmul", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
 
+    for config in tuning.CONFIGS["many_rows_int8"]:
+
+        def int8_products(x, x_scales, weights, scales, experts, used, config=config):
+            dense = many_rows.many_rows_matmul(x, x_scales, weights[0], scales[0], config=config)
+            return dense, many_rows.many_rows_matmul(x, x_scales, weights, scales, experts, used, config=config)
+
+        rows = [of((256, 512), jnp.int8), of((256,), jnp.float32)]
+        weights = [of((3, 512, 512), jnp.int8), of((3, 512), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
+        yield "many_rows_int8", config, int8_products, [*rows, *weights]
+
     for config in tuning.CONFIGS["few_rows"]:
 
         def few_rows_products(

@@ -27,6 +27,11 @@ def takes_few(rows: jax.Array, values: jax.Array, tile_expert: jax.Array) -> boo
     return tile < MANY and few_rows.unsupported(rows, values, tile) is None
 
 
+def weights_dtype(fp8: bool) -> Any:
+    """Of the weights that the kernel of many rows takes."""
+    return jnp.float8_e4m3fn if fp8 else jnp.bfloat16
+
+
 def before_quantisation(rows: jax.Array) -> Any:
     """The shape and dtype of rows that may be quantised already, before that."""
     return jax.ShapeDtypeStruct(rows.shape, jnp.bfloat16) if rows.dtype == jnp.float8_e4m3fn else rows
@@ -47,7 +52,7 @@ def unsupported_fp8(rows: jax.Array, values: jax.Array, tile_expert: jax.Array, 
 
 def unsupported_bf16(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array, fp8: bool = False) -> str | None:
     """What the kernel of many rows does not take of these arguments, and what it takes; None if it takes all."""
-    return many_rows.unsupported(rows, weights, fp8=fp8, tile=tile_rows(rows, tile_expert))
+    return many_rows.unsupported(rows, weights, weights_dtype(fp8), tile=tile_rows(rows, tile_expert))
 
 
 def grouped_quant_matmul(
@@ -111,7 +116,7 @@ def unsupported_swiglu(
     tile = None if tile_expert is None else tile_rows(rows, tile_expert)
     if fp8 and tile is not None and tile % 64:
         return few_rows.unsupported(rows, gate, tile)
-    return many_rows.unsupported(rows, gate, fp8=fp8, tile=tile)
+    return many_rows.unsupported(rows, gate, weights_dtype(fp8), tile=tile)
 
 
 @functools.partial(jax.jit, static_argnames=("result", "config", "interpret"))

@@ -260,7 +260,7 @@ def swiglu_many_rows(
     x, row_scales, experts, used = whole_tiles(x, row_scales, tile_expert, used_tiles, config)
     if tile_expert is None:
         weights, weight_scales = jax.tree.map(lambda array: array[None], (weights, weight_scales))
-    problem = Problem(x.shape[0], width, depth, row_scales is not None, config, weights=2)
+    problem = Problem(x.shape[0], width, depth, x.dtype, config, weights=2)
     epilogue = SwiGLU(problem, result, interpret is not None)
     values, *scales = launch(problem, epilogue, experts, used, x, row_scales, weights, weight_scales, interpret)
     if result.scales_by_group:

@@ -43,7 +43,7 @@ def unsupported(x: jax.Array, values: jax.Array, quantize_input: bool) -> str | 
         return f"x of dtype {x.dtype}; it takes bfloat16 and float32"
     if few_rows.unsupported(x, values) is None:
         return None
-    return many_rows.unsupported(x, values, fp8=True)
+    return many_rows.unsupported(x, values, jnp.float8_e4m3fn)
 
 
 def quant_matmul(

@@ -5,7 +5,10 @@ W[weight rows, 128 of K] X[tokens, 128 of K]^T. Both lie in shared memory as the
 give a fresh product, which is scaled and added up in float32 registers (`few_rows_tile.py`).
 
 An item is a strip of weight rows times one tile of tokens, over all of K (`weight_stream.py`). No item is split, so
-there is nothing to merge, and results are the same from run to run.
+there is nothing to merge, and results are the same from run to run. A strip has any multiple of 8 rows, so that all
+multiprocessors get about as many. It may need the scales of two groups of 128 rows; the last one may reach past the
+weight's end, where copies find zeros, or the next expert's rows, and nothing is stored. CTAs of a cluster take strips
+next to each other and copy their tokens once for all of them.
 
 The dense product is that with one tile; the grouped one has an expert a tile, and stops after the tiles in use.
 
@@ -79,10 +82,10 @@ class Rounded:
     end = begin
 
 
-def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
+def body(*refs, config, epilogue, rows, scale_rows, columns, weights, grouped, interpret):
     """See the module. `refs`: the tiles' experts and how many are in use (if grouped), the operands, outputs, scratch.
 
-    rows, columns: N and K of the weights.
+    rows, columns: N and K of the weights; scale_rows: the rows of their scales.
     weights: how many; a strip has its share of each.
     """
     remaining = iter(refs)
@@ -94,7 +97,7 @@ def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
     (x, x_scales), matrices, matrix_scales = take(2), take(weights), take(weights)
     ends = take(len(epilogue.outputs) + len(epilogue.scratch))
     w_s, x_s, x_scale_s, scale_s, full, free = remaining
-    share, scale_rows = config.rows // weights, -(-rows // BLOCK)
+    share, together = config.rows // weights, collective(config, interpret)
     tile_of = (device.tile_twin if interpret else device.tile_function)(config, weights)
 
     def load(slot, expert, token, row, step):
@@ -107,10 +110,11 @@ def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
                     matrix.at[pl.ds(expert * rows + row, share), k], w_s.at[slot, at], full.at[slot]
                 )
             at = pl.ds(i * config.tile, config.tile)
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, at], full.at[slot])
+            tokens = x.at[pl.ds(token, config.tile), k]
+            plgpu.copy_gmem_to_smem(tokens, x_s.at[slot, at], full.at[slot], collective_axes=together)
         group = pl.ds(lax.div(block, jnp.int32(GROUP)) * GROUP, GROUP)
         plgpu.copy_gmem_to_smem(x_scales.at[pl.ds(token, config.tile), group], x_scale_s.at[slot], full.at[slot])
-        count = max(1, share // BLOCK)
+        count = device.scale_rows(share)
         at = pl.ds(expert * scale_rows + lax.div(row, jnp.int32(BLOCK)), count)
         for which, scales in enumerate(matrix_scales):
             there = scale_s.at[slot, pl.ds(8 * which, count)]  # copies start at multiples of 128 bytes
@@ -120,14 +124,14 @@ def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
         """Of each weight, where a strip starts that starts at `row` of all of them together."""
         return row if weights == 1 else lax.div(row, jnp.int32(weights))
 
-    def add(sums, slot, step, warpgroup):
+    def add(sums, slot, step, row, warpgroup):
         place = lax.rem(step * config.blocks, jnp.int32(GROUP))
-        return tile_of(w_s, x_s, x_scale_s, scale_s, sums, slot, place, warpgroup)
+        return tile_of(w_s, x_s, x_scale_s, scale_s, sums, slot, place, row, warpgroup)
 
     epilogue.begin(ends)
     stream(
         config,
-        strips=rows // share,
+        strips=-(-rows // (share * config.cluster)) * config.cluster,
         steps=columns // (BLOCK * config.blocks),
         plan=plan,
         load=load,
@@ -135,6 +139,7 @@ def body(*refs, config, epilogue, rows, columns, weights, grouped, interpret):
         add=add,
         store=lambda sums, token, row, warpgroup: epilogue.store(ends, sums, token, own_row(row), warpgroup),
         barriers=(full, free),
+        cluster=config.cluster,
     )
     epilogue.end(ends)
 
@@ -192,8 +197,7 @@ def matmul(
     tokens, rows = x.shape[0], values.shape[0]
     config = config or tuning.few_rows(tile_for(tokens), rows, 1)
     x, x_scales = padded(x, x_scales, config, interpret)
-    epilogue = Rounded(config, x.shape[0], rows, dtype, interpret is not None)
-    return call(epilogue, (), x, x_scales, (values[None],), (scales[None],), interpret, config)[0][:tokens]
+    return rounded((), x, x_scales, values[None], scales[None], dtype, interpret, config)[:tokens]
 
 
 def tile_for(tokens: int) -> int:
@@ -237,9 +241,46 @@ def grouped_matmul(
     """
     tile = x.shape[0] // tile_expert.shape[0]
     config = config or tuning.few_rows(tile, values.shape[1], tile_expert.shape[0])
-    plan = plan_of(tile_expert, used_tiles)
+    return rounded(plan_of(tile_expert, used_tiles), x, x_scales, values, scales, dtype, interpret, config)
+
+
+def rounded(
+    plan: tuple[jax.Array, ...],
+    x: jax.Array,
+    x_scales: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    dtype: Any,
+    interpret: Any,
+    config: tuning.FewRows,
+) -> jax.Array:
+    """The products, in `dtype`."""
+    rows = values.shape[1]
+    if interpret is not None:  # rows past the end, which a strip may have: the interpreter refuses to copy them
+        values = whole_strips(values, config)
+        scales = jnp.pad(scales, ((0, 0), (0, device.scale_rows(config.rows * config.cluster)), (0, 0)))
     epilogue = Rounded(config, x.shape[0], values.shape[1], dtype, interpret is not None)
-    return call(epilogue, plan, x, x_scales, (values,), (scales,), interpret, config)[0]
+    return call(epilogue, plan, x, x_scales, (values,), (scales,), interpret, config)[0][:, :rows]
+
+
+def whole_strips(of_rows: jax.Array, config: tuning.FewRows) -> jax.Array:
+    """[experts, N, ...] with zeros, up to whole strips for all CTAs of a cluster."""
+    missing = -of_rows.shape[1] % (config.rows * config.cluster)
+    return jnp.pad(of_rows, ((0, 0), (0, missing), *((0, 0),) * (of_rows.ndim - 2)))
+
+
+def collective(config: tuning.FewRows, interpret: bool) -> str | None:
+    """The axis of the CTAs that copy tokens together. In the interpreter, which cannot do that, each copies all."""
+    return "rank" if config.cluster > 1 and not interpret else None
+
+
+def sharing(config: tuning.FewRows) -> tuple[Any, dict[str, Any]]:
+    """Barriers of free slots, and the cluster as a kernel's arguments."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages), {}
+    # A slot is free when nobody in the cluster reads its own any more.
+    free = plgpu.ClusterBarrier(collective_axes=("rank",), num_arrivals=config.warpgroups, num_barriers=config.stages)
+    return free, {"cluster": (config.cluster,), "cluster_names": ("rank",)}
 
 
 def call(
@@ -254,14 +295,16 @@ def call(
 ) -> tuple[jax.Array, ...]:
     """The epilogue's outputs, with or without a plan (experts of the tiles, how many are used)."""
     experts, rows, columns = weights[0].shape
-    if rows % (config.rows // len(weights)):
+    if len(weights) > 1 and rows % (config.rows // len(weights)):
         raise ValueError(f"strips of {config.rows} rows do not fit into {len(weights)} weights of {weights[0].shape}")
+    free, axes = sharing(config)
     kernel = plgpu.kernel(
         functools.partial(
             body,
             config=config,
             epilogue=epilogue,
             rows=rows,
+            scale_rows=scales[0].shape[1],
             columns=columns,
             weights=len(weights),
             grouped=bool(plan),
@@ -277,10 +320,11 @@ def call(
             plgpu.Barrier(
                 num_arrivals=(len(weights) + 1) * config.blocks + len(weights) + 1, num_barriers=config.stages
             ),
-            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+            free,
         ),
-        grid=(config.ctas,),
+        grid=(config.ctas // config.cluster,),
         grid_names=("cta",),
+        **axes,
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),

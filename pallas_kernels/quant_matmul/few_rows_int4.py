@@ -89,7 +89,7 @@ def stage_function(config: tuning.FewRowsInt4):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
         thread = mosaic.thread_index() & 127
-        row = first_row(thread) & (config.rows - 1)  # of 32 rows the upper half of the product is the lower half again
+        row = first_row(thread)  # of a strip of less than 64 rows, also those past it, whatever is there
         # 16 bytes of a row of 128, swizzled by the row's lowest three bits.
         piece = (((warpgroup & 1) << 2) + (thread & 3)) ^ ((thread & 31) >> 2)
         first = (slot * 2 + (warpgroup >> 1)) * (config.rows * 128) + row * 128 + (piece << 4)
@@ -215,12 +215,12 @@ def body(*refs, config, rows, columns, grouped, interpret):
 
     stream(
         config,
-        strips=rows // config.rows,
+        strips=-(-rows // config.rows),
         steps=columns // (GROUP * GROUPS),
         plan=plan,
         load=load,
         start=lambda: device.zeros(config),
-        add=lambda sums, slot, step, warpgroup: add_stage(value_s, x_s, word_s, sums, slot, warpgroup),
+        add=lambda sums, slot, step, row, warpgroup: add_stage(value_s, x_s, word_s, sums, slot, warpgroup),
         store=store,
         barriers=(full, free),
     )
@@ -309,6 +309,10 @@ def grouped_matmul(
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
 def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
     """The kernel, with or without a plan (experts of the tiles, how many are used)."""
+    existing = packed.shape[1]
+    if interpret is not None:  # rows past the end of an expert's, which a strip may have
+        missing = (0, -existing % config.rows)
+        packed, words = jnp.pad(packed, ((0, 0), missing, (0, 0))), jnp.pad(words, ((0, 0), (0, 0), missing))
     experts, rows, half = packed.shape
     kernel = plgpu.kernel(
         functools.partial(
@@ -332,4 +336,4 @@ def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
         interpret=interpret,
         kernel_name="few_rows_int4",
     )
-    return kernel(*plan, x, packed.reshape(experts * rows, half), words.reshape(-1, rows))
+    return kernel(*plan, x, packed.reshape(experts * rows, half), words.reshape(-1, rows))[:, :existing]

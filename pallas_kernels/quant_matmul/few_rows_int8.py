@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quant_matmul import few_rows_tile as device
-from pallas_kernels.quant_matmul.few_rows import tile_for, unsupported_rows
+from pallas_kernels.quant_matmul.few_rows import collective, sharing, tile_for, unsupported_rows, whole_strips
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, unpack
 from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
@@ -35,7 +35,7 @@ def stage_function(config: tuning.FewRows):
     def stage(ctx, weights, x, sums, slot, warpgroup):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
-        row = slot * (config.blocks * config.rows) + (warpgroup << 6)
+        row = slot * (config.blocks * config.rows) + warpgroup * config.own
         left = descriptor(mosaic.shared_address(weights) + row * BLOCK)
         right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
         numbers = [word.value for word in unpack(sums, Word)]
@@ -50,7 +50,7 @@ def stage_function(config: tuning.FewRows):
 
 def stage_twin(config: tuning.FewRows):
     """`stage_function` for the interpreter."""
-    own = min(64, config.rows)
+    own = config.own
 
     def stage(weights, x, sums, slot, warpgroup):
         left = [
@@ -70,7 +70,10 @@ def stage_twin(config: tuning.FewRows):
 
 
 def scale_function(config: tuning.FewRows, tokens: int, rows: int):
-    """`scaled(x_scales [tokens], scales [rows], sums, token, row, warpgroup)`: float32 sums of a strip at `row`."""
+    """`scaled(x_scales [tokens], scales [rows], sums, token, row, warpgroup)`: float32 sums of a strip at `row`.
+
+    rows: of all experts; those past the end, and a strip's past its expert's end, get the scale of another.
+    """
     layout = layout_of(config)
 
     @plgpu.inline_mgpu(
@@ -81,7 +84,7 @@ def scale_function(config: tuning.FewRows, tokens: int, rows: int):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        token, row = token + first_column(thread), row + (warpgroup << 6) + first_row(thread)
+        token, row = token + first_column(thread), row + warpgroup * config.own + first_row(thread)
 
         def scale(ref, index, count):
             at = mosaic.offset(mosaic.global_address(ref), index.min(count - 1), 4)
@@ -99,9 +102,9 @@ def scale_function(config: tuning.FewRows, tokens: int, rows: int):
 
 
 def scale_twin(config: tuning.FewRows, tokens: int, rows: int):
-    """`scale_function` for the interpreter; whole tiles only."""
+    """`scale_function` for the interpreter; whole tiles and strips only."""
     del tokens, rows
-    own = min(64, config.rows)
+    own = config.own
 
     def scaled(x_scales, scales, sums, token, row, warpgroup):
         of_tokens, of_rows = x_scales[pl.ds(token, config.tile)], scales[pl.ds(row + warpgroup * own, own)]
@@ -120,6 +123,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
     x, x_scales, weights, scales, out, w_s, x_s, full, free = refs
     add = (stage_twin if interpret else stage_function)(config)
     scaled = (scale_twin if interpret else scale_function)(config, x.shape[0], weights.shape[0])
+    together = collective(config, interpret)
     write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
@@ -129,7 +133,8 @@ def body(*refs, config, rows, columns, grouped, interpret):
             at = pl.ds(i * config.rows, config.rows)
             plgpu.copy_gmem_to_smem(weights.at[strip, k], w_s.at[slot, at], full.at[slot])
             at = pl.ds(i * config.tile, config.tile)
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, at], full.at[slot])
+            tokens = x.at[pl.ds(token, config.tile), k]
+            plgpu.copy_gmem_to_smem(tokens, x_s.at[slot, at], full.at[slot], collective_axes=together)
 
     def store(sums, token, row, warpgroup):
         first = plan[0][lax.div(token, jnp.int32(config.tile))] * rows if plan else 0
@@ -137,14 +142,15 @@ def body(*refs, config, rows, columns, grouped, interpret):
 
     stream(
         config,
-        strips=rows // config.rows,
+        strips=-(-rows // (config.rows * config.cluster)) * config.cluster,
         steps=columns // (BLOCK * config.blocks),
         plan=plan,
         load=load,
         start=lambda: plgpu.layout_cast(jnp.zeros((64 * config.tile,), jnp.int32), layout_of(config)),
-        add=lambda sums, slot, step, warpgroup: add(w_s, x_s, sums, slot, warpgroup),
+        add=lambda sums, slot, step, row, warpgroup: add(w_s, x_s, sums, slot, warpgroup),
         store=store,
         barriers=(full, free),
+        cluster=config.cluster,
     )
 
 
@@ -230,9 +236,11 @@ def grouped_matmul(
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret", "config"))
 def call(plan, x, x_scales, values, scales, *, dtype, interpret, config) -> jax.Array:
     """The kernel, with or without a plan (experts of the tiles, how many are used)."""
+    existing = values.shape[1]
+    if interpret is not None:  # rows past the end of an expert's, which a strip may have
+        values, scales = whole_strips(values, config), whole_strips(scales, config)
     experts, rows, columns = values.shape
-    if rows % config.rows:
-        raise ValueError(f"strips of {config.rows} rows do not fit into weights of shape {values.shape}")
+    free, axes = sharing(config)
     kernel = plgpu.kernel(
         functools.partial(
             body, config=config, rows=rows, columns=columns, grouped=bool(plan), interpret=interpret is not None
@@ -242,14 +250,16 @@ def call(plan, x, x_scales, values, scales, *, dtype, interpret, config) -> jax.
             plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
             plgpu.Barrier(num_arrivals=2 * config.blocks, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+            free,
         ),
-        grid=(config.ctas,),
+        grid=(config.ctas // config.cluster,),
         grid_names=("cta",),
+        **axes,
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="few_rows_int8",
     )
-    return kernel(*plan, x, x_scales, values.reshape(experts * rows, columns), scales.reshape(experts * rows))
+    out = kernel(*plan, x, x_scales, values.reshape(experts * rows, columns), scales.reshape(experts * rows))
+    return out[:, :existing]

@@ -1,10 +1,11 @@
 """A warpgroup's part of a stage of `few_rows`: scaled products of 128 of K each, added up in registers.
 
 The sums of a warpgroup are [64 weight rows, tile tokens]; a thread has, for each 8 tokens, 2 of them for 2 weight rows,
-which is how wgmma leaves them. Strips of 32 rows use half of that: the product reads 32 rows past them, whatever is
-there, and nobody looks at the result.
+which is how wgmma leaves them. A warpgroup whose own rows are fewer uses a part of that: the product reads rows past
+them, whatever is there, and nobody looks at the result.
 """
 
+import math
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -23,6 +24,16 @@ BLOCK = 128
 """K of a scale."""
 GROUP = 4
 """Scales along K that are copied together: 16 bytes, the least that TMA takes."""
+
+
+def straddles(rows: int) -> bool:
+    """Whether a strip of so many rows may begin or end within the rows of a scale."""
+    return BLOCK % rows != 0 and rows % BLOCK != 0
+
+
+def scale_rows(rows: int) -> int:
+    """How many rows of scales a strip of so many rows may need."""
+    return (BLOCK - math.gcd(rows, BLOCK) + rows - 1) // BLOCK + 1
 
 
 def layout_of(config: tuning.FewRows) -> Any:
@@ -68,31 +79,38 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
     Its arguments:
       weights, x: e4m3 [stages, blocks * rows, 128] and [stages, blocks * tile, 128] in shared memory.
       x_scales, scales: float32 [stages, tile, 4] and [stages, 8 * matrices, 4] there. A row of `scales` is for 128
-        weight rows; those of the second matrix begin at the eighth.
+        weight rows, the first of them for those that the strip's first row is one of; those of the second matrix begin
+        at the eighth.
       sums: as `layout_of`.
-      slot: the stage; place: of its first block in the groups of 4 scales; warpgroup: its number.
+      slot: the stage; place: of its first block in the groups of 4 scales; row: the strip's first of the weight;
+      warpgroup: its number.
     """
     layout = layout_of(config)
 
     @plgpu.inline_mgpu(
-        arg_types=(SWIZZLED, SWIZZLED, REF, REF, layout, SCALAR, SCALAR, SCALAR),
+        arg_types=(SWIZZLED, SWIZZLED, REF, REF, layout, SCALAR, SCALAR, SCALAR, SCALAR),
         return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.float32, layout=layout),
     )
-    def tile(ctx, weights, x, x_scales, scales, sums, slot, place, warpgroup):
+    def tile(ctx, weights, x, x_scales, scales, sums, slot, place, row, warpgroup):
         del ctx
         sums = unpack(sums)
-        slot, place, warpgroup = map(mosaic.scalar, (slot, place, warpgroup))
-        row = slot * (config.blocks * config.rows) + (warpgroup << 6)
-        left = descriptor(mosaic.shared_address(weights) + row * BLOCK)
+        slot, place, row, warpgroup = map(mosaic.scalar, (slot, place, row, warpgroup))
+        own = warpgroup * config.own
+        left = descriptor(mosaic.shared_address(weights) + (slot * (config.blocks * config.rows) + own) * BLOCK)
         right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
         column = slot * config.tile + first_column(mosaic.thread_index())
         own_x_scales = SharedWords(x_scales).part((column << 2) + place)
-        if matrices == 1:
-            own_scale = SharedWords(scales).part((slot << 5) + ((warpgroup >> 1) << 2) + place)
-        else:
+        if matrices == 2:
             # A warp has 16 of the strip's rows, if any; and no more of a matrix than 128 are in a strip.
-            which = ((mosaic.thread_index() >> 5) // (config.rows // 32)).min(1)
-            own_scale = SharedWords(scales).part((slot << 6) + (which << 5) + place)
+            which = [((mosaic.thread_index() >> 5) // (config.rows // 32)).min(1) << 3]
+        elif not straddles(config.rows):
+            which = [own // BLOCK]
+        else:
+            # Of a warp's 16 rows, the first eight have one scale, and the others may have the next.
+            first = (row & (BLOCK - 1)) + own + first_row(mosaic.thread_index() & 127)
+            together = config.rows % 16 == 0 and config.own % 16 == 0
+            which = [(first + below) // BLOCK for below in ((0,) if together else (0, 8))]
+        own_scales = [SharedWords(scales).part((slot * (8 * matrices) + i) * GROUP + place) for i in which]
 
         def start(block):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
@@ -104,18 +122,19 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
             product, more = flying, block + 1 < config.blocks
             if more:
                 flying = start(block + 1)
-            scale = Float.of_bits(own_scale.load(block))
-            factors = [
-                Float.of_bits(own_x_scales.load(GROUP * (8 * i + j) + block)) * scale
+            of_rows = [Float.of_bits(own_scale.load(block)) for own_scale in own_scales]
+            of_tokens = [
+                Float.of_bits(own_x_scales.load(GROUP * (8 * i + j) + block))
                 for i in range(config.tile // 8)
                 for j in range(2)
             ]
+            if len(of_rows) == 1:
+                of_tokens, of_rows = [x * of_rows[0] for x in of_tokens], []
             product = finish(product, flying=1 if more else 0)
             # A thread's numbers, for each 8 tokens: two tokens of one weight row, then of the row 8 below.
-            sums = [
-                Float(x).times_plus(factors[2 * (i // 4) + i % 2], total)
-                for i, (x, total) in enumerate(zip(product, sums, strict=True))
-            ]
+            for i, x in enumerate(product):
+                factor = of_tokens[2 * (i // 4) + i % 2]
+                sums[i] = Float(x).times_plus(factor * of_rows[i // 2 % 2] if of_rows else factor, sums[i])
         return pack(sums, layout)
 
     return tile
@@ -123,20 +142,21 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
 
 def tile_twin(config: tuning.FewRows, matrices: int = 1):
     """`tile_function` for the interpreter."""
-    own = min(64, config.rows)
+    own = config.own
 
-    def tile(weights, x, x_scales, scales, sums, slot, place, warpgroup):
+    def tile(weights, x, x_scales, scales, sums, slot, place, row, warpgroup):
         sums = sums.reshape(64, config.tile)
         left = [
             weights[slot, pl.ds(i * config.rows + warpgroup * own, own), :].astype(jnp.float32)
             for i in range(config.blocks)
         ]
         right, token_scales = x[slot].astype(jnp.float32), x_scales[slot]
+        of_strip = warpgroup * own + jnp.arange(own)
         if matrices == 1:
-            by_row = scales[slot, pl.ds(warpgroup // 2, 1), :]
+            which, choices = (of_strip + row % BLOCK) // BLOCK, list(range(scale_rows(config.rows)))
         else:
-            is_second = warpgroup * 64 + jnp.arange(own) >= config.rows // 2
-            by_row = jnp.where(is_second[:, None], scales[slot, pl.ds(8, 1), :], scales[slot, pl.ds(0, 1), :])
+            which, choices = jnp.where(of_strip >= config.rows // 2, 8, 0), [0, 8]
+        by_row = sum(jnp.where(which[:, None] == i, scales[slot, pl.ds(i, 1), :], 0) for i in choices)
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         for i in range(config.blocks):
@@ -160,7 +180,10 @@ def store_number(address: ir.Value, x: Float, predicate: Word, dtype: Any) -> No
 
 
 def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
-    """`store(out [tokens, rows], sums, token, row, warpgroup)`: the sums of a strip that starts there, in `dtype`."""
+    """`store(out [tokens, rows], sums, token, row, warpgroup)`: the sums of a strip that starts there, in `dtype`.
+
+    Nothing of a strip's rows past the end.
+    """
     layout = layout_of(config)
     size = jnp.dtype(dtype).itemsize
 
@@ -170,22 +193,23 @@ def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
         own = first_row(thread)
+        row = row + warpgroup * config.own + own
         token = token + first_column(thread)
         address = mosaic.offset(mosaic.global_address(out), token, rows * size)
-        address = mosaic.offset(address, row + (warpgroup << 6) + own, size)
+        address = mosaic.offset(address, row, size)
+        exists = [(own + below < config.own) & (row + below < rows) for below in (0, 8)]
         for i, x in enumerate(unpack(sums)):
-            column, below = 8 * (i // 4) + i % 2, 8 * (i // 2 % 2)
-            there = (token + column < tokens) & (own + below < config.rows)
-            at = arith.addi(address, mosaic.i64((column * rows + below) * size))
-            store_number(at, x, there, dtype)
+            column, below = 8 * (i // 4) + i % 2, i // 2 % 2
+            at = arith.addi(address, mosaic.i64((column * rows + 8 * below) * size))
+            store_number(at, x, (token + column < tokens) & exists[below], dtype)
 
     return store
 
 
 def store_twin(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
-    """`store_function` for the interpreter; whole tiles only."""
+    """`store_function` for the interpreter; whole tiles and strips only."""
     del tokens, rows
-    own = min(64, config.rows)
+    own = config.own
 
     def store(out, sums, token, row, warpgroup):
         part = sums.reshape(64, config.tile)[:own].T.astype(dtype)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic
 from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import map_tiles
-from pallas_kernels.quant_matmul import few_rows_int4, few_rows_int8, int4, int8
+from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, int4, int8, many_rows
 from pallas_kernels.quant_matmul.int4 import GROUP
 from pallas_kernels.quantize import quantize_int8
+from pallas_kernels.quantize.mosaic_gpu import int8_unsupported as quantize_unsupported
 
 
 def check(x: jax.Array, expected: dict[str, tuple[jax.Array, Any, tuple[int, ...]]]) -> None:
@@ -49,6 +50,32 @@ def check_plan(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array) -> i
     return rows.shape[0] // tiles
 
 
+def takes_many(x: jax.Array, values: jax.Array, tile: int | None) -> bool:
+    """Whether the int8 kernel of many rows is the one to take, of both; `tile` as for `unsupported_int8`."""
+    few = few_rows_int8.unsupported(x, values, tile) is None
+    many = many_rows.unsupported(x, values, jnp.int8, tile=tile) is None
+    return many and (not few or (tile is not None and tile >= few_rows.TILES[-1]))
+
+
+def unsupported_int8(x: jax.Array, values: jax.Array, tile: int | None = None) -> str | None:
+    """What neither kernel, of few rows nor of many, takes of these arguments; None if one takes all.
+
+    Args:
+      x: [M, K], before it is quantised.
+      values: int8 [..., N, K].
+      tile: rows of a tile of the grouped product; None for the dense one.
+    """
+    few = few_rows_int8.unsupported(x, values, tile)
+    if few is None or x.dtype not in (jnp.bfloat16, jnp.float32) or (tile is not None and tile % 64):
+        return few
+    return many_rows.unsupported(x, values, jnp.int8, tile=tile)
+
+
+def quantised_rows(x: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
+    """`quantize_int8` of many rows, by its kernel if that takes them."""
+    return quantize_int8(x, backend="reference" if quantize_unsupported(x) else backend)
+
+
 def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: str = "auto") -> jax.Array:
     """x W^T with an int8 weight and x quantised to int8 by row (`quantize_int8`): W8A8.
 
@@ -56,10 +83,10 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
       x: float [M, K].
       values: int8 [N, K].
       scales: float32 [N], see `quantize_weight_int8`.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel takes 1 to 128 rows in bfloat16 or float32,
-        N in multiples of 64 and K in multiples of 512. The reference is an int8 product of XLA's and, behind it, the
-        scales: where the product is bound by arithmetic, it uses the matrix units' int8 rate, and there is no kernel of
-        ours for it. Both give the same bits. The gradient passes straight through the quantisation.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take N in multiples of 64; up to 128 rows
+        in bfloat16 or float32 with K in multiples of 512, and any number in bfloat16 with K in multiples of 128. The
+        reference is an int8 product of XLA's and, behind it, the scales. All give the same bits. The gradient passes
+        straight through the quantisation.
 
     Returns:
       [M, N] in x's dtype: exact sums of whole numbers, times the product of both scales in float32, rounded once.
@@ -69,15 +96,15 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
       BackendError: the kernel was asked for and does not take these arguments.
     """
     check_int8(x, values, scales)
-    chosen = resolve(backend, "int8_matmul", UNMEASURED_KERNEL, few_rows_int8.unsupported(x, values))
+    chosen = resolve(backend, "int8_matmul", UNMEASURED_KERNEL, unsupported_int8(x, values))
     if chosen == "reference":
         return int8.matmul(x, values, scales)
 
     def kernel(x, values, scales):
-        rows, row_scales = quantize_int8(x)
-        return few_rows_int8.matmul(
-            rows, row_scales, values, scales, dtype=x.dtype, interpret=mosaic.interpret_on(chosen)
-        )
+        interpret = mosaic.interpret_on(chosen)
+        if takes_many(x, values, None):
+            return many_rows.many_rows_matmul(*quantised_rows(x, chosen), values, scales, interpret=interpret)
+        return few_rows_int8.matmul(*quantize_int8(x), values, scales, dtype=x.dtype, interpret=interpret)
 
     return gradient_of_reference(kernel, int8.matmul)(x, values, scales)
 
@@ -99,7 +126,8 @@ def grouped_int8_matmul(
       scales: float32 [E, N].
       tile_expert: int32 [tiles], the expert of each tile of P / tiles rows.
       used_tiles: int32 [], how many tiles hold a row at all: the first ones. The results of the others are undefined.
-      backend: as for `int8_matmul`; the kernel takes tiles of 8, 16, 32, 64 or 128 rows and reads the weights in use.
+      backend: as for `int8_matmul`; the kernels take tiles of 8, 16, 32, or a multiple of 64 rows (of float32 rows up
+        to 128), and read the weights in use.
 
     Returns:
       [P, N] in the rows' dtype.
@@ -110,22 +138,17 @@ def grouped_int8_matmul(
     """
     tile = check_plan(rows, values, tile_expert)
     check_int8(rows, values, scales)
-    chosen = resolve(backend, "grouped_int8_matmul", UNMEASURED_KERNEL, few_rows_int8.unsupported(rows, values, tile))
+    chosen = resolve(backend, "grouped_int8_matmul", UNMEASURED_KERNEL, unsupported_int8(rows, values, tile))
 
     def plain(rows, values, scales, tile_expert, used_tiles):
         del used_tiles
         return map_tiles(lambda x, weight: int8.matmul(x, *weight), rows, tile_expert, (values, scales))
 
     def kernel(rows, values, scales, tile_expert, used_tiles):
-        return few_rows_int8.grouped_matmul(
-            *quantize_int8(rows),
-            values,
-            scales,
-            tile_expert,
-            used_tiles,
-            dtype=rows.dtype,
-            interpret=mosaic.interpret_on(chosen),
-        )
+        interpret, weight = mosaic.interpret_on(chosen), (values, scales, tile_expert, used_tiles)
+        if takes_many(rows, values, tile):
+            return many_rows.many_rows_matmul(*quantised_rows(rows, chosen), *weight, interpret=interpret)
+        return few_rows_int8.grouped_matmul(*quantize_int8(rows), *weight, dtype=rows.dtype, interpret=interpret)
 
     op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
     return op(rows, values, scales, tile_expert, used_tiles)

@@ -32,22 +32,29 @@ def stream(
     add: Callable[..., Any],
     store: Callable[..., None],
     barriers: tuple[Any, Any],
+    cluster: int = 1,
 ) -> None:
     """All items of a CTA; every warpgroup calls it.
 
     Args:
       config: has `rows` of a strip, tokens of a `tile`, `stages` and `ctas`.
-      strips: of the weight.
+      strips: of the weight; a multiple of `cluster`.
       steps: stages of an item.
       plan: refs of the tiles' experts and of how many tiles are in use; empty for one tile and one weight.
       load: `load(slot, expert, token, row, step)` starts the copies of a stage, which arrive at the first barrier.
       start: the sums that an item begins with.
-      add: `add(sums, slot, step, warpgroup)` with those of a stage.
+      add: `add(sums, slot, step, row, warpgroup)` with those of a stage.
       store: `store(sums, token, row, warpgroup)` at an item's end.
       barriers: of the slots: full, and free (an arrival a warpgroup).
+      cluster: CTAs that take strips next to each other, at the same time, and copy for each other; `free` is theirs
+        together.
     """
     full, free = barriers
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    ahead = config.stages
+    if cluster > 1:
+        cta = cta * cluster + lax.axis_index("rank")
+        ahead -= 1  # the others have a stage's time to free a slot
     used = plan[1][0] if plan else cta * 0 + 1
     items = lax.div(jnp.maximum(used * strips - cta + (config.ctas - 1), 0), jnp.int32(config.ctas))
     total = items * steps
@@ -88,18 +95,20 @@ def stream(
         return lax.cond(warpgroup == 0, lambda: lax.while_loop(more, load_next, cursor), lambda: cursor)
 
     def item_step(i, cursor):
+        item = cta + i * config.ctas
+
         def step(j, state):
             sums, cursor = state
             number = i * steps + j
-            cursor = load_up_to(cursor, number + config.stages)  # refills the slot of `number - 1`
+            cursor = load_up_to(cursor, number + ahead)  # refills the slot of `number - 1`, or of the one before
             slot = lax.rem(number, jnp.int32(config.stages))
             plgpu.barrier_wait(full.at[slot])
-            sums = add(sums, slot, j, warpgroup)
+            sums = add(sums, slot, j, place_of(item)[1], warpgroup)
             plgpu.barrier_arrive(free.at[slot])
             return sums, cursor
 
         sums, cursor = lax.fori_loop(0, steps, step, (start(), cursor))
-        store(sums, *place_of(cta + i * config.ctas), warpgroup)
+        store(sums, *place_of(item), warpgroup)
         return cursor
 
     first = (cta * 0, cta * 0, cta, expert_of(cta), expert_of(cta + config.ctas))

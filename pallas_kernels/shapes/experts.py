@@ -180,7 +180,6 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
         columns=8192,
         depth=8192,
         target=Target(1.5, 1.9, of="reference"),
-        kernel=False,
     )
     integers = [
         QuantMatmul(
@@ -291,6 +290,7 @@ SMALL: dict[str, tuple[Shape, ...]] = {
         QuantMatmul(name="small-few", tokens=3, columns=192, depth=512),
         QuantMatmul(name="small-many", tokens=150, columns=192, depth=256),
         QuantMatmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
+        QuantMatmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
         QuantMatmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
     ),
     "quantize": tuple(

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import few_rows
 from tests.kernels.cases import few_rows as cases
 
 
-def poisoned(case, dtype):
+def poisoned(case, dtype, config=None):
     """The kernel's result, in memory that very likely held NaN."""
     function = few_rows.matmul if case.tile_expert is None else few_rows.grouped_matmul
-    call = jax.jit(functools.partial(function, dtype=dtype))
+    call = jax.jit(functools.partial(function, dtype=dtype, config=config))
     arguments = jax.block_until_ready(list(map(jnp.asarray, case.arguments)))
     shape = (case.x.shape[0], case.values.shape[-2])
     poison = jax.block_until_ready([jnp.full(shape, jnp.nan, dtype) for _ in range(3)])
@@ -25,8 +26,18 @@ def poisoned(case, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", cases.real(), ids=lambda case: case.name)
 def test_kernel(case, dtype):
-    got = poisoned(case, dtype)
-    np.testing.assert_array_equal(got, poisoned(case, dtype), err_msg="from run to run")
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows"], ids=repr)
+def test_every_config(config):
+    for case in cases.uneven(config.tile):
+        check(case, jnp.float32, config)
+
+
+def check(case, dtype, config=None):
+    got = poisoned(case, dtype, config)
+    np.testing.assert_array_equal(got, poisoned(case, dtype, config), err_msg="from run to run")
     expected = cases.expected(case, np.float32).astype(np.float64)
     error = got.astype(np.float64) - expected
     assert np.isfinite(got.astype(np.float32)).all()

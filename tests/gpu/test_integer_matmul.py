@@ -1,12 +1,18 @@
-"""Products with int8 and four-bit weights on a GPU: the kernels against NumPy, NaN wherever nothing may be read."""
+"""Products with int8 and four-bit weights on a GPU: the kernels against NumPy, NaN wherever nothing may be read.
 
+XLA's own int8 product is no reference: without autotuning (`--xla_gpu_autotune_level=0`) it is wrong.
+"""
+
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import (
     few_rows_int4,
     few_rows_int8,
@@ -16,19 +22,33 @@ from pallas_kernels.quant_matmul import (
     int8_matmul,
     pack_int4,
 )
+from pallas_kernels.quant_matmul.many_rows import many_rows_matmul
+from pallas_kernels.quantize import quantize_int8
 from tests.kernels.cases import integer_matmul as cases
 
 INT8, INT4 = cases.real(cases.int8), cases.real(cases.int4)
+VARIANTS = {
+    "as tuned": None,
+    "by columns": tuning.MANY_ROWS,
+    "short tiles": tuning.MANY_ROWS_SHORT_TILES,
+    "by rows": tuning.MANY_ROWS_INT8,
+    "clusters": dataclasses.replace(tuning.MANY_ROWS_INT8, cluster=2),
+}
 
 
 def plan_of(case):
     return () if case.plan is None else (jnp.asarray(case.plan.tile_expert), jnp.int32(case.plan.used))
 
 
-def poisoned(kernel, case, dtype, *arrays):
-    """The rows that the kernel writes, in memory that very likely held NaN; the same twice."""
+def poisoned(kernel, case, dtype, *arrays, config=None):
+    """`written` by the kernel of few rows."""
     function = kernel.matmul if case.plan is None else kernel.grouped_matmul
-    call = jax.jit(functools.partial(function, dtype=dtype))
+    return written(functools.partial(function, dtype=dtype, config=config), case, dtype, *arrays)
+
+
+def written(function, case, dtype, *arrays):
+    """The rows that the kernel writes, in memory that very likely held NaN; the same twice."""
+    call = jax.jit(function)
     arrays = jax.block_until_ready([*arrays, *plan_of(case)])
 
     def run():
@@ -44,14 +64,60 @@ def poisoned(kernel, case, dtype, *arrays):
 
 @pytest.mark.parametrize("case", INT8, ids=lambda case: case.name)
 def test_int8_kernel_is_exact(case):
+    check_int8(case)
+
+
+@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows"], ids=repr)
+def test_every_int8_config_is_exact(config):
+    for case in cases.uneven(cases.int8, config.tile):
+        check_int8(case, config)
+
+
+def check_int8(case, config=None):
     arrays = map(jnp.asarray, (case.x, case.x_scales, *case.weight))
-    got = poisoned(few_rows_int8, case, jnp.float32, *arrays)
+    got = poisoned(few_rows_int8, case, jnp.float32, *arrays, config=config)
     np.testing.assert_array_equal(got, cases.expected_int8(case))
+
+
+@pytest.mark.parametrize("case", cases.many_real(), ids=lambda case: case.name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int8_kernel_of_many_rows_is_exact(case, variant):
+    config = VARIANTS[variant]
+    if config is not None and case.plan is not None and case.plan.tile % config.unit:
+        pytest.skip("these are no whole tiles of the config")
+    arrays = map(jnp.asarray, (case.x, case.x_scales, *case.weight))
+    got = written(functools.partial(many_rows_matmul, config=config), case, jnp.bfloat16, *arrays)
+    np.testing.assert_array_equal(got, cases.expected_int8(case).astype(ml_dtypes.bfloat16))
+
+
+def test_int8_kernel_of_8192_rows_is_exact():
+    """Rows of all tiles, against NumPy in parts."""
+    size, chosen = 8192, np.arange(3, 8192, 257)
+    rng = np.random.default_rng(0)
+    x, values = (rng.integers(-127, 128, (size, size), np.int8) for _ in range(2))
+    x_scales, scales = (rng.uniform(0.001, 0.01, size).astype(np.float32) for _ in range(2))
+    case = cases.Case("", x, (values, scales), None, x_scales)
+    got = written(many_rows_matmul, case, jnp.bfloat16, *map(jnp.asarray, (x, x_scales, values, scales)))[chosen]
+    for i in range(0, size, 1024):
+        part = slice(i, i + 1024)
+        few = cases.Case("", x[chosen], (values[part], scales[part]), None, x_scales[chosen])
+        np.testing.assert_array_equal(got[:, part], cases.expected_int8(few).astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize("case", INT4, ids=lambda case: case.name)
 def test_int4_kernel(case):
-    got = poisoned(few_rows_int4, case, jnp.float32, jnp.asarray(case.x), *pack_int4(*map(jnp.asarray, case.weight)))
+    check_int4(case)
+
+
+@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows_int4"], ids=repr)
+def test_every_int4_config(config):
+    for case in cases.uneven(cases.int4, config.tile):
+        check_int4(case, config)
+
+
+def check_int4(case, config=None):
+    arrays = jnp.asarray(case.x), *pack_int4(*map(jnp.asarray, case.weight))
+    got = poisoned(few_rows_int4, case, jnp.float32, *arrays, config=config)
     expected = cases.expected_int4(case, np.float32).astype(np.float64)
     assert got.shape == expected.shape
     if not got.size:
@@ -69,6 +135,18 @@ def both(op, *arrays, **options):
     return got.astype(np.float64), expected.astype(np.float64)
 
 
+def exactly(op, x, case, backend):
+    """The int8 op in bfloat16 and what NumPy makes of the rows that `backend` quantises; tiles in use."""
+    experts = plan_of(case)
+    options = {"used_tiles": experts[1]} if experts else {}
+    call = jax.jit(functools.partial(op, backend="mosaic_gpu", **options))
+    got = np.asarray(call(x, *map(jnp.asarray, case.weight), *experts[:1]))[: case.written]
+    quantised, x_scales = map(np.asarray, jax.jit(functools.partial(quantize_int8, backend=backend))(x))
+    expected = cases.expected_int8(cases.Case("", quantised, case.weight, case.plan, x_scales))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, expected.astype(ml_dtypes.bfloat16))
+
+
 def close(got, expected):
     """To the bfloat16 weights of the reference."""
     assert np.sqrt(((got - expected) ** 2).mean()) <= 4e-3 * np.sqrt((expected**2).mean())
@@ -77,7 +155,7 @@ def close(got, expected):
 @pytest.mark.parametrize("rows", [1, 20, 128])
 def test_ops(rows):
     x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1536)), jnp.bfloat16)
-    np.testing.assert_array_equal(*both(int8_matmul, x, *map(jnp.asarray, cases.int8("", 1, 576, 1536).weight)))
+    exactly(int8_matmul, x, cases.int8("", rows, 576, 1536), "auto")
     close(*both(int4_matmul, x, *pack_int4(*map(jnp.asarray, cases.int4("", 1, 576, 1536).weight))))
 
 
@@ -87,17 +165,13 @@ def test_grouped_ops(tile):
     x = jnp.asarray(np.random.default_rng(tile).standard_normal((len(plan.filled), 1024)), jnp.bfloat16)
     int8, int4 = cases.int8("", plan, 192, 1024), cases.int4("", plan, 192, 1024)
     experts, used = plan_of(int8)
-    written = int8.written
-    got, expected = both(grouped_int8_matmul, x, *map(jnp.asarray, int8.weight), experts, used_tiles=used)
-    np.testing.assert_array_equal(got[:written], expected[:written])
+    exactly(grouped_int8_matmul, x, int8, "mosaic_gpu" if tile >= 128 else "auto")
     got, expected = both(grouped_int4_matmul, x, *pack_int4(*map(jnp.asarray, int4.weight)), experts, used_tiles=used)
-    close(got[:written], expected[:written])
+    close(got[: int8.written], expected[: int8.written])
 
 
-@pytest.mark.parametrize("rows", [129, 1000])
-def test_int8_product_of_many_rows_is_exact(rows):
-    """XLA's own, beside the kernel: of the same rows, the same bits."""
-    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1536)), jnp.bfloat16)
-    weight = list(map(jnp.asarray, cases.int8("", 1, 576, 1536).weight))
-    few = jax.jit(functools.partial(int8_matmul, backend="mosaic_gpu"))(x[:100], *weight)
-    np.testing.assert_array_equal(np.asarray(jax.jit(int8_matmul)(x, *weight))[:100], np.asarray(few))
+@pytest.mark.parametrize(("rows", "depth"), [(129, 1536), (1000, 1536), (100, 640)])
+def test_int8_op_of_many_rows(rows, depth):
+    """Also few, with a K that the kernel of few rows does not take."""
+    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, depth)), jnp.bfloat16)
+    exactly(int8_matmul, x, cases.int8("", rows, 576, depth), "mosaic_gpu")

@@ -1,5 +1,6 @@
 """Products with few rows: the kernels in the interpreter, and that they lower."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,16 +12,28 @@ from pallas_kernels import mosaic, tuning
 from pallas_kernels.backend import BackendError
 from pallas_kernels.moe_dispatch import make_plan
 from pallas_kernels.quant_matmul import few_rows, quant_matmul
+from pallas_kernels.quant_matmul import few_rows_tile as device
 from tests.kernels.cases import few_rows as cases
 
 TINY = {case.name: case for case in cases.tiny()}
 INTERPRETED = [
     ("one row", tuning.FewRows(tile=8, rows=32, blocks=4, stages=2, ctas=3)),
-    ("one row", tuning.FewRows(tile=8, rows=128, blocks=2, stages=3, ctas=1)),
+    ("one row", tuning.FewRows(tile=8, rows=128, warpgroups=2, blocks=2, stages=3, ctas=1)),
     ("part of a tile", tuning.FewRows(tile=8, rows=64, blocks=1, stages=3, ctas=2)),
     ("two tiles' worth", tuning.FewRows(tile=16, rows=64, blocks=2, stages=3, ctas=2)),
     ("experts", tuning.FewRows(tile=8, rows=64, blocks=2, stages=2, ctas=3)),
     ("nothing", tuning.FewRows(tile=8, rows=64, blocks=2, stages=2, ctas=2)),
+    # Strips that may have rows of two scales, and, but for those of 24 and 48, one that ends past the weight.
+    ("part of a tile", tuning.FewRows(tile=8, rows=24, blocks=1, stages=5, ctas=3)),
+    ("part of a tile", tuning.FewRows(tile=8, rows=48, blocks=2, stages=2, ctas=2)),
+    ("part of a tile", tuning.FewRows(tile=8, rows=56, blocks=4, stages=2, ctas=3)),
+    ("part of a tile", tuning.FewRows(tile=8, rows=112, warpgroups=2, blocks=2, stages=2, ctas=1)),
+    ("part of a tile", tuning.FewRows(tile=8, rows=144, warpgroups=3, blocks=2, stages=2, ctas=2)),
+    ("part of a tile", tuning.FewRows(tile=8, rows=128, warpgroups=4, blocks=2, stages=2, ctas=1)),
+    ("experts", tuning.FewRows(tile=8, rows=56, blocks=2, stages=2, ctas=4)),
+    # Three strips for two CTAs of a cluster, and four of two strips.
+    ("two tiles' worth", tuning.FewRows(tile=16, rows=24, blocks=1, stages=3, cluster=2, ctas=2)),
+    ("two tiles' worth", tuning.FewRows(tile=32, rows=48, blocks=1, stages=2, cluster=4, ctas=4)),
 ]
 
 
@@ -66,6 +79,16 @@ def test_every_config_lowers(config, dtype):
     lower(few_rows.grouped_matmul, shapes(3 * config.tile, 4096, 7168, (16,), 3))
 
 
+@pytest.mark.parametrize("cluster", [2, 4])
+def test_clusters_lower(cluster):
+    config = tuning.FewRows(tile=128, rows=56, blocks=2, stages=4, cluster=cluster)
+    for f, arguments in (
+        (few_rows.matmul, shapes(100, 7168, 2048)),
+        (few_rows.grouped_matmul, shapes(384, 4096, 7168, (16,), 3)),
+    ):
+        jax.jit(functools.partial(f, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
 @pytest.mark.parametrize("tile", few_rows.TILES)
 @pytest.mark.parametrize(
     ("rows", "tiles"), [(64, 1), (576, 1), (2112, 1), (4096, 1), (4096, 8), (36864, 1), (7168, 276)]
@@ -73,7 +96,51 @@ def test_every_config_lowers(config, dtype):
 def test_the_choice_is_one_of_the_configs(tile, rows, tiles):
     config = tuning.few_rows(tile, rows, tiles)
     assert config in tuning.CONFIGS["few_rows"]
-    assert config.tile == tile and rows % config.rows == 0
+    assert config.tile == tile
+    assert tiles == 1 or rows % config.rows == 0
+
+
+@pytest.mark.parametrize("choice", [tuning.few_rows, tuning.few_rows_int4])
+@pytest.mark.parametrize("rows", [4096, 7168, 24576, 36864])
+def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, rows):
+    config = choice(8, rows, 1)
+    strips = -(-rows // config.rows)
+    busiest = -(-strips // tuning.SMS) * config.rows
+    assert busiest <= 1.05 * rows / tuning.SMS
+
+
+def test_many_tokens_have_tall_strips():
+    """So that they are not read too often; but not so tall that most multiprocessors have none."""
+    assert tuning.few_rows(128, 36864, 1).rows == 144
+    assert tuning.few_rows(128, 24576, 1).rows == 192
+    assert tuning.few_rows(128, 4096, 1).rows == 64
+
+
+@pytest.mark.parametrize("rows", range(8, 257, 8))
+def test_scales_of_a_strip(rows):
+    """As many as the worst strip needs; one, that of the first row, where strips do not straddle."""
+    starts = range(0, 128 * rows, rows)
+    assert device.scale_rows(rows) == max((start + rows - 1) // 128 - start // 128 + 1 for start in starts)
+    within = all((start % 128 + row) // 128 == row // 128 for start in starts for row in range(rows))
+    assert device.straddles(rows) == (not within)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 60}, "in eights, of 60"),
+        ({"rows": 72}, "up to 64 rows"),
+        ({"rows": 88, "warpgroups": 2}, "each of 2 warpgroups"),
+        ({"rows": 320, "warpgroups": 5}, "1 to 4 warpgroups"),
+        ({"rows": 8, "blocks": 1, "stages": 3}, "reads past a warpgroup's 8"),
+        ({"stages": 20}, "bytes of shared memory"),
+        ({"cluster": 2}, "eights of tokens"),
+        ({"tile": 64, "cluster": 3}, "a cluster of 1, 2 or 4"),
+    ],
+)
+def test_configs_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tuning.FewRows(tile=8, rows=56, blocks=2, stages=6), **change)
 
 
 def test_what_the_kernel_does_not_take():

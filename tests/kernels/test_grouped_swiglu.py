@@ -119,9 +119,9 @@ def test_many_rows_in_the_interpreter(kind, rows, experts, result, config, capfd
 
 
 FEW_CASES = [
-    (8, [0, 2, 2], BY_ROW, tuning.FewRowsSwiGLU(tile=8, rows=256, blocks=1, stages=2, ctas=2)),
-    (5, None, BY_GROUP, tuning.FewRowsSwiGLU(tile=8, rows=256, blocks=2, stages=3, ctas=1)),
-    (16, [1, 0], PLAIN, tuning.FewRowsSwiGLU(tile=16, rows=128, blocks=2, stages=2, ctas=2)),
+    (8, [0, 2, 2], BY_ROW, tuning.FewRowsSwiGLU(tile=8, rows=256, warpgroups=4, blocks=1, stages=2, ctas=2)),
+    (5, None, BY_GROUP, tuning.FewRowsSwiGLU(tile=8, rows=256, warpgroups=4, blocks=2, stages=3, ctas=1)),
+    (16, [1, 0], PLAIN, tuning.FewRowsSwiGLU(tile=16, rows=128, warpgroups=2, blocks=2, stages=2, ctas=2)),
     (8, [1], BY_GROUP, tuning.FewRowsSwiGLU(tile=8, rows=64, blocks=4, stages=2, ctas=1)),
     (3, None, BY_ROW, tuning.FewRowsSwiGLU(tile=8, rows=32, blocks=4, stages=2, ctas=3)),
 ]
@@ -207,7 +207,7 @@ def test_configs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="up to 64 tokens"):
         tuning.FewRowsSwiGLU(tile=128, rows=64, blocks=1, stages=2)
     with pytest.raises(ValueError, match="shared memory"):
-        tuning.FewRowsSwiGLU(tile=64, rows=256, blocks=1, stages=5)
+        tuning.FewRowsSwiGLU(tile=64, rows=256, warpgroups=4, blocks=1, stages=5)
 
 
 @pytest.mark.parametrize(

@@ -217,21 +217,26 @@ def test_gradients(grouped, monkeypatch):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("name", "rows", "blocks", "ctas"),
+    ("name", "rows", "warpgroups", "blocks", "ctas"),
     [
-        ("one row", 32, 4, 3),
-        ("part of a tile", 64, 2, 2),
-        ("a whole tile", 64, 1, 1),
-        ("one row", 128, 2, 1),
-        ("experts", 64, 2, 3),
-        ("nothing", 64, 2, 2),
+        ("one row", 32, 1, 4, 3),
+        ("part of a tile", 64, 1, 2, 2),
+        ("a whole tile", 64, 1, 1, 1),
+        ("one row", 128, 2, 2, 1),
+        ("experts", 64, 1, 2, 3),
+        ("nothing", 64, 1, 2, 2),
+        # The last strip ends past the weight.
+        ("part of a tile", 56, 1, 4, 3),
+        ("part of a tile", 112, 2, 2, 1),
+        ("part of a tile", 144, 3, 2, 1),
+        ("experts", 48, 1, 2, 3),
     ],
 )
-def test_int8_kernel_in_the_interpreter(name, rows, blocks, ctas, capfd):
+def test_int8_kernel_in_the_interpreter(name, rows, warpgroups, blocks, ctas, capfd):
     case = INT8[name]
     arguments = map(jnp.asarray, (case.x, case.x_scales, *case.weight))
     kernel = few_rows_int8.matmul if case.plan is None else few_rows_int8.grouped_matmul
-    config = tuning.FewRows(tile=8, rows=rows, blocks=blocks, stages=2, ctas=ctas)
+    config = tuning.FewRows(tile=8, rows=rows, warpgroups=warpgroups, blocks=blocks, stages=2, ctas=ctas)
     got = kernel(*arguments, *plan_of(case), dtype=jnp.float32, config=config, interpret=mosaic.interpreter())
     assert got.shape == (len(case.x), case.weight[0].shape[-2])
     np.testing.assert_array_equal(np.asarray(got)[: case.written], cases.expected_int8(case))
@@ -249,6 +254,8 @@ def test_int8_kernel_in_the_interpreter(name, rows, blocks, ctas, capfd):
         (INT4["experts"], 64, 3),
         (cases.int4("tiles in parts", cases.Plan({0: 3, 2: 17}, 3, 16, spare=1), 64, 512), 64, 2),
         (INT4["nothing"], 64, 2),
+        (INT4["part of a tile"], 56, 2),  # the last strip ends past the weight
+        (INT4["experts"], 48, 3),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
@@ -285,6 +292,14 @@ def test_every_config_lowers_for_int8(config, dtype):
     lower(functools.partial(few_rows_int8.grouped_matmul, **how), *arguments(3 * config.tile, 16), *PLAN)
 
 
+def test_clusters_lower_for_int8():
+    config = tuning.FewRows(tile=128, rows=112, warpgroups=2, blocks=2, stages=3, cluster=2)
+    weight = of((7168, 2048), jnp.int8), of((7168,), jnp.float32)
+    lower(
+        functools.partial(few_rows_int8.matmul, config=config), of((9, 2048), jnp.int8), of((9,), jnp.float32), *weight
+    )
+
+
 @pytest.mark.parametrize("config", tuning.CONFIGS["few_rows_int4"], ids=repr)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_every_config_lowers_for_int4(config, dtype):
@@ -304,7 +319,8 @@ def test_every_config_lowers_for_int4(config, dtype):
 def test_the_choice_for_int4_is_one_of_the_configs(tile, rows, tiles):
     config = tuning.few_rows_int4(tile, rows, tiles)
     assert config in tuning.CONFIGS["few_rows_int4"]
-    assert config.tile == tile and rows % config.rows == 0
+    assert config.tile == tile
+    assert tiles == 1 or rows % config.rows == 0
 
 
 def test_layers_share_a_kernel():
@@ -381,8 +397,8 @@ def test_errors():
         grouped_int8_matmul(x, values, scales, experts)
     with pytest.raises(ValueError, match="as many rows in each tile"):
         grouped_int4_matmul(x[1:], packed[None], words[None], experts)
-    with pytest.raises(BackendError, match="int8_matmul does not take x of shape"):
-        int8_matmul(jnp.zeros((129, 512), jnp.bfloat16), values, scales, backend="mosaic_gpu")
+    with pytest.raises(BackendError, match="int4_matmul does not take x of shape"):
+        int4_matmul(jnp.zeros((129, 512), jnp.bfloat16), packed, words, backend="mosaic_gpu")
     with pytest.raises(BackendError, match="grouped_int4_matmul does not take tiles of 1 rows"):
         grouped_int4_matmul(x, packed[None], words[None], experts, backend="mosaic_gpu")
     with pytest.raises(BackendError, match="grouped_int8_matmul does not take tiles of 1 rows"):

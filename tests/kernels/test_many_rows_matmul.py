@@ -138,7 +138,7 @@ def test_unsupported(changes, message):
     given = {"x": jnp.bfloat16, "weights": jnp.float8_e4m3fn, "columns": 256, "depth": 256, "tile": 64} | changes
     x = jax.ShapeDtypeStruct((64, given["depth"]), given["x"])
     weights = jax.ShapeDtypeStruct((given["columns"], given["depth"]), given["weights"])
-    found = many_rows.unsupported(x, weights, fp8=True, tile=given["tile"])
+    found = many_rows.unsupported(x, weights, jnp.float8_e4m3fn, tile=given["tile"])
     assert found is None if message is None else found is not None
     if message is not None:
         with pytest.raises(ValueError, match=message):

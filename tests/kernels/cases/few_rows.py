@@ -121,11 +121,21 @@ def tiny() -> list[Case]:
     ]
 
 
+def uneven(tile: int) -> list[Case]:
+    """For each config with such tiles: strips that end within a group of scales, and past the weight or an expert's."""
+    return [
+        dense("dense", tile - tile // 4, 1216, 1024, seed=tile),
+        grouped("grouped", {0: 3, 2: tile + 1, 4: tile}, 6, tile, 320, 512),
+    ]
+
+
 def real() -> list[Case]:
     """For the GPU."""
     return [
         *[dense(f"{tokens} rows", tokens, 7168, 2048, seed=tokens) for tokens in (1, 7, 8, 9, 16, 31, 64, 65, 128)],
         *[dense(f"{tokens} rows of 4096 x 7168", tokens, 4096, 7168, seed=tokens) for tokens in (1, 16, 40, 128)],
+        *[dense(f"{tokens} rows of 36864 x 512", tokens, 36864, 512, seed=tokens) for tokens in (1, 16, 40, 128)],
+        dense("tall strips", 128, 24576, 512),
         dense("few strips", 3, 576, 7168),
         dense("half a block of scales at the end", 20, 2112, 1536),
         grouped("one row each", dict.fromkeys((0, 3, 5, 9, 11), 1), 12, 8, 4096, 2048, spare=3),

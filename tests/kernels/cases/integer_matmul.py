@@ -142,11 +142,20 @@ def tiny(kind) -> list[Case]:
     ]
 
 
+def uneven(kind, tile: int) -> list[Case]:
+    """For each config with such tiles: strips that end past the weight's end, or an expert's."""
+    return [
+        kind("dense", tile - tile // 4, 1216, 1024),
+        kind("grouped", Plan({0: 3, 2: tile + 1, 4: tile}, 6, tile), 320, 512),
+    ]
+
+
 def real(kind) -> list[Case]:
     """For the GPU: what both kernels take."""
     return [
         *[kind(f"{rows} rows", rows, 7168, 2048) for rows in (1, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128)],
         *[kind(f"{rows} rows", rows, 4096, 7168) for rows in (1, 16, 40)],
+        *[kind(f"{rows} rows", rows, 36864, 512) for rows in (1, 16, 40, 128)],
         *[kind(f"{rows} rows", rows, 64, 512) for rows in (1, 32)],
         *[kind(f"{rows} rows", rows, *size) for rows in (3, 100) for size in ((576, 1536), (13312, 512))],
         kind("one row each", Plan(dict.fromkeys((0, 3, 5, 9, 11), 1), 12, 8, spare=3), 4096, 2048),
@@ -156,4 +165,34 @@ def real(kind) -> list[Case]:
         kind("tiles of 64", Plan({1: 100, 3: 1}, 5, 64), 1024, 512),
         kind("tiles of 128", Plan({2: 200, 3: 1}, 4, 128), 1024, 1536),
         kind("nothing", Plan({}, 4, 8), 1024, 1536),
+    ]
+
+
+def many_tiny() -> list[Case]:
+    """int8 products of many rows, for the interpreter: tiles of 64 or 128 rows and 256 columns, ragged ends."""
+    return [
+        int8("ragged rows", 130, 192, 256),
+        int8("one piece of columns", 70, 64, 256),
+        int8("columns of two tiles", 64, 320, 128),
+        int8("experts", Plan({0: 130, 2: 128}, 4, 128, spare=1), 192, 256),
+        int8("nothing", Plan({}, 2, 128), 64, 128),
+    ]
+
+
+def many_real() -> list[Case]:
+    """The same for the GPU: more tiles than multiprocessors, and K longer than the ring; x at its limits in one."""
+    extreme = int8("largest values", 300, 576, 7168)
+    extreme.x[:], extreme.weight[0][::2], extreme.weight[0][1::2] = -127, -127, 127
+    return [
+        *[int8(f"{rows} rows", rows, 576, 1536) for rows in (1, 64, 65, 129, 1000)],
+        int8("one step", 200, 64, 128),
+        int8("odd steps", 777, 1600, 896),
+        int8("many", 4096, 7168, 1024),
+        int8("long", 512, 4096, 16384),
+        extreme,
+        int8("tiles of 64", Plan({1: 100, 3: 1, 4: 64}, 6, 64), 1024, 512),
+        int8("tiles of 128", Plan({2: 200, 3: 1, 6: 640}, 8, 128), 2112, 1536),
+        int8("tiles of 192", Plan({0: 200, 1: 192}, 3, 192), 576, 640),
+        int8("tiles of 256", Plan({0: 300, 2: 1}, 3, 256), 576, 640),
+        int8("no rows", Plan({}, 4, 128), 1024, 1536),
     ]
