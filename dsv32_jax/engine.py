@@ -24,6 +24,7 @@ from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.cache import KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Batch, Options
 from dsv32_jax.request import Completion, Event, Request, SamplingParams
 from dsv32_jax.sampling import row_keys, sample
@@ -90,13 +91,13 @@ class Engine:
         self.options: Options = lm.options
         self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
         self.scheduler = Scheduler(self.pool, limits)
-        self.cache = KVCache.create(lm.config, self.pool.num_blocks, self.options)
+        self.metrics = Metrics()
         self._leaves, self._structure = jax.tree.flatten(lm.model)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
-        self._drawn = jnp.zeros(limits.sequences, jnp.int32)  # by the step before
-        self._row: dict[Sequence, int] = {}  # of a sequence's token in it
+        self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
         self._late: tuple[Step, Array] | None = None
+        self._empty()
 
     # ---- requests ----
 
@@ -111,7 +112,10 @@ class Engine:
           UserError: the prompt is wrong, or could never run: it does not fit into the cache with what may follow it.
         """
         params = params or SamplingParams()
-        (ids,) = self.lm.rows(prompt)
+        rows = self.lm.rows(prompt)
+        if len(rows) > 1:
+            raise UserError(f"prompt: {len(rows)} of them; add one after the other")
+        (ids,) = rows
         self.lm.new_tokens([ids], params.max_new_tokens)
         if params.stop and self.lm.tokenizer is None:
             raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
@@ -130,17 +134,30 @@ class Engine:
         """Ends a request; its blocks are free for the next step."""
         self._end(request, "cancelled")
 
+    def summary(self) -> dict[str, Any]:
+        """Counts and latencies so far, and queues and cache now; see `Metrics.summary`."""
+        state = len(self.scheduler.running), len(self.scheduler.waiting)
+        return self.metrics.summary(self.pool.statistics(), *state)
+
     @property
     def busy(self) -> bool:
         """Something runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._late)
 
     def step(self) -> list[Event]:
-        """Starts the next step, then takes the tokens of the one before it: those are what it returns."""
+        """Starts the next step, then takes the tokens of the one before it: those are what it returns.
+
+        If a step fails on the device, all requests that have not ended end with "error", and the exception is raised;
+        the engine goes on with those that come afterwards.
+        """
         planned = self.scheduler.schedule()
-        started = None if planned is None else (planned, self._run(planned))
-        late, self._late = self._late, started
-        return [] if late is None else self._receive(*late)
+        try:
+            started = None if planned is None else (planned, self._run(planned))
+            late, self._late = self._late, started
+            return [] if late is None else self._receive(*late)
+        except Exception:
+            self._start_anew()
+            raise
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Events of one request as they come, while all others go on too."""
@@ -180,6 +197,14 @@ class Engine:
 
     def _run(self, planned: Step) -> Array:
         """Starts a step; returns the tokens that it draws, int32 [max_sequences], before they are there."""
+        for part in planned.parts:
+            request, _ = self._owner[part.sequence]
+            if request.cached_tokens is None:
+                request.cached_tokens = part.start
+                self.metrics.begin(request, part.start)
+        self.metrics.steps += 1
+        self.metrics.step_tokens += planned.tokens
+        self.metrics.preemptions += len(planned.preempted)
         if planned.copies:
             self._copy(planned.copies)
         limits = self.scheduler.limits
@@ -224,9 +249,6 @@ class Engine:
             slots[begin:end] = part.slots
             sequence[begin:end] = number
             tables[number, : len(table.blocks)] = table.blocks
-            owner, _ = self._owner[part.sequence]
-            if owner.cached_tokens is None:
-                owner.cached_tokens = part.start
             for drawing in part.samples:
                 request, n = self._owner[drawing]
                 wanted[row], places[row] = end - 1, part.stop
@@ -249,6 +271,7 @@ class Engine:
             request, n = self._owner[sequence]
             completion = request.completions[n]
             text = completion.add(token, request.params, self.lm.eos_ids, now - request.came)
+            self.metrics.token(completion.times)
             if completion.finish_reason:
                 self._finish(sequence)
             events.append(Event(request, n, token, text))
@@ -258,13 +281,28 @@ class Engine:
         """Ends what still runs of a request."""
         for sequence, (owner, n) in list(self._owner.items()):
             if owner is request:
-                if request.completions[n].finish_reason is None:
-                    request.completions[n].finish_reason = reason
+                request.completions[n].finish_reason = reason
                 self._finish(sequence)
 
+    def _start_anew(self) -> None:
+        """Ends all requests; what is in the cache is not known any more."""
+        for request, _ in list(self._owner.values()):
+            self._end(request, "error")
+        self.pool.forget()
+        self._late, self._row = None, {}
+        self._empty()
+
+    def _empty(self) -> None:
+        """Device memory as at the start."""
+        self.__dict__.pop("cache", None)  # there may be no room for two
+        self.cache = KVCache.create(self.lm.config, self.pool.num_blocks, self.options)
+        self._drawn = jnp.zeros(self.scheduler.limits.sequences, jnp.int32)  # by the step before
+
     def _finish(self, sequence: Sequence) -> None:
+        """Of a completion that has its `finish_reason`."""
         self.scheduler.finish(sequence)
-        del self._owner[sequence]
+        request, n = self._owner.pop(sequence)
+        self.metrics.finished[request.completions[n].finish_reason or ""] += 1
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))

@@ -1,6 +1,7 @@
 """Many requests at once: each gets the tokens that it gets alone, whatever else runs, waits, ends or is evicted."""
 
 import functools
+import json
 
 import hypothesis.strategies as st
 import jax
@@ -14,6 +15,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.metrics import percentiles
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.request import Completion, SamplingParams, overlap
 from tests.harness import EXACT
@@ -106,6 +108,47 @@ def test_a_prefix_is_found(lm):
     assert engine.pool.statistics().hit_rate == 128 / 300
 
 
+def test_what_the_engine_says_of_itself(lm):
+    engine = Engine(lm, **SMALL)
+    given_up = engine.add(TEXTS[0][:20], SamplingParams(30, ignore_eos=True))
+    requests = [engine.add(TEXTS[1][:150], SamplingParams(90, ignore_eos=True)) for _ in range(3)]
+    for _ in range(3):
+        engine.step()
+    engine.cancel(given_up)
+    while engine.busy:
+        engine.step()
+    found = json.loads(json.dumps(engine.summary()))
+    tokens = sum(len(completion.tokens) for r in (given_up, *requests) for completion in r.completions)
+    assert (found["prompt_tokens"], found["generated_tokens"]) == (20 + 3 * 150, tokens)
+    assert found["finished"] == {"cancelled": 1, "length": 3} and found["running"] == found["waiting"] == 0
+    assert found["preemptions"] > 0 and found["cached_tokens"] == sum(r.cached_tokens for r in requests)
+    assert found["cache"]["in_use"] == 0 and found["step_tokens"] >= tokens
+    for name in ("queued_seconds", "first_token_seconds", "between_tokens_seconds"):
+        times = found[name]
+        assert 0 <= times["p50"] <= times["p90"] <= times["p99"]
+    assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0])["p50"] == 3 and percentiles([]) is None
+
+
+def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch):
+    engine = Engine(lm, **SMALL)
+    before = engine.generate([TEXTS[0][:150]], SamplingParams(5, ignore_eos=True))[0]
+    requests = [engine.add(TEXTS[n][:150], SamplingParams(50, ignore_eos=True)) for n in (0, 1, 1)]
+    for _ in range(12):
+        engine.step()
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "engine_step", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert not engine.busy and {r.completions[0].finish_reason for r in requests} == {"error"}
+    assert engine.pool.statistics().free == engine.pool.num_blocks
+    again = engine.generate([TEXTS[0][:150]], SamplingParams(5, ignore_eos=True))[0]
+    assert again.cached_tokens == 0 and again.completions[0].tokens == before.completions[0].tokens
+
+
 def test_the_step_updates_the_cache_in_place(engine):
     """No second cache: of the largest step, temporary memory is less than the cache."""
     tokens, width = engine.shapes()[-1]
@@ -183,6 +226,8 @@ def test_what_can_never_run_is_refused_at_once(lm, engine):
         engine.add([2], SamplingParams(2, n=5))
     with pytest.raises(UserError, match="stop: the checkpoint has no tokenizer"):
         engine.add([2], SamplingParams(2, stop=("x",)))
+    with pytest.raises(UserError, match="prompt: 2 of them; add one after the other"):
+        engine.add([[2, 3], [4]])
     with pytest.raises(UserError, match="max_sequences: 9"):
         Engine(lm, max_tokens=8, max_sequences=9)
     with pytest.raises(UserError, match="cache_tokens: 0"):

@@ -1,0 +1,98 @@
+"""What an engine did: counts and latencies."""
+
+import dataclasses
+import time
+from collections import Counter, deque
+from typing import Any
+
+import numpy as np
+
+from dsv32_jax.blocks import Statistics
+from dsv32_jax.request import Request
+
+__all__ = ["Metrics", "percentiles"]
+
+KEPT = 100_000
+"""Latencies of each kind that are kept, the latest."""
+
+
+def _latencies() -> deque[float]:
+    return deque(maxlen=KEPT)
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Counts since the start, and the latest latencies, all in seconds.
+
+    Attributes:
+      steps, step_tokens: of the model so far; what they computed.
+      prompt_tokens, cached_tokens: of prompts that have begun; those of them that were found in the cache.
+      generated_tokens: handed out.
+      preemptions: times that a sequence had to give back its blocks.
+      finished: completions by `finish_reason`.
+      queued: from a request's coming to its first step.
+      first_token: from its coming to its first token.
+      between_tokens: from one token of a completion to the next.
+      started: `time.monotonic()` of the start.
+    """
+
+    steps: int = 0
+    step_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: Counter[str] = dataclasses.field(default_factory=Counter)
+    queued: deque[float] = dataclasses.field(default_factory=_latencies)
+    first_token: deque[float] = dataclasses.field(default_factory=_latencies)
+    between_tokens: deque[float] = dataclasses.field(default_factory=_latencies)
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def begin(self, request: Request, cached: int) -> None:
+        """A request's prompt goes into its first step."""
+        self.prompt_tokens += len(request.prompt)
+        self.cached_tokens += cached
+        self.queued.append(time.monotonic() - request.came)
+
+    def token(self, times: list[float]) -> None:
+        """A completion, whose tokens came at these times after its request, has got one more."""
+        self.generated_tokens += 1
+        if len(times) == 1:
+            self.first_token.append(times[0])
+        else:
+            self.between_tokens.append(times[-1] - times[-2])
+
+    def summary(self, cache: Statistics, running: int, waiting: int) -> dict[str, Any]:
+        """Everything as plain numbers.
+
+        Args:
+          cache: of the pool, now.
+          running, waiting: sequences, now.
+        """
+        seconds = time.monotonic() - self.started
+        return {
+            "seconds": seconds,
+            "steps": self.steps,
+            "step_tokens": self.step_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "generated_tokens_per_second": self.generated_tokens / seconds if seconds else 0.0,
+            "preemptions": self.preemptions,
+            "finished": dict(self.finished),
+            "running": running,
+            "waiting": waiting,
+            "queued_seconds": percentiles(self.queued),
+            "first_token_seconds": percentiles(self.first_token),
+            "between_tokens_seconds": percentiles(self.between_tokens),
+            "cache": {**dataclasses.asdict(cache), "hit_rate": cache.hit_rate},
+        }
+
+
+def percentiles(values: Any) -> dict[str, float] | None:
+    """p50, p90 and p99 by linear interpolation, and the mean; None of nothing."""
+    if not len(values):
+        return None
+    array = np.fromiter(values, float)
+    found = np.percentile(array, (50, 90, 99))
+    return {"p50": float(found[0]), "p90": float(found[1]), "p99": float(found[2]), "mean": float(array.mean())}
