@@ -24,6 +24,7 @@ from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.cache import KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Batch, Options
 from dsv32_jax.request import Completion, Event, Request, SamplingParams
@@ -62,6 +63,8 @@ class Engine:
       lm: model, tokenizer and options. The engine keeps to the options that it is made with.
       cache_tokens: places of the cache, rounded up to whole blocks. Default: of one sequence of the greatest length, or
         2^15, whichever is less.
+      memory_fraction: instead, of the memory that is free now, how much the cache takes; no more than all sequences
+        together can fill.
       max_tokens: of a step.
       max_sequences: that run at a time.
       sharing: find cached prefixes again.
@@ -75,18 +78,23 @@ class Engine:
         lm: LanguageModel,
         *,
         cache_tokens: int | None = None,
+        memory_fraction: float | None = None,
         max_tokens: int = 256,
         max_sequences: int = 32,
         sharing: bool = True,
     ):
-        if cache_tokens is None:
-            cache_tokens = min(lm.config.max_position_embeddings, 2**15)
-        if cache_tokens < 1:
-            raise UserError(f"cache_tokens: {cache_tokens}; must be at least 1")
         try:
             limits = Limits(max_tokens, max_sequences)
         except ValueError as error:
             raise UserError(f"max_{error}") from error
+        if cache_tokens is not None and memory_fraction is not None:
+            raise UserError("memory_fraction: give it or cache_tokens, not both")
+        if memory_fraction is not None:
+            cache_tokens = cache_tokens_of(lm, memory_fraction, max_sequences)
+        elif cache_tokens is None:
+            cache_tokens = min(lm.config.max_position_embeddings, 2**15)
+        if cache_tokens < 1:
+            raise UserError(f"cache_tokens: {cache_tokens}; must be at least 1")
         self.lm = lm
         self.options: Options = lm.options
         self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
@@ -303,6 +311,18 @@ class Engine:
         self.scheduler.finish(sequence)
         request, n = self._owner.pop(sequence)
         self.metrics.finished[request.completions[n].finish_reason or ""] += 1
+
+
+def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int) -> int:
+    """Whole blocks of places that fit in a part of the free memory, and that so many sequences can fill."""
+    if not 0 < memory_fraction <= 1:
+        raise UserError(f"memory_fraction: {memory_fraction}; must be above 0 and at most 1")
+    form = KVCache.bytes_per_token(lm.config, lm.options.cache_form, lm.options.act_quant)
+    free, where = available_bytes()
+    blocks = int(memory_fraction * min(free, 1e15) // (form * BLOCK_SIZE))
+    if not blocks:
+        raise UserError(f"memory_fraction: {memory_fraction} of {human(free)} of {where} holds no block of the cache")
+    return BLOCK_SIZE * min(blocks, sequences * -(-lm.config.max_position_embeddings // BLOCK_SIZE))
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))

@@ -11,6 +11,7 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 
 from dsv32_jax import engine as engine_module
+from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
 from dsv32_jax.errors import UserError
@@ -180,6 +181,18 @@ def test_text_and_stop_strings():
     assert request.completions[0].tokens == plain.tokens[: plain.tokens.index(eos) + 1]
 
 
+def test_the_cache_takes_its_part_of_the_memory(lm, monkeypatch):
+    a_block = KVCache.bytes_per_token(lm.config, "float32", False) * BLOCK_SIZE
+
+    def blocks(free):
+        monkeypatch.setattr(engine_module, "available_bytes", lambda: (free, "a GPU"))
+        return Engine(lm, memory_fraction=0.5, max_sequences=3).pool.num_blocks
+
+    assert (blocks(20 * a_block), blocks(1000 * a_block)) == (10, 3 * lm.config.max_position_embeddings // BLOCK_SIZE)
+    with pytest.raises(UserError, match="holds no block"):
+        blocks(a_block)
+
+
 class Letters:
     """A decoder whose tokens are characters."""
 
@@ -230,6 +243,10 @@ def test_what_can_never_run_is_refused_at_once(lm, engine):
         engine.add([[2, 3], [4]])
     with pytest.raises(UserError, match="max_sequences: 9"):
         Engine(lm, max_tokens=8, max_sequences=9)
+    with pytest.raises(UserError, match=r"memory_fraction: 1\.5"):
+        Engine(lm, memory_fraction=1.5)
+    with pytest.raises(UserError, match="memory_fraction: give it or cache_tokens"):
+        Engine(lm, memory_fraction=0.5, cache_tokens=64)
     with pytest.raises(UserError, match="cache_tokens: 0"):
         Engine(lm, cache_tokens=0)
     assert not engine.busy
