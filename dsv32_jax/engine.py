@@ -27,8 +27,8 @@ from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Batch, Options
-from dsv32_jax.request import Completion, Event, Request, SamplingParams
-from dsv32_jax.sampling import row_keys, sample
+from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Request, SamplingParams
+from dsv32_jax.sampling import log_probabilities, row_keys, sample
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
 
 __all__ = ["Engine"]
@@ -42,18 +42,30 @@ WIDER = 4
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_p", "seeds", "numbers", "positions"],
+    data_fields=["temperature", "top_p", "seeds", "numbers", "positions", "logprobs"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """How the tokens of a step are drawn, by row: float32 and int32 [R]; see `sampling`."""
+    """How the tokens of a step are drawn, by row: float32 and int32 [R]; see `sampling`. `logprobs` bool []: of any."""
 
     temperature: Array
     top_p: Array
     seeds: Array
     numbers: Array
     positions: Array
+    logprobs: Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "own", "ids", "likeliest"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a step drew: int32 [R], and of it what `log_probabilities` says, if a row wants that."""
+
+    tokens: Array
+    own: Array
+    ids: Array
+    likeliest: Array
 
 
 class Engine:
@@ -104,7 +116,7 @@ class Engine:
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
-        self._late: tuple[Step, Array] | None = None
+        self._late: tuple[Step, Drawn] | None = None
         self._empty()
 
     # ---- requests ----
@@ -192,7 +204,8 @@ class Engine:
         shapes = self.shapes()
         for tokens, width in shapes:
             batch, feed, draws = self._arrays(Step([], [], []), tokens, width)
-            self._drawn, self.cache = self._call(batch, feed, draws)
+            drawn, self.cache = self._call(batch, feed, draws)
+            self._drawn = drawn.tokens
         self._copy([])
         jax.block_until_ready(self.cache)
         return len(shapes)
@@ -203,8 +216,8 @@ class Engine:
 
     # ---- a step ----
 
-    def _run(self, planned: Step) -> Array:
-        """Starts a step; returns the tokens that it draws, int32 [max_sequences], before they are there."""
+    def _run(self, planned: Step) -> Drawn:
+        """Starts a step; returns what it draws, before it is there."""
         for part in planned.parts:
             request, _ = self._owner[part.sequence]
             if request.cached_tokens is None:
@@ -220,12 +233,14 @@ class Engine:
         tokens = next(count for count in doubled(SMALLEST_STEP, limits.tokens, 2) if count >= planned.tokens)
         width = next(width for width in doubled(NARROWEST_TABLE, self._widest(), WIDER) if width >= blocks)
         batch, feed, draws = self._arrays(planned, tokens, width)
-        self._drawn, self.cache = self._call(batch, feed, draws)
+        drawn, self.cache = self._call(batch, feed, draws)
+        self._drawn = drawn.tokens
         self._row = {sequence: row for row, sequence in enumerate(planned.samples)}
-        self._drawn.copy_to_host_async()
-        return self._drawn
+        for array in jax.tree.leaves(drawn):
+            array.copy_to_host_async()
+        return drawn
 
-    def _call(self, batch: Batch, feed: Array, draws: Draws) -> tuple[Array, KVCache]:
+    def _call(self, batch: Batch, feed: Array, draws: Draws) -> tuple[Drawn, KVCache]:
         return engine_step(
             self._leaves, self._structure, batch, feed, self._drawn, draws, cache=self.cache, options=self.options
         )
@@ -245,7 +260,7 @@ class Engine:
         wanted = np.full(rows, -1, np.int32)
         temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
         seeds, numbers, places = (np.zeros(rows, np.int32) for _ in range(3))
-        begin, row = 0, 0
+        begin, row, logprobs = 0, 0, False
         for number, part in enumerate(planned.parts):
             table, known = part.sequence.table, part.sequence.tokens[part.start : part.stop]
             assert table is not None
@@ -262,22 +277,27 @@ class Engine:
                 wanted[row], places[row] = end - 1, part.stop
                 temperature[row], top_p[row] = request.params.temperature, request.params.top_p
                 seeds[row], numbers[row] = request.params.seed, n
+                logprobs = logprobs or request.params.logprobs is not None
                 row += 1
             begin = end
         batch = Batch(*map(jnp.asarray, (ids, positions, slots, sequence, tables, wanted)))
-        draws = Draws(*map(jnp.asarray, (temperature, top_p, seeds, numbers, places)))
+        draws = Draws(*map(jnp.asarray, (temperature, top_p, seeds, numbers, places, logprobs)))
         return batch, jnp.asarray(feed), draws
 
-    def _receive(self, planned: Step, drawn: Array) -> list[Event]:
+    def _receive(self, planned: Step, drawn: Drawn) -> list[Event]:
         """Hands out a step's tokens."""
-        tokens = np.asarray(drawn)[: len(planned.samples)].tolist()
+        tokens = np.asarray(drawn.tokens)[: len(planned.samples)].tolist()
         self.scheduler.receive(planned, tokens)
         events, now = [], time.monotonic()
-        for sequence, token in zip(planned.samples, tokens, strict=True):
+        for row, (sequence, token) in enumerate(zip(planned.samples, tokens, strict=True)):
             if sequence.finished:
                 continue
             request, n = self._owner[sequence]
             completion = request.completions[n]
+            if (count := request.params.logprobs) is not None:
+                own, ids, values = (np.asarray(x)[row] for x in (drawn.own, drawn.ids, drawn.likeliest))
+                likeliest = dict(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
+                completion.logprobs.append(LogProbs(float(own), likeliest))
             text = completion.add(token, request.params, self.lm.eos_ids, now - request.came)
             self.metrics.token(completion.times)
             if completion.finish_reason:
@@ -336,7 +356,7 @@ def engine_step(
     *,
     cache: KVCache,
     options: Options,
-) -> tuple[Array, KVCache]:
+) -> tuple[Drawn, KVCache]:
     """The model's step and what is drawn from its logits.
 
     Args:
@@ -349,13 +369,14 @@ def engine_step(
       options: of the model.
 
     Returns:
-      int32 [R] and the cache.
+      What was drawn, and the cache.
     """
     ids = jnp.where(feed >= 0, drawn[feed], batch.ids)
     model = jax.tree.unflatten(structure, leaves)
     logits, cache = model(dataclasses.replace(batch, ids=ids), cache, options)
     keys = row_keys(draws.seeds, draws.numbers, draws.positions)
-    return sample(logits, keys, draws.temperature, draws.top_p), cache
+    tokens = sample(logits, keys, draws.temperature, draws.top_p)
+    return Drawn(tokens, *log_probabilities(logits, tokens, draws.logprobs, MOST_LOGPROBS)), cache
 
 
 @functools.partial(jax.jit, donate_argnums=0)

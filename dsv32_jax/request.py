@@ -9,10 +9,21 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import check_sampling
 from dsv32_jax.tokenizer import StreamDecoder
 
-__all__ = ["MOST_CONTINUATIONS", "MOST_STOPS", "Completion", "Event", "Request", "SamplingParams"]
+__all__ = [
+    "MOST_CONTINUATIONS",
+    "MOST_LOGPROBS",
+    "MOST_STOPS",
+    "Completion",
+    "Event",
+    "LogProbs",
+    "Request",
+    "SamplingParams",
+]
 
 MOST_CONTINUATIONS = 16
 """Of one prompt: each costs a place in every step."""
+MOST_LOGPROBS = 20
+"""Alternatives that are told of a token."""
 MOST_STOPS = 16
 """Stop strings of one request."""
 
@@ -29,6 +40,8 @@ class SamplingParams:
       stop: strings at which a continuation ends; they are left out of its text.
       stop_token_ids: ids at which it ends.
       ignore_eos: go on after an end-of-sentence token.
+      logprobs: of each token, tell its log-probability, and so many of the likeliest tokens with theirs, before
+        temperature and top-p; None: nothing of it.
 
     Raises:
       UserError: naming the field.
@@ -42,6 +55,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, self.seed)
@@ -49,8 +63,18 @@ class SamplingParams:
             raise UserError(f"max_new_tokens: {self.max_new_tokens}; must be at least 1")
         if not 1 <= self.n <= MOST_CONTINUATIONS:
             raise UserError(f"n: {self.n}; must be in 1..{MOST_CONTINUATIONS}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(f"logprobs: {self.logprobs}; must be in 0..{MOST_LOGPROBS}")
         if len(self.stop) > MOST_STOPS or not all(self.stop):
             raise UserError(f"stop: must be at most {MOST_STOPS} strings, none of them empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of a drawn token, and of the likeliest ones by id, the likeliest first."""
+
+    token: float
+    likeliest: dict[int, float]
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +85,7 @@ class Completion:
       tokens: what was drawn, a final end-of-sentence or stop token included.
       text: what they say, without special tokens and from the stop string on; None without a tokenizer.
       finish_reason: "stop", "length", "cancelled" or "error"; None while it goes on.
+      logprobs: of each token, where they were asked for.
       times: seconds since the request came, of each token.
     """
 
@@ -68,6 +93,7 @@ class Completion:
     tokens: list[int] = dataclasses.field(default_factory=list)
     text: str | None = None
     finish_reason: str | None = None
+    logprobs: list[LogProbs] = dataclasses.field(default_factory=list, repr=False)
     times: list[float] = dataclasses.field(default_factory=list, repr=False)
     held: str = dataclasses.field(default="", repr=False)
     """The end of the text that has not been given out: it may be the beginning of a stop string."""

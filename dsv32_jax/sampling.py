@@ -1,5 +1,7 @@
 """The next token from logits: greedy, temperature and top-p, with one random stream a row."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -54,6 +56,33 @@ def sample(logits: Array, keys: Array, temperature: Array | float, top_p: Array 
     # Sorting a vocabulary costs more than the rest of sampling: not done when every row is greedy.
     drawn = lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
     return jnp.where(temperature > 0, drawn, greedy)
+
+
+@partial(jax.jit, static_argnames="count")
+def log_probabilities(logits: Array, tokens: Array, wanted: Array | bool, count: int) -> tuple[Array, Array, Array]:
+    """What the model thought of the drawn tokens, and of those it thought most likely; before temperature and top-p.
+
+    Args:
+      logits: [B, V].
+      tokens: int32 [B], drawn.
+      wanted: bool; without it nothing is computed, and all is 0.
+      count: of the likeliest.
+
+    Returns:
+      Log-probabilities float32 [B] of `tokens`; ids int32 [B, count] of the likeliest, ties to the lowest; and theirs,
+      float32 [B, count].
+    """
+    rows, count = logits.shape[0], min(count, logits.shape[1])
+
+    def compute() -> tuple[Array, Array, Array]:
+        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        values, ids = lax.top_k(every, count)
+        return jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
+
+    def nothing() -> tuple[Array, Array, Array]:
+        return jnp.zeros(rows), jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count))
+
+    return lax.cond(wanted, compute, nothing)
 
 
 def _nucleus(logits: Array, top_p: Array) -> Array:

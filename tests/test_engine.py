@@ -130,6 +130,25 @@ def test_what_the_engine_says_of_itself(lm):
     assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0])["p50"] == 3 and percentiles([]) is None
 
 
+def test_log_probabilities(lm, engine):
+    """Of the drawn token and the likeliest, also beside a request that wants none, and whatever the temperature."""
+    params = SamplingParams(4, temperature=1.5, seed=1, ignore_eos=True, logprobs=3)
+    request = engine.add(TEXTS[0][:40], params)
+    engine.generate([TEXTS[1][:40]], SamplingParams(9, ignore_eos=True))
+    (completion,) = request.completions
+    logits = lm.logits([*request.prompt, *completion.tokens]).astype(np.float64)[0, 39:-1]
+    want = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    assert len(completion.logprobs) == 4
+    for row, token, found in zip(want, completion.tokens, completion.logprobs, strict=True):
+        assert found.token == pytest.approx(row[token], abs=1e-4)
+        assert list(found.likeliest) == np.argsort(-row)[:3].tolist()
+        assert list(found.likeliest.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+
+
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch):
     engine = Engine(lm, **SMALL)
     before = engine.generate([TEXTS[0][:150]], SamplingParams(5, ignore_eos=True))[0]
@@ -222,6 +241,8 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"n": 17}, r"n: 17; must be in 1\.\.16"),
         ({"n": 0}, "n: 0"),
+        ({"logprobs": 21}, r"logprobs: 21; must be in 0\.\.20"),
+        ({"logprobs": -1}, "logprobs: -1"),
         ({"stop": ("a", "")}, "stop: must be"),
         ({"stop": ("a",) * 17}, "stop: must be at most 16"),
         ({"seed": -1}, "seed: -1"),
