@@ -18,6 +18,20 @@ os.environ.setdefault("NPROC", "8")
 # A test must not pass because of a program that an earlier version of the code compiled.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
+LONGEST = ("train_demo/test_training.py", "bench/test_moe.py", "test_engine.py", "test_step.py", "test_cli.py")
+"""Files of tests that take longest; they begin first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Brings tests of `LONGEST` to the front, in that order."""
+
+    def place(item: pytest.Item) -> int:
+        found = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONGEST.index(found) if found in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 

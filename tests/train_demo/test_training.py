@@ -12,7 +12,6 @@ from experiments.train_demo import stages, training
 from experiments.train_demo.sizes import SIZES, Stage
 from experiments.train_demo.stages import Training
 
-pytestmark = pytest.mark.xdist_group("training")
 TINY = SIZES["tiny"]
 
 
