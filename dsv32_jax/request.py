@@ -83,7 +83,7 @@ class Completion:
 
     Attributes:
       tokens: what was drawn, a final end-of-sentence or stop token included.
-      text: what they say, without special tokens and from the stop string on; None without a tokenizer.
+      text: what they say, without special tokens, and only up to a stop string; None without a tokenizer.
       finish_reason: "stop", "length", "cancelled" or "error"; None while it goes on.
       logprobs: of each token, where they were asked for.
       times: seconds since the request came, of each token.
