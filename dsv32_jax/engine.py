@@ -112,7 +112,10 @@ class Engine:
         self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
         self.scheduler = Scheduler(self.pool, limits)
         self.metrics = Metrics()
-        self._leaves, self._structure = jax.tree.flatten(lm.model)
+        self._leaves, self._structure = lm.flat_model()
+        widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
+        self._sizes = doubled(SMALLEST_STEP, max_tokens, 2)
+        self._widths = doubled(NARROWEST_TABLE, widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
@@ -195,9 +198,7 @@ class Engine:
 
     def shapes(self) -> list[tuple[int, int]]:
         """(tokens, width of the block tables) of every step that can be."""
-        limits, most = self.scheduler.limits, self._widest()
-        tokens = doubled(SMALLEST_STEP, limits.tokens, 2)
-        return [(count, width) for width in doubled(NARROWEST_TABLE, most, WIDER) for count in tokens]
+        return [(tokens, width) for width in self._widths for tokens in self._sizes]
 
     def warmup(self) -> int:
         """Compiles every shape, by steps that change nothing; returns how many there are."""
@@ -209,10 +210,6 @@ class Engine:
         self._copy([])
         jax.block_until_ready(self.cache)
         return len(shapes)
-
-    def _widest(self) -> int:
-        """Blocks of the longest sequence."""
-        return min(-(-self.lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
 
     # ---- a step ----
 
@@ -228,10 +225,9 @@ class Engine:
         self.metrics.preemptions += len(planned.preempted)
         if planned.copies:
             self._copy(planned.copies)
-        limits = self.scheduler.limits
         blocks = max(len(part.sequence.table.blocks) for part in planned.parts if part.sequence.table)
-        tokens = next(count for count in doubled(SMALLEST_STEP, limits.tokens, 2) if count >= planned.tokens)
-        width = next(width for width in doubled(NARROWEST_TABLE, self._widest(), WIDER) if width >= blocks)
+        tokens = next(size for size in self._sizes if size >= planned.tokens)
+        width = next(width for width in self._widths if width >= blocks)
         batch, feed, draws = self._arrays(planned, tokens, width)
         drawn, self.cache = self._call(batch, feed, draws)
         self._drawn = drawn.tokens

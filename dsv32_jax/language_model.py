@@ -88,13 +88,14 @@ class LanguageModel:
 
     # Passing a module to a jitted function costs the host some microseconds a leaf at every call; a flat list costs far
     # less. Replacing `self.model` flattens anew.
-    def _flat_model(self) -> tuple[list[Any], Any]:
+    def flat_model(self) -> tuple[list[Any], Any]:
+        """The model's leaves and their structure, for jitted functions that are called often."""
         if getattr(self, "_flattened", (None,))[0] is not self.model:
             self._flattened = (self.model, *jax.tree.flatten(self.model))
         return self._flattened[1:]
 
     def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
-        leaves, structure = self._flat_model()
+        leaves, structure = self.flat_model()
         with _user_error():
             return _flat_step(leaves, structure, batch, cache, self.options)
 

@@ -9,7 +9,6 @@ A step may be planned before the tokens of the one before it are known: they are
 counts here.
 """
 
-import bisect
 import dataclasses
 from collections import deque
 from collections.abc import Iterable
@@ -50,18 +49,17 @@ class Sequence:
       max_new_tokens: how many may come.
       salt: see `BlockTable`.
       siblings: other continuations of the same prompt, which begin when it has been read.
-      arrival: its place in the order of all; set by `Scheduler.add`.
       prompt: how many of `tokens` are the prompt's.
       in_flight: tokens drawn in steps whose results are not known yet.
       computed: tokens that are in the cache, or in a planned step.
       table: its blocks; None while it waits.
+      finished: it has ended, and is in no queue.
     """
 
     tokens: list[int]
     max_new_tokens: int
     salt: bytes = b""
     siblings: list["Sequence"] = dataclasses.field(default_factory=list)
-    arrival: int = -1
     prompt: int = dataclasses.field(init=False)
     in_flight: int = 0
     computed: int = 0
@@ -129,6 +127,9 @@ class Step:
 class Scheduler:
     """The queues of waiting and running sequences, and the pool that they share.
 
+    `running` and behind it `waiting` are in the order of arrival: who waits first runs next, behind the others, and who
+    runs last waits next, before the others.
+
     Args:
       pool: blocks of the cache.
       limits: of a step.
@@ -139,7 +140,6 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence, with its siblings, at the end of the queue.
@@ -154,9 +154,6 @@ class Scheduler:
         needed, room = sequence.length + sequence.max_new_tokens - 1, self.pool.num_blocks * BLOCK_SIZE
         if needed > room:
             raise ValueError(f"{needed} tokens are more than the whole cache holds, {room}")
-        for one in (sequence, *sequence.siblings):
-            one.arrival = self._arrivals
-            self._arrivals += 1
         self.waiting.append(sequence)
 
     def schedule(self) -> Step | None:
@@ -218,18 +215,12 @@ class Scheduler:
             try:
                 return self.pool.extend(self._table(sequence), sequence.computed + count)
             except OutOfBlocks:
-                victim = self.running[-1]
-                self._preempt(victim)
+                victim = self.running.pop()
+                self._close(victim)
+                self.waiting.appendleft(victim)
                 preempted.append(victim)
                 if victim is sequence:
                     return None
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, in the order of arrival."""
-        self.running.remove(sequence)
-        self._close(sequence)
-        place = bisect.bisect([one.arrival for one in self.waiting], sequence.arrival)
-        self.waiting.insert(place, sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Lets the first waiting sequence run, if there is room for all that it has so far."""
@@ -242,7 +233,7 @@ class Scheduler:
         except OutOfBlocks:
             return False
         self.waiting.popleft()
-        bisect.insort(self.running, sequence, key=lambda one: one.arrival)
+        self.running.append(sequence)
         sequence.table, sequence.computed = table, table.length
         return True
 
@@ -255,7 +246,7 @@ class Scheduler:
             samples = (sequence, *sequence.siblings)
             for sibling in sequence.siblings:
                 sibling.table, sibling.computed = self.pool.fork(table), sequence.computed
-                bisect.insort(self.running, sibling, key=lambda one: one.arrival)
+                self.running.append(sibling)
             sequence.siblings = []
             for one in samples:
                 one.in_flight += 1

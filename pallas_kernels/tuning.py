@@ -7,6 +7,8 @@ config that a function here can return is listed in `CONFIGS`; a test lowers the
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 SMS = 132
@@ -17,6 +19,11 @@ SHARED_BYTES = 232448
 
 CONFIGS: dict[str, list[Any]] = {}
 """By op: every config that a choice below can return."""
+
+
+def distinct(*groups: Iterable[Any]) -> list[Any]:
+    """The configurations of all groups, each once."""
+    return list(dict.fromkeys(itertools.chain(*groups)))
 
 
 # ---- indexer_logits --------------------------------------------------------------------------------------------
@@ -505,15 +512,8 @@ FEW_ROWS_ALONE = {
     ],
 }
 """Of one weight and one tile: strips of several heights, one of which has all multiprocessors end at about one time."""
-CONFIGS["few_rows"] = list(
-    dict.fromkeys(
-        [
-            *FEW_ROWS_NARROW.values(),
-            *FEW_ROWS.values(),
-            *FEW_ROWS_WIDE.values(),
-            *(config for configs in FEW_ROWS_ALONE.values() for config in configs),
-        ]
-    )
+CONFIGS["few_rows"] = distinct(
+    FEW_ROWS_NARROW.values(), FEW_ROWS.values(), FEW_ROWS_WIDE.values(), *FEW_ROWS_ALONE.values()
 )
 
 
@@ -659,15 +659,7 @@ FEW_ROWS_INT4_ALONE = {
     32: [FEW_ROWS_INT4[32], dataclasses.replace(FEW_ROWS_INT4[32], rows=56)],
 }
 """As `FEW_ROWS_ALONE`."""
-CONFIGS["few_rows_int4"] = list(
-    dict.fromkeys(
-        [
-            FEW_ROWS_INT4_NARROW,
-            *FEW_ROWS_INT4.values(),
-            *(config for configs in FEW_ROWS_INT4_ALONE.values() for config in configs),
-        ]
-    )
-)
+CONFIGS["few_rows_int4"] = distinct([FEW_ROWS_INT4_NARROW], FEW_ROWS_INT4.values(), *FEW_ROWS_INT4_ALONE.values())
 
 
 def few_rows_int4(tile: int, rows: int, tiles: int) -> FewRowsInt4:

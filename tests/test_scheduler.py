@@ -24,6 +24,7 @@ class Machine:
         self.scheduler = Scheduler(self.pool, limits)
         self.memory = np.full((blocks, BLOCK_SIZE), -1)
         self.seeds: dict[Sequence, int] = {}
+        self.arrival: dict[Sequence, int] = {}
         self.drawn: dict[Sequence, list[int]] = {}
         self.late = None  # a step that ran, whose tokens are not known yet
         self.preemptions = 0
@@ -33,6 +34,7 @@ class Machine:
         first.siblings = others
         for n, sequence in enumerate((first, *others)):
             self.seeds[sequence], self.drawn[sequence] = seed + n, []
+            self.arrival[sequence] = len(self.arrival)
         self.scheduler.add(first)
         return [first, *others]
 
@@ -83,7 +85,8 @@ class Machine:
         written = {slot // BLOCK_SIZE for slot in slots}
         assert all(self.pool._references[block] == 1 or self.begins_here(planned, block) for block in written)
         running = self.scheduler.running
-        assert [s.arrival for s in running] == sorted(s.arrival for s in running)
+        arrivals = [self.arrival[s] for s in (*running, *self.scheduler.waiting)]
+        assert arrivals == sorted(arrivals)
         if not planned.preempted:  # each running sequence that wants a token gets one
             assert {part.sequence for part in planned.parts} | set(planned.samples) >= {s for s in running if s.wanted}
         self.preemptions += len(planned.preempted)

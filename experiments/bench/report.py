@@ -84,14 +84,14 @@ def three(number: float) -> str:
     return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 
-def dense(row: dict[str, Any]) -> tuple[float, str] | None:
-    """Of a row of the whole attention: the best dense time that was measured, and whose it is."""
+def dense(row: dict[str, Any]) -> float | None:
+    """Of a row of the whole attention: the best dense time that was measured, in seconds."""
     found = []
     reference, peer = row.get("reference"), row.get("peer")
     if reference is not None and "error" not in reference:
-        found.append((reference["seconds_scaled_to_shape"], reference["name"]))
+        found.append(reference["seconds_scaled_to_shape"])
     if peer is not None:
-        found.append((peer["seconds"], peer["name"]))
+        found.append(peer["seconds"])
     return min(found, default=None)
 
 
@@ -212,7 +212,7 @@ def curve(content: dict[str, Any]) -> list[tuple[str, list[tuple[int, float, flo
     found = []
     for device, op, rows in groups(content):
         points = [
-            (row["dims"]["tokens"], row["seconds"]["median"], best[0])
+            (row["dims"]["tokens"], row["seconds"]["median"], best)
             for row in rows
             if op == "attention" and row["dims"]["kind"] == "prefill" and "error" not in row and (best := dense(row))
         ]
