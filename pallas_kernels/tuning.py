@@ -517,16 +517,16 @@ CONFIGS["few_rows"] = distinct(
 )
 
 
-def strips_cost(tile: int, strip: int, rows: int, cluster: int = 1) -> float:
+def strips_cost(tile: int, strip: int, rows: int, cluster: int = 1, tiles: int = 1) -> float:
     """Of one weight of `rows` rows in strips, in the time of a row.
 
-    The busiest multiprocessor's strips, each with some work for its tokens; and what all of them read through the
-    second-level cache, where each strip (or cluster of strips) reads the tokens anew. Neither bound hides all of the
+    The busiest multiprocessor's items, each a strip with some work for its tokens; and what all of them read through
+    the second-level cache, where each item (or cluster of items) reads its tokens anew. Neither bound hides all of the
     other, so both count.
     """
-    strips = -(-rows // strip)
-    own = -(-strips // SMS) * (strip + tile / 4)
-    shared = strips * (strip + tile / cluster) / SMS
+    items = -(-rows // strip) * tiles
+    own = -(-items // SMS) * (strip + tile / 4)
+    shared = items * (strip + tile / cluster) / SMS
     return own + 1.2 * shared
 
 

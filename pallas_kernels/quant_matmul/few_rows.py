@@ -10,7 +10,7 @@ multiprocessors get about as many. It may need the scales of two groups of 128 r
 weight's end, where copies find zeros, or the next expert's rows, and nothing is stored. CTAs of a cluster take strips
 next to each other and copy their tokens once for all of them.
 
-The dense product is that with one tile; the grouped one has an expert a tile, and stops after the tiles in use.
+The dense product is that with one or two tiles; the grouped one has an expert a tile, and stops after the tiles in use.
 
 What becomes of an item's sums is an epilogue's business: `Rounded` stores them. A strip may also be half and half of
 two weights of one shape, the same rows of both, for an epilogue that needs both products.
@@ -139,6 +139,7 @@ def body(*refs, config, epilogue, rows, scale_rows, columns, weights, grouped, i
         add=add,
         store=lambda sums, token, row, warpgroup: epilogue.store(ends, sums, token, own_row(row), warpgroup),
         barriers=(full, free),
+        tiles=-(-x.shape[0] // config.tile),
         cluster=config.cluster,
     )
     epilogue.end(ends)
@@ -209,7 +210,7 @@ def padded(x: jax.Array, x_scales: jax.Array, config: tuning.FewRows, interpret:
     """x and x_scales of a dense product: rows past the end are zeros from the copies, which the interpreter refuses."""
     if interpret is None:
         return x, x_scales
-    pad = ((0, config.tile - x.shape[0]), (0, 0))
+    pad = ((0, -x.shape[0] % config.tile), (0, 0))
     return jnp.pad(x, pad), jnp.pad(x_scales, pad)
 
 

@@ -150,6 +150,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
         add=lambda sums, slot, step, row, warpgroup: add(w_s, x_s, sums, slot, warpgroup),
         store=store,
         barriers=(full, free),
+        tiles=-(-x.shape[0] // config.tile),
         cluster=config.cluster,
     )
 
@@ -197,7 +198,8 @@ def matmul(
     tokens = x.shape[0]
     config = config or tuning.few_rows(tile_for(tokens), values.shape[0], 1)
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
-        x, x_scales = jnp.pad(x, ((0, config.tile - tokens), (0, 0))), jnp.pad(x_scales, (0, config.tile - tokens))
+        pad = 0, -tokens % config.tile
+        x, x_scales = jnp.pad(x, (pad, (0, 0))), jnp.pad(x_scales, pad)
     how = {"dtype": dtype, "interpret": interpret, "config": config}
     return call((), x, x_scales, values[None], scales[None], **how)[:tokens]
 

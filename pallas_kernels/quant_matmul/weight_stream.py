@@ -32,6 +32,7 @@ def stream(
     add: Callable[..., Any],
     store: Callable[..., None],
     barriers: tuple[Any, Any],
+    tiles: int = 1,
     cluster: int = 1,
 ) -> None:
     """All items of a CTA; every warpgroup calls it.
@@ -40,22 +41,25 @@ def stream(
       config: has `rows` of a strip, tokens of a `tile`, `stages` and `ctas`.
       strips: of the weight; a multiple of `cluster`.
       steps: stages of an item.
-      plan: refs of the tiles' experts and of how many tiles are in use; empty for one tile and one weight.
+      plan: refs of the tiles' experts and of how many tiles are in use; empty for one weight.
       load: `load(slot, expert, token, row, step)` starts the copies of a stage, which arrive at the first barrier.
       start: the sums that an item begins with.
       add: `add(sums, slot, step, row, warpgroup)` with those of a stage.
       store: `store(sums, token, row, warpgroup)` at an item's end.
       barriers: of the slots: full, and free (an arrival a warpgroup).
+      tiles: of one weight. A strip's tiles are taken next to each other, so that it leaves device memory once.
       cluster: CTAs that take strips next to each other, at the same time, and copy for each other; `free` is theirs
         together.
     """
+    if cluster > 1 and tiles > 1 and not plan:
+        raise ValueError("a cluster copies one tile's tokens for all of its strips; there are several tiles")
     full, free = barriers
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     ahead = config.stages
     if cluster > 1:
         cta = cta * cluster + lax.axis_index("rank")
         ahead -= 1  # the others have a stage's time to free a slot
-    used = plan[1][0] if plan else cta * 0 + 1
+    used = plan[1][0] if plan else cta * 0 + tiles
     items = lax.div(jnp.maximum(used * strips - cta + (config.ctas - 1), 0), jnp.int32(config.ctas))
     total = items * steps
 
@@ -66,6 +70,9 @@ def stream(
 
     def place_of(item):
         """The first token and the first row."""
+        if not plan:
+            strip = lax.div(item, jnp.int32(tiles))
+            return (item - strip * tiles) * config.tile, strip * config.rows
         return lax.div(item, jnp.int32(strips)) * config.tile, lax.rem(item, jnp.int32(strips)) * config.rows
 
     # The first warpgroup also starts all copies. Its cursor: the stage's number in the CTA's stream, its place in the

@@ -31,6 +31,8 @@ INTERPRETED = [
     ("part of a tile", tuning.FewRows(tile=8, rows=144, warpgroups=3, blocks=2, stages=2, ctas=2)),
     ("part of a tile", tuning.FewRows(tile=8, rows=128, warpgroups=4, blocks=2, stages=2, ctas=1)),
     ("experts", tuning.FewRows(tile=8, rows=56, blocks=2, stages=2, ctas=4)),
+    # In two tiles, next to each other.
+    ("two tiles' worth", tuning.FewRows(tile=8, rows=24, blocks=2, stages=3, ctas=4)),
     # Three strips for two CTAs of a cluster, and four of two strips.
     ("two tiles' worth", tuning.FewRows(tile=16, rows=24, blocks=1, stages=3, cluster=2, ctas=2)),
     ("two tiles' worth", tuning.FewRows(tile=32, rows=48, blocks=1, stages=2, cluster=4, ctas=4)),
