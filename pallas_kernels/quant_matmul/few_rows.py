@@ -29,7 +29,7 @@ from jax import lax
 from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, GROUP
-from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
+from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE
 
 TILES = (8, 16, 32, 64, 128)
@@ -102,16 +102,10 @@ def body(*refs, config, epilogue, rows, scale_rows, columns, weights, grouped, i
 
     def load(slot, expert, token, row, step):
         row, block = own_row(row), step * config.blocks
-        for i in range(config.blocks):
-            k = pl.ds((block + i) * BLOCK, BLOCK)
-            for which, matrix in enumerate(matrices):
-                at = pl.ds(i * config.rows + which * share, share)
-                plgpu.copy_gmem_to_smem(
-                    matrix.at[pl.ds(expert * rows + row, share), k], w_s.at[slot, at], full.at[slot]
-                )
-            at = pl.ds(i * config.tile, config.tile)
-            tokens = x.at[pl.ds(token, config.tile), k]
-            plgpu.copy_gmem_to_smem(tokens, x_s.at[slot, at], full.at[slot], collective_axes=together)
+        for which, matrix in enumerate(matrices):
+            for first, there in parts(w_s.at[slot], which):
+                copy_lines(matrix, expert * rows + row, block + first, there, full.at[slot])
+        copy_lines(x, token, block, x_s.at[slot], full.at[slot], collective_axes=together)
         group = pl.ds(lax.div(block, jnp.int32(GROUP)) * GROUP, GROUP)
         plgpu.copy_gmem_to_smem(x_scales.at[pl.ds(token, config.tile), group], x_scale_s.at[slot], full.at[slot])
         count = device.scale_rows(share)
@@ -119,6 +113,12 @@ def body(*refs, config, epilogue, rows, scale_rows, columns, weights, grouped, i
         for which, scales in enumerate(matrix_scales):
             there = scale_s.at[slot, pl.ds(8 * which, count)]  # copies start at multiples of 128 bytes
             plgpu.copy_gmem_to_smem(scales.at[at, group], there, full.at[slot])
+
+    def parts(strip, which):
+        """Of a strip in shared memory, the first line and the place of each copy of one weight."""
+        if weights == 1:
+            return [(0, strip)]
+        return [(i, strip.at[pl.ds(i, 1), pl.ds(which * share, share)]) for i in range(config.blocks)]
 
     def own_row(row):
         """Of each weight, where a strip starts that starts at `row` of all of them together."""
@@ -298,6 +298,7 @@ def call(
     experts, rows, columns = weights[0].shape
     if len(weights) > 1 and rows % (config.rows // len(weights)):
         raise ValueError(f"strips of {config.rows} rows do not fit into {len(weights)} weights of {weights[0].shape}")
+    copies = 1 if len(weights) == 1 else config.blocks * len(weights)  # of weights, into a slot
     free, axes = sharing(config)
     kernel = plgpu.kernel(
         functools.partial(
@@ -314,13 +315,11 @@ def call(
         out_type=epilogue.outputs,
         scratch_types=(
             *epilogue.scratch,
-            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), weights[0].dtype, transforms=SWIZZLE),
-            plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.blocks, config.rows, BLOCK), weights[0].dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.blocks, config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, config.tile, GROUP), jnp.float32),
             plgpu.SMEM((config.stages, 8 * len(weights), GROUP), jnp.float32),
-            plgpu.Barrier(
-                num_arrivals=(len(weights) + 1) * config.blocks + len(weights) + 1, num_barriers=config.stages
-            ),
+            plgpu.Barrier(num_arrivals=2 + len(weights) + copies, num_barriers=config.stages),
             free,
         ),
         grid=(config.ctas // config.cluster,),
@@ -333,8 +332,8 @@ def call(
     )
     return kernel(
         *plan,
-        x,
+        in_lines(x),
         x_scales,
-        *(weight.reshape(experts * rows, columns) for weight in weights),
+        *(in_lines(weight.reshape(experts * rows, columns)) for weight in weights),
         *(each.reshape(experts * each.shape[1], each.shape[2]) for each in scales),
     )

@@ -26,7 +26,7 @@ from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import layout_of, pack, unpack
 from pallas_kernels.quant_matmul.int4 import BIASED, GROUP, unpack_values
-from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
+from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
 GROUPS = 4
@@ -74,7 +74,7 @@ def stage_function(config: tuning.FewRowsInt4):
     """A function of a warpgroup: the sums, and the product of its group in a stage.
 
     Its arguments:
-      values: bytes [stages, 2 * rows, 128] in shared memory: a strip's rows of two groups, twice.
+      values: bytes [stages, 2, rows, 128] in shared memory: a strip's rows of two groups, twice.
       x: bfloat16 [stages, 8, tile, 64] there.
       words: [stages, 4, rows] there, see `pack_int4`.
       sums: as `layout_of`; slot: the stage; warpgroup: its number.
@@ -120,7 +120,7 @@ def stage_twin(config: tuning.FewRowsInt4):
     """`stage_function` for the interpreter."""
 
     def stage(values, x, words, sums, slot, warpgroup):
-        both = values[slot, pl.ds((warpgroup // 2) * config.rows, config.rows), :]
+        both = values[slot, warpgroup // 2, :, :]
         right = x[slot, pl.ds(2 * warpgroup, 2), :, :].astype(jnp.float32)
         word = words[slot, warpgroup, :]
         # Ordinary loads, which the next copy into the slot must not overtake.
@@ -186,14 +186,8 @@ def body(*refs, config, rows, columns, grouped, interpret):
     write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
-        strip = pl.ds(expert * rows + row, config.rows)
-        for i in range(2):
-            k = pl.ds((2 * step + i) * 128, 128)
-            at = pl.ds(i * config.rows, config.rows)
-            plgpu.copy_gmem_to_smem(values.at[strip, k], value_s.at[slot, at], full.at[slot])
-        for i in range(2 * GROUPS):
-            k = pl.ds((2 * GROUPS * step + i) * 64, 64)
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(token, config.tile), k], x_s.at[slot, i], full.at[slot])
+        copy_lines(values, expert * rows + row, 2 * step, value_s.at[slot], full.at[slot])
+        copy_lines(x, token, 2 * GROUPS * step, x_s.at[slot], full.at[slot])
         groups = pl.ds(expert * (columns // GROUP) + step * GROUPS, GROUPS)
         plgpu.copy_gmem_to_smem(words.at[groups, pl.ds(row, config.rows)], word_s.at[slot], full.at[slot])
 
@@ -223,6 +217,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
         add=lambda sums, slot, step, row, warpgroup: add_stage(value_s, x_s, word_s, sums, slot, warpgroup),
         store=store,
         barriers=(full, free),
+        tiles=-(-x.shape[0] // config.tile),
     )
 
 
@@ -270,11 +265,9 @@ def matmul(
     """
     tokens, rows = x.shape[0], packed.shape[0]
     config = config or tuning.few_rows_int4(next((tile for tile in TILES if tile >= tokens), TILES[-1]), rows, 1)
-    tiles = -(-tokens // config.tile)
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
-        x = jnp.pad(x, ((0, tiles * config.tile - tokens), (0, 0)))
-    plan = () if tiles == 1 else (jnp.zeros(tiles, jnp.int32), jnp.full(1, tiles, jnp.int32))
-    return call(plan, x, packed[None], words[None], dtype=dtype, interpret=interpret, config=config)[:tokens]
+        x = jnp.pad(x, ((0, -tokens % config.tile), (0, 0)))
+    return call((), x, packed[None], words[None], dtype=dtype, interpret=interpret, config=config)[:tokens]
 
 
 def grouped_matmul(
@@ -320,11 +313,11 @@ def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
         ),
         out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, 2 * config.rows, 128), packed.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, 2, config.rows, 128), packed.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, 2 * GROUPS, config.tile, 64), x.dtype, transforms=SWIZZLE),
             plgpu.SMEM((config.stages, GROUPS, config.rows), words.dtype),
             plgpu.SMEM((GROUPS - 1, 64 * config.tile), jnp.float32),
-            plgpu.Barrier(num_arrivals=2 + 2 * GROUPS + 1, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=GROUPS),
         ),
@@ -336,4 +329,5 @@ def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
         interpret=interpret,
         kernel_name="few_rows_int4",
     )
-    return kernel(*plan, x, packed.reshape(experts * rows, half), words.reshape(-1, rows))[:, :existing]
+    packed = in_lines(packed.reshape(experts * rows, half))
+    return kernel(*plan, in_lines(x), packed, words.reshape(-1, rows))[:, :existing]

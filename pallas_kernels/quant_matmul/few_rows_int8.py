@@ -20,7 +20,7 @@ from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows import collective, sharing, tile_for, unsupported_rows, whole_strips
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, unpack
-from pallas_kernels.quant_matmul.weight_stream import plan_of, stream
+from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 
 
@@ -53,16 +53,13 @@ def stage_twin(config: tuning.FewRows):
     own = config.own
 
     def stage(weights, x, sums, slot, warpgroup):
-        left = [
-            weights[slot, pl.ds(i * config.rows + warpgroup * own, own), :].astype(jnp.int32)
-            for i in range(config.blocks)
-        ]
+        left = [weights[slot, i, pl.ds(warpgroup * own, own), :].astype(jnp.int32) for i in range(config.blocks)]
         right = x[slot].astype(jnp.int32)
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         sums = sums.reshape(64, config.tile)
         for i in range(config.blocks):
-            part = jnp.dot(left[i], right[i * config.tile : (i + 1) * config.tile].T)
+            part = jnp.dot(left[i], right[i].T)
             sums = sums + jnp.pad(part, ((0, 64 - own), (0, 0)))
         return sums.reshape(-1)
 
@@ -127,14 +124,9 @@ def body(*refs, config, rows, columns, grouped, interpret):
     write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
-        for i in range(config.blocks):
-            k = pl.ds((step * config.blocks + i) * BLOCK, BLOCK)
-            strip = pl.ds(expert * rows + row, config.rows)
-            at = pl.ds(i * config.rows, config.rows)
-            plgpu.copy_gmem_to_smem(weights.at[strip, k], w_s.at[slot, at], full.at[slot])
-            at = pl.ds(i * config.tile, config.tile)
-            tokens = x.at[pl.ds(token, config.tile), k]
-            plgpu.copy_gmem_to_smem(tokens, x_s.at[slot, at], full.at[slot], collective_axes=together)
+        block = step * config.blocks
+        copy_lines(weights, expert * rows + row, block, w_s.at[slot], full.at[slot])
+        copy_lines(x, token, block, x_s.at[slot], full.at[slot], collective_axes=together)
 
     def store(sums, token, row, warpgroup):
         first = plan[0][lax.div(token, jnp.int32(config.tile))] * rows if plan else 0
@@ -249,9 +241,9 @@ def call(plan, x, x_scales, values, scales, *, dtype, interpret, config) -> jax.
         ),
         out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, config.blocks * config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
-            plgpu.SMEM((config.stages, config.blocks * config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
-            plgpu.Barrier(num_arrivals=2 * config.blocks, num_barriers=config.stages),
+            plgpu.SMEM((config.stages, config.blocks, config.rows, BLOCK), values.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.blocks, config.tile, BLOCK), x.dtype, transforms=SWIZZLE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             free,
         ),
         grid=(config.ctas // config.cluster,),
@@ -263,5 +255,6 @@ def call(plan, x, x_scales, values, scales, *, dtype, interpret, config) -> jax.
         interpret=interpret,
         kernel_name="few_rows_int8",
     )
-    out = kernel(*plan, x, x_scales, values.reshape(experts * rows, columns), scales.reshape(experts * rows))
+    values = in_lines(values.reshape(experts * rows, columns))
+    out = kernel(*plan, in_lines(x), x_scales, values, scales.reshape(experts * rows))
     return out[:, :existing]

@@ -77,7 +77,7 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
     matrices: whose weights share a strip, 1 or 2.
 
     Its arguments:
-      weights, x: e4m3 [stages, blocks * rows, 128] and [stages, blocks * tile, 128] in shared memory.
+      weights, x: e4m3 [stages, blocks, rows, 128] and [stages, blocks, tile, 128] in shared memory.
       x_scales, scales: float32 [stages, tile, 4] and [stages, 8 * matrices, 4] there. A row of `scales` is for 128
         weight rows, the first of them for those that the strip's first row is one of; those of the second matrix begin
         at the eighth.
@@ -146,10 +146,7 @@ def tile_twin(config: tuning.FewRows, matrices: int = 1):
 
     def tile(weights, x, x_scales, scales, sums, slot, place, row, warpgroup):
         sums = sums.reshape(64, config.tile)
-        left = [
-            weights[slot, pl.ds(i * config.rows + warpgroup * own, own), :].astype(jnp.float32)
-            for i in range(config.blocks)
-        ]
+        left = [weights[slot, i, pl.ds(warpgroup * own, own), :].astype(jnp.float32) for i in range(config.blocks)]
         right, token_scales = x[slot].astype(jnp.float32), x_scales[slot]
         of_strip = warpgroup * own + jnp.arange(own)
         if matrices == 1:
@@ -160,7 +157,7 @@ def tile_twin(config: tuning.FewRows, matrices: int = 1):
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         for i in range(config.blocks):
-            part = jnp.dot(left[i], right[i * config.tile : (i + 1) * config.tile].T, precision="highest")
+            part = jnp.dot(left[i], right[i].T, precision="highest")
             here = jnp.arange(GROUP) == place + i
             column = jnp.where(here, by_row, 0).sum(axis=1)[:, None] * jnp.where(here, token_scales, 0).sum(axis=1)
             sums = sums + jnp.pad(part * column, ((0, 64 - own), (0, 0)))

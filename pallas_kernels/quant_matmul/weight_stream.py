@@ -21,6 +21,21 @@ def plan_of(tile_expert: jax.Array, used_tiles: jax.Array | None, parts: int = 1
     return experts, jnp.asarray(used * parts, jnp.int32).reshape(1)
 
 
+def in_lines(matrix: jax.Array) -> jax.Array:
+    """[rows, K] as [rows, lines, values]: lines of 128 bytes, which is how `copy_lines` takes them."""
+    return matrix.reshape(matrix.shape[0], -1, 128 // matrix.dtype.itemsize)
+
+
+def copy_lines(source: Any, row: Any, line: Any, there: Any, barrier: Any, **how: Any) -> None:
+    """Starts one copy of the rows from `row` and the lines from `line` of a matrix that is `in_lines`.
+
+    Into `there`, [lines, rows, values]: a line of all rows is an operand of the matrix units. One copy for all lines,
+    since a multiprocessor starts only one in about 50 ns.
+    """
+    lines, rows, _ = there.shape
+    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, rows), pl.ds(line, lines)], there.transpose((1, 0, 2)), barrier, **how)
+
+
 def stream(
     config: Any,
     *,
