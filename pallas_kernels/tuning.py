@@ -490,28 +490,38 @@ FEW_ROWS_WIDE = {
 }
 """Many tokens: two warpgroups share them."""
 FEW_ROWS_ALONE = {
-    8: [FEW_ROWS_NARROW[8], FEW_ROWS[8], dataclasses.replace(FEW_ROWS[8], rows=56)],
-    16: [FEW_ROWS_NARROW[16], FEW_ROWS[16], dataclasses.replace(FEW_ROWS[16], rows=56)],
+    8: [
+        FEW_ROWS_NARROW[8],
+        FewRows(tile=8, rows=56, blocks=4, stages=7),
+        FewRows(tile=8, rows=64, blocks=4, stages=6),
+    ],
+    16: [
+        FEW_ROWS_NARROW[16],
+        FewRows(tile=16, rows=56, blocks=4, stages=6),
+        FewRows(tile=16, rows=64, blocks=4, stages=5),
+    ],
     32: [
         FewRows(tile=32, rows=32, blocks=4, stages=6),
-        FEW_ROWS[32],
-        dataclasses.replace(FEW_ROWS[32], rows=56),
+        FewRows(tile=32, rows=56, blocks=4, stages=5),
+        FewRows(tile=32, rows=64, blocks=4, stages=4),
     ],
     64: [
         FEW_ROWS[64],
-        dataclasses.replace(FEW_ROWS[64], rows=56),
+        FewRows(tile=64, rows=56, blocks=2, stages=6),
         FEW_ROWS_WIDE[64],
         FewRows(tile=64, rows=144, warpgroups=3, blocks=2, stages=4),
-        FewRows(tile=64, rows=192, warpgroups=3, blocks=1, stages=6),
+        FewRows(tile=64, rows=192, warpgroups=3, blocks=2, stages=3),
     ],
     128: [
-        FewRows(tile=128, rows=64, blocks=2, stages=4),
-        FewRows(tile=128, rows=112, warpgroups=2, blocks=2, stages=3),
-        FewRows(tile=128, rows=144, warpgroups=3, blocks=1, stages=6),
-        FewRows(tile=128, rows=192, warpgroups=3, blocks=1, stages=5),
+        FEW_ROWS[64],
+        FEW_ROWS_WIDE[64],
+        FewRows(tile=64, rows=192, warpgroups=3, blocks=2, stages=3),
     ],
 }
-"""Of one weight and one tile: strips of several heights, one of which has all multiprocessors end at about one time."""
+"""Of one weight and one tile: strips of several heights, one of which has all multiprocessors end at about one time.
+
+Up to 128 tokens are better taken as two tiles: by `experiments.bench.sweep`, as the other choices here.
+"""
 CONFIGS["few_rows"] = distinct(
     FEW_ROWS_NARROW.values(), FEW_ROWS.values(), FEW_ROWS_WIDE.values(), *FEW_ROWS_ALONE.values()
 )
@@ -531,9 +541,13 @@ def strips_cost(tile: int, strip: int, rows: int, cluster: int = 1, tiles: int =
 
 
 def few_rows(tile: int, rows: int, tiles: int) -> FewRows:
-    """By the tokens of a tile, the weight's N, and the tiles that may be used: strips for all multiprocessors."""
+    """By the least tile that holds all tokens, the weight's N, and the tiles that may be used: work for all CTAs."""
     if tiles == 1:
-        return min(FEW_ROWS_ALONE[tile], key=lambda config: strips_cost(tile, config.rows, rows, config.cluster))
+
+        def cost(config: FewRows) -> float:
+            return strips_cost(config.tile, config.rows, rows, config.cluster, tile // config.tile)
+
+        return min(FEW_ROWS_ALONE[tile], key=cost)
     if tile in FEW_ROWS_WIDE and rows % 128 == 0 and rows // 128 * tiles >= SMS * 3 // 4:
         return FEW_ROWS_WIDE[tile]
     if tile in FEW_ROWS_NARROW and rows // 64 * tiles < SMS * 3 // 4:
@@ -615,12 +629,14 @@ class FewRowsInt4:
     Attributes:
       tile: tokens of a tile.
       rows: of the weight, that a CTA takes at a time.
-      stages: of those rows and 512 of K, in shared memory.
+      depth: groups of 128 of K in a stage, for each of the four warpgroups.
+      stages: in shared memory.
       ctas: of the grid.
     """
 
     tile: int
     rows: int = 64
+    depth: int = 1
     stages: int
     ctas: int = SMS
 
@@ -629,10 +645,17 @@ class FewRowsInt4:
             raise ValueError(f"a tile has 8, 16 or 32 tokens, not {self.tile}")
         if self.rows % 8 or not 8 <= self.rows <= 64:
             raise ValueError(f"a CTA takes up to 64 rows of the weight, in eights, not {self.rows}")
+        if self.depth not in (1, 2):
+            raise ValueError(f"a warpgroup takes one or two groups of a stage, not {self.depth}")
         if self.stages < 2:
             raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
+
+    @property
+    def groups(self) -> int:
+        """Of a stage."""
+        return 4 * self.depth
 
     @property
     def own(self) -> int:
@@ -642,8 +665,9 @@ class FewRowsInt4:
     @property
     def shared_bytes(self) -> int:
         """Values, tokens, scales (in whole kilobytes), the sums of three warpgroups, and barriers."""
-        scales = -(-self.stages * 16 * self.rows // 1024) * 1024
-        return self.stages * (self.rows * 256 + 1024 * self.tile + 16) + scales + 3 * 256 * self.tile + 8
+        scales = -(-self.stages * 4 * self.groups * self.rows // 1024) * 1024
+        stage = self.groups * (self.rows * 64 + 256 * self.tile) + 16
+        return self.stages * stage + scales + 3 * 256 * self.tile + 8
 
 
 FEW_ROWS_INT4 = {
@@ -659,13 +683,26 @@ FEW_ROWS_INT4_ALONE = {
     32: [FEW_ROWS_INT4[32], dataclasses.replace(FEW_ROWS_INT4[32], rows=56)],
 }
 """As `FEW_ROWS_ALONE`."""
-CONFIGS["few_rows_int4"] = distinct([FEW_ROWS_INT4_NARROW], FEW_ROWS_INT4.values(), *FEW_ROWS_INT4_ALONE.values())
 
 
-def few_rows_int4(tile: int, rows: int, tiles: int) -> FewRowsInt4:
-    """By the tokens of a tile, the weight's N, and the tiles that may be used: as many stages as fit."""
+def deep(config: FewRowsInt4) -> FewRowsInt4:
+    """The same with two groups a warpgroup in each stage, where the weight's K has them."""
+    return dataclasses.replace(config, depth=2, stages=config.stages // 2)
+
+
+CONFIGS["few_rows_int4"] = [
+    each
+    for config in distinct([FEW_ROWS_INT4_NARROW], FEW_ROWS_INT4.values(), *FEW_ROWS_INT4_ALONE.values())
+    for each in (config, deep(config))
+]
+
+
+def few_rows_int4(tile: int, rows: int, tiles: int, columns: int) -> FewRowsInt4:
+    """By the tokens of a tile, the weight's N, the tiles that may be used, and its K."""
     if tiles == 1:  # four bytes of tokens for a byte of values
-        return min(FEW_ROWS_INT4_ALONE[tile], key=lambda config: strips_cost(4 * tile, config.rows, rows))
-    if tile == FEW_ROWS_INT4_NARROW.tile and rows // 64 * tiles < SMS * 3 // 4:
-        return FEW_ROWS_INT4_NARROW
-    return FEW_ROWS_INT4[tile]
+        config = min(FEW_ROWS_INT4_ALONE[tile], key=lambda config: strips_cost(4 * tile, config.rows, rows))
+    elif tile == FEW_ROWS_INT4_NARROW.tile and rows // 64 * tiles < SMS * 3 // 4:
+        config = FEW_ROWS_INT4_NARROW
+    else:
+        config = FEW_ROWS_INT4[tile]
+    return deep(config) if columns % 1024 == 0 else config

@@ -56,28 +56,29 @@ def config(shape: GroupedMatmul | QuantMatmul) -> dict[str, Any]:
     """The tile sizes that the kernels take at this shape."""
     if isinstance(shape, GroupedMatmul):
         tile = tile_rows(shape.rows, shape.experts)
-        return grouped_config(tile, tiles_of_plan(shape.rows, shape.experts, tile), shape.columns, shape.scheme)
-    return dense_config(shape.tokens, shape.columns, shape.scheme) if shape.kernel else {}
+        tiles = tiles_of_plan(shape.rows, shape.experts, tile)
+        return grouped_config(tile, tiles, shape.columns, shape.depth, shape.scheme)
+    return dense_config(shape.tokens, shape.columns, shape.depth, shape.scheme) if shape.kernel else {}
 
 
-def dense_config(tokens: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
+def dense_config(tokens: int, columns: int, depth: int, scheme: str = "fp8_block") -> dict[str, Any]:
     """Of a dense product."""
     if tokens > few_rows.TILES[-1]:
         return dataclasses.asdict(tuning.many_rows_matmul(tokens, columns, int8=scheme == "int8"))
-    return few_rows_config(next(tile for tile in few_rows.TILES if tile >= tokens), columns, 1, scheme)
+    return few_rows_config(few_rows.tile_for(tokens), columns, depth, 1, scheme)
 
 
-def grouped_config(tile: int, tiles: int, columns: int, scheme: str = "fp8_block") -> dict[str, Any]:
+def grouped_config(tile: int, tiles: int, columns: int, depth: int, scheme: str = "fp8_block") -> dict[str, Any]:
     """Of a product of `tiles` tiles of rows."""
     if scheme == "bf16" or (scheme != "int4" and tile >= grouped_kernels.MANY):
         return dataclasses.asdict(tuning.many_rows_matmul(tile * tiles, columns, tile, int8=scheme == "int8"))
-    return few_rows_config(tile, columns, tiles, scheme)
+    return few_rows_config(tile, columns, depth, tiles, scheme)
 
 
-def few_rows_config(tile: int, columns: int, tiles: int, scheme: str) -> dict[str, Any]:
+def few_rows_config(tile: int, columns: int, depth: int, tiles: int, scheme: str) -> dict[str, Any]:
     """Of the kernels of few rows."""
     if scheme == "int4":
-        return dataclasses.asdict(tuning.few_rows_int4(min(tile, few_rows_int4.TILES[-1]), columns, tiles))
+        return dataclasses.asdict(tuning.few_rows_int4(min(tile, few_rows_int4.TILES[-1]), columns, tiles, depth))
     return dataclasses.asdict(tuning.few_rows(tile, columns, tiles))
 
 

@@ -198,9 +198,9 @@ def config(shape: MoELayer) -> dict[str, Any]:
     return {
         "plan": dataclasses.asdict(tuning.moe_plan(choices)),
         "gate and up": swiglu_config(tile, shape.width, tiles),
-        "down": grouped_config(tile, tiles, shape.hidden),
+        "down": grouped_config(tile, tiles, shape.hidden, shape.width),
         "shared gate and up": swiglu_config(shape.tokens, shape.width),
-        "shared down": dense_config(shape.tokens, shape.hidden),
+        "shared down": dense_config(shape.tokens, shape.hidden, shape.width),
     }
 
 

@@ -73,13 +73,15 @@ def few_rows_candidates(tile: int, columns: int, depth: int, tiles: int = 1) -> 
     return found
 
 
-def few_rows_int4_candidates(tile: int, columns: int) -> list[Any]:
+def few_rows_int4_candidates(tile: int, columns: int, depth: int) -> list[Any]:
     """The same for four-bit weights."""
     found: list[Any] = []
-    for rows in (16, 24, 32, 40, 48, 56, 64):
+    for rows, deep in itertools.product((16, 24, 32, 40, 48, 56, 64), (1, 2)):
+        if depth % (512 * deep):
+            continue
 
-        def make(stages, ctas, rows=rows):
-            return tuning.FewRowsInt4(tile=tile, rows=rows, stages=stages, ctas=ctas)
+        def make(stages, ctas, rows=rows, deep=deep):
+            return tuning.FewRowsInt4(tile=tile, rows=rows, depth=deep, stages=stages, ctas=ctas)
 
         found += fitting(make, -(-columns // rows), 2)
     return found
@@ -99,8 +101,8 @@ def programs(shape: QuantMatmul) -> tuple[tuple[Any, ...], Callable[..., jax.Arr
     few, columns = shape.tokens <= few_rows.TILES[-1], shape.columns
     if shape.scheme == "int4":
         tile = min(few_rows.tile_for(shape.tokens), few_rows_int4.TILES[-1])
-        tuned: Any = tuning.few_rows_int4(tile, columns, 1)
-        return (x, *weight), few_rows_int4.matmul, tuned, few_rows_int4_candidates(tile, columns)
+        tuned: Any = tuning.few_rows_int4(tile, columns, 1, shape.depth)
+        return (x, *weight), few_rows_int4.matmul, tuned, few_rows_int4_candidates(tile, columns, shape.depth)
     rows = quantize_int8(x) if shape.scheme == "int8" else x
     if few:
         tile = few_rows.tile_for(shape.tokens)

@@ -1,9 +1,9 @@
 """Products of a few bfloat16 rows with four-bit weights on Hopper: the weights are read once, as they are stored.
 
 As in `few_rows.py`, also in the grouped form, the weights are the large operand, D^T = W X^T, and stream through shared
-memory. Each of a CTA's four warpgroups takes one of the four groups of 128 of a stage: it turns four-bit values into
-bfloat16 in the registers that wgmma reads its first operand from (exact: integers from -15 to 15), multiplies, and
-scales what comes out. At an item's end the four sums are added up in a fixed order.
+memory. Each of a CTA's four warpgroups takes every fourth group of 128 of a stage: it turns four-bit values into
+bfloat16 in the registers that wgmma reads its first operand from (exact: integers from -15 to 15), multiplies, turns
+the next group's meanwhile, and scales what comes out. At an item's end the four sums are added up in a fixed order.
 
 A thread loads 16 bytes of a row at once; `int4.py` has stored there what wgmma wants of it.
 
@@ -20,6 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgu
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
@@ -29,8 +30,8 @@ from pallas_kernels.quant_matmul.int4 import BIASED, GROUP, unpack_values
 from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
-GROUPS = 4
-"""Of a stage, and warpgroups of a CTA."""
+WARPGROUPS = 4
+"""Of a CTA."""
 TILES = (8, 16, 32)
 """Tokens that a tile can have."""
 MOST_ROWS = 128
@@ -71,12 +72,12 @@ def start_product(left: list[Word], right: Any, columns: int) -> list[Any]:
 
 
 def stage_function(config: tuning.FewRowsInt4):
-    """A function of a warpgroup: the sums, and the product of its group in a stage.
+    """A function of a warpgroup: the sums, and the products of its groups in a stage.
 
     Its arguments:
-      values: bytes [stages, 2, rows, 128] in shared memory: a strip's rows of two groups, twice.
-      x: bfloat16 [stages, 8, tile, 64] there.
-      words: [stages, 4, rows] there, see `pack_int4`.
+      values: bytes [stages, groups / 2, rows, 128] in shared memory: a strip's rows of two groups each.
+      x: bfloat16 [stages, 2 * groups, tile, 64] there.
+      words: [stages, groups, rows] there, see `pack_int4`.
       sums: as `layout_of`; slot: the stage; warpgroup: its number.
     """
     layout = layout_of(config)
@@ -92,26 +93,35 @@ def stage_function(config: tuning.FewRowsInt4):
         row = first_row(thread)  # of a strip of less than 64 rows, also those past it, whatever is there
         # 16 bytes of a row of 128, swizzled by the row's lowest three bits.
         piece = (((warpgroup & 1) << 2) + (thread & 3)) ^ ((thread & 31) >> 2)
-        first = (slot * 2 + (warpgroup >> 1)) * (config.rows * 128) + row * 128 + (piece << 4)
+        group = slot * config.groups + warpgroup
+        first = (group >> 1) * (config.rows * 128) + row * 128 + (piece << 4)
         own = SharedWords(mosaic.shared_address(values) + first)
-        own_words = SharedWords(words).part((slot * GROUPS + warpgroup) * config.rows + row)
-        right = descriptor(mosaic.shared_address(x) + (slot * GROUPS + warpgroup) * (2 * config.tile * 128))
+        own_words = SharedWords(words).part(group * config.rows + row)
+        right = descriptor(mosaic.shared_address(x) + group * (2 * config.tile * 128))
 
-        loaded = [own.load_many(8 * 32 * i, 4) for i in range(2)]  # rows r and r + 8
-        scales = [own_words.load(8 * i) for i in range(2)]
-        zeros = [(word & 0xFFFF) * 0x10001 for word in scales]
-        left: list[Word] = []
-        for upper, lower in zip(*loaded, strict=True):
-            a, b = pairs_of(upper, zeros[0]), pairs_of(lower, zeros[1])
-            for i in (0, 2):
-                left += [a[i], b[i], a[i + 1], b[i + 1]]
-        product = finish(start_product(left, right, config.tile), flying=0)
-        factors = [Float.of_bits(word & -65536) for word in scales]
-        added = [
-            Float(p).times_plus(factors[i // 2 % 2], total)
-            for i, (p, total) in enumerate(zip(product, unpack(sums), strict=True))
-        ]
-        return pack(added, layout)
+        def start(which):
+            """The warpgroup's `which`-th product, under way, and the factors of its two rows."""
+            further = WARPGROUPS * which
+            # Rows r and r + 8.
+            loaded = [own.load_many(32 * (further // 2 * config.rows + 8 * i), 4) for i in range(2)]
+            scales = [own_words.load(further * config.rows + 8 * i) for i in range(2)]
+            zeros = [(word & 0xFFFF) * 0x10001 for word in scales]
+            left: list[Word] = []
+            for upper, lower in zip(*loaded, strict=True):
+                a, b = pairs_of(upper, zeros[0]), pairs_of(lower, zeros[1])
+                for i in (0, 2):
+                    left += [a[i], b[i], a[i + 1], b[i + 1]]
+            there = arith.addi(right, mosaic.i64(further * (2 * config.tile * 128) >> 4))
+            return start_product(left, there, config.tile), [Float.of_bits(word & -65536) for word in scales]
+
+        total, flying = unpack(sums), start(0)
+        for which in range(config.depth):
+            (product, factors), more = flying, which + 1 < config.depth
+            if more:
+                flying = start(which + 1)
+            product = finish(product, flying=1 if more else 0)
+            total = [Float(p).times_plus(factors[i // 2 % 2], total[i]) for i, p in enumerate(product)]
+        return pack(total, layout)
 
     return stage
 
@@ -120,17 +130,22 @@ def stage_twin(config: tuning.FewRowsInt4):
     """`stage_function` for the interpreter."""
 
     def stage(values, x, words, sums, slot, warpgroup):
-        both = values[slot, warpgroup // 2, :, :]
-        right = x[slot, pl.ds(2 * warpgroup, 2), :, :].astype(jnp.float32)
-        word = words[slot, warpgroup, :]
+        groups = [WARPGROUPS * which + warpgroup for which in range(config.depth)]
+        loaded = [
+            (values[slot, group // 2, :, :], x[slot, pl.ds(2 * group, 2), :, :], words[slot, group, :])
+            for group in groups
+        ]
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
-        own = jnp.where(warpgroup % 2 == 0, both[:, :64], both[:, 64:])
-        zeros = (word & 0xFFFF).astype(jnp.float32) - BIASED
-        scales = lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
-        left = unpack_values(own).astype(jnp.float32) - zeros[:, None]
-        product = jnp.dot(left, right.transpose(0, 2, 1).reshape(GROUP, config.tile), precision="highest")
-        return sums + jnp.pad(product * scales[:, None], ((0, 64 - config.rows), (0, 0))).reshape(-1)
+        for both, right, word in loaded:
+            own = jnp.where(warpgroup % 2 == 0, both[:, :64], both[:, 64:])
+            zeros = (word & 0xFFFF).astype(jnp.float32) - BIASED
+            scales = lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
+            left = unpack_values(own).astype(jnp.float32) - zeros[:, None]
+            right = right.astype(jnp.float32).transpose(0, 2, 1).reshape(GROUP, config.tile)
+            product = jnp.dot(left, right, precision="highest") * scales[:, None]
+            sums = sums + jnp.pad(product, ((0, 64 - config.rows), (0, 0))).reshape(-1)
+        return sums
 
     return stage
 
@@ -186,9 +201,9 @@ def body(*refs, config, rows, columns, grouped, interpret):
     write = (device.store_twin if interpret else device.store_function)(config, *out.shape, out.dtype)
 
     def load(slot, expert, token, row, step):
-        copy_lines(values, expert * rows + row, 2 * step, value_s.at[slot], full.at[slot])
-        copy_lines(x, token, 2 * GROUPS * step, x_s.at[slot], full.at[slot])
-        groups = pl.ds(expert * (columns // GROUP) + step * GROUPS, GROUPS)
+        copy_lines(values, expert * rows + row, config.groups // 2 * step, value_s.at[slot], full.at[slot])
+        copy_lines(x, token, 2 * config.groups * step, x_s.at[slot], full.at[slot])
+        groups = pl.ds(expert * (columns // GROUP) + step * config.groups, config.groups)
         plgpu.copy_gmem_to_smem(words.at[groups, pl.ds(row, config.rows)], word_s.at[slot], full.at[slot])
 
     def meet():
@@ -202,7 +217,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
 
         @pl.when(warpgroup == 0)
         def _():
-            total = lax.fori_loop(0, GROUPS - 1, lambda i, total: get(scratch, total, i), sums)
+            total = lax.fori_loop(0, WARPGROUPS - 1, lambda i, total: get(scratch, total, i), sums)
             write(out, total, token, row, warpgroup)
 
         meet()
@@ -210,7 +225,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
     stream(
         config,
         strips=-(-rows // config.rows),
-        steps=columns // (GROUP * GROUPS),
+        steps=columns // (GROUP * config.groups),
         plan=plan,
         load=load,
         start=lambda: device.zeros(config),
@@ -232,7 +247,7 @@ def unsupported(x: jax.Array, packed: jax.Array, tile: int | None = None) -> str
     rows, columns = packed.shape[-2], packed.shape[-1] * 2
     if x.dtype != jnp.bfloat16:
         return f"x of dtype {x.dtype}; it takes bfloat16"
-    if rows % 64 or columns % (GROUP * GROUPS):
+    if rows % 64 or columns % (GROUP * WARPGROUPS):
         return f"weights of N and K ({rows}, {columns}); it takes N in multiples of 64 and K in multiples of 512"
     if tile is None and not 1 <= x.shape[0] <= MOST_ROWS:
         return f"x of shape {x.shape}; it takes 1 to {MOST_ROWS} rows"
@@ -264,7 +279,8 @@ def matmul(
       [M, N].
     """
     tokens, rows = x.shape[0], packed.shape[0]
-    config = config or tuning.few_rows_int4(next((tile for tile in TILES if tile >= tokens), TILES[-1]), rows, 1)
+    tile = next((tile for tile in TILES if tile >= tokens), TILES[-1])
+    config = config or tuning.few_rows_int4(tile, rows, 1, x.shape[1])
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
         x = jnp.pad(x, ((0, -tokens % config.tile), (0, 0)))
     return call((), x, packed[None], words[None], dtype=dtype, interpret=interpret, config=config)[:tokens]
@@ -294,7 +310,8 @@ def grouped_matmul(
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tile = x.shape[0] // tile_expert.shape[0]
-    config = config or tuning.few_rows_int4(min(tile, TILES[-1]), packed.shape[1], tile_expert.shape[0])
+    rows, tiles = packed.shape[1], tile_expert.shape[0]
+    config = config or tuning.few_rows_int4(min(tile, TILES[-1]), rows, tiles, x.shape[1])
     plan = plan_of(tile_expert, used_tiles, tile // config.tile)
     return call(plan, x, packed, words, dtype=dtype, interpret=interpret, config=config)
 
@@ -313,17 +330,17 @@ def call(plan, x, packed, words, *, dtype, interpret, config) -> jax.Array:
         ),
         out_type=jax.ShapeDtypeStruct((x.shape[0], rows), dtype),
         scratch_types=(
-            plgpu.SMEM((config.stages, 2, config.rows, 128), packed.dtype, transforms=SWIZZLE),
-            plgpu.SMEM((config.stages, 2 * GROUPS, config.tile, 64), x.dtype, transforms=SWIZZLE),
-            plgpu.SMEM((config.stages, GROUPS, config.rows), words.dtype),
-            plgpu.SMEM((GROUPS - 1, 64 * config.tile), jnp.float32),
+            plgpu.SMEM((config.stages, config.groups // 2, config.rows, 128), packed.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, 2 * config.groups, config.tile, 64), x.dtype, transforms=SWIZZLE),
+            plgpu.SMEM((config.stages, config.groups, config.rows), words.dtype),
+            plgpu.SMEM((WARPGROUPS - 1, 64 * config.tile), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=GROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=GROUPS,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,

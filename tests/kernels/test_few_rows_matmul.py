@@ -98,11 +98,11 @@ def test_clusters_lower(cluster):
 def test_the_choice_is_one_of_the_configs(tile, rows, tiles):
     config = tuning.few_rows(tile, rows, tiles)
     assert config in tuning.CONFIGS["few_rows"]
-    assert config.tile == tile
+    assert config.tile == tile or (tiles == 1 and 2 * config.tile == tile)
     assert tiles == 1 or rows % config.rows == 0
 
 
-@pytest.mark.parametrize("choice", [tuning.few_rows, tuning.few_rows_int4])
+@pytest.mark.parametrize("choice", [tuning.few_rows, functools.partial(tuning.few_rows_int4, columns=2048)])
 @pytest.mark.parametrize("rows", [4096, 7168, 24576, 36864])
 def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, rows):
     config = choice(8, rows, 1)
@@ -113,7 +113,7 @@ def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, ro
 
 def test_many_tokens_have_tall_strips():
     """So that they are not read too often; but not so tall that most multiprocessors have none."""
-    assert tuning.few_rows(128, 36864, 1).rows == 144
+    assert tuning.few_rows(128, 36864, 1).rows == 192
     assert tuning.few_rows(128, 24576, 1).rows == 192
     assert tuning.few_rows(128, 4096, 1).rows == 64
 

@@ -245,23 +245,24 @@ def test_int8_kernel_in_the_interpreter(name, rows, warpgroups, blocks, ctas, ca
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("case", "rows", "ctas"),
+    ("case", "rows", "ctas", "depth"),
     [
-        (INT4["one row"], 64, 1),
-        (INT4["part of a tile"], 32, 3),
-        (INT4["a whole tile"], 64, 2),
-        (cases.int4("more than a tile", 12, 64, 512), 64, 2),
-        (INT4["experts"], 64, 3),
-        (cases.int4("tiles in parts", cases.Plan({0: 3, 2: 17}, 3, 16, spare=1), 64, 512), 64, 2),
-        (INT4["nothing"], 64, 2),
-        (INT4["part of a tile"], 56, 2),  # the last strip ends past the weight
-        (INT4["experts"], 48, 3),
+        (INT4["one row"], 64, 1, 1),
+        (INT4["part of a tile"], 32, 3, 1),
+        (INT4["a whole tile"], 64, 2, 2),
+        (cases.int4("more than a tile", 12, 64, 512), 64, 2, 1),
+        (INT4["experts"], 64, 3, 1),
+        (cases.int4("tiles in parts", cases.Plan({0: 3, 2: 17}, 3, 16, spare=1), 64, 512), 64, 2, 1),
+        (INT4["nothing"], 64, 2, 1),
+        (INT4["part of a tile"], 56, 2, 1),  # the last strip ends past the weight
+        (INT4["one row"], 48, 2, 2),
+        (INT4["experts"], 48, 3, 1),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_int4_kernel_in_the_interpreter(case, rows, ctas, capfd):
+def test_int4_kernel_in_the_interpreter(case, rows, ctas, depth, capfd):
     kernel = few_rows_int4.matmul if case.plan is None else few_rows_int4.grouped_matmul
-    config = tuning.FewRowsInt4(tile=8, rows=rows, stages=2, ctas=ctas)
+    config = tuning.FewRowsInt4(tile=8, rows=rows, stages=2, ctas=ctas, depth=depth)
     how = {"dtype": jnp.float32, "config": config, "interpret": mosaic.interpreter()}
     got = kernel(jnp.asarray(case.x), *packed(case), *plan_of(case), **how)
     assert got.shape == (len(case.x), case.weight[0].shape[-2])
@@ -316,8 +317,10 @@ def test_every_config_lowers_for_int4(config, dtype):
 
 @pytest.mark.parametrize("tile", few_rows_int4.TILES)
 @pytest.mark.parametrize(("rows", "tiles"), [(64, 1), (2112, 1), (4096, 1), (4096, 8), (36864, 1)])
-def test_the_choice_for_int4_is_one_of_the_configs(tile, rows, tiles):
-    config = tuning.few_rows_int4(tile, rows, tiles)
+@pytest.mark.parametrize("columns", [1536, 2048])
+def test_the_choice_for_int4_is_one_of_the_configs(tile, rows, tiles, columns):
+    config = tuning.few_rows_int4(tile, rows, tiles, columns)
+    assert columns % (128 * config.groups) == 0
     assert config in tuning.CONFIGS["few_rows_int4"]
     assert config.tile == tile
     assert tiles == 1 or rows % config.rows == 0

@@ -146,7 +146,7 @@ def uneven(kind, tile: int) -> list[Case]:
     """For each config with such tiles: strips that end past the weight's end, or an expert's."""
     return [
         kind("dense", tile - tile // 4, 1216, 1024),
-        kind("grouped", Plan({0: 3, 2: tile + 1, 4: tile}, 6, tile), 320, 512),
+        kind("grouped", Plan({0: 3, 2: tile + 1, 4: tile}, 6, tile), 320, 1024),
     ]
 
 
