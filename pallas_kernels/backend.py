@@ -9,8 +9,6 @@ import jax
 BACKENDS = ("auto", "reference", "interpret", "mosaic_gpu")
 KERNEL = ("mosaic_gpu", "interpret", "reference")
 """What an op with a kernel has; "interpret" is that kernel in Pallas' GPU interpreter, for tests."""
-UNMEASURED_KERNEL = ("reference", "mosaic_gpu", "interpret")
-"""The same for a kernel that only its name chooses, until it has been measured."""
 
 
 class BackendError(ValueError):
@@ -31,7 +29,7 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
     Args:
       backend: one of `BACKENDS`.
       op: the op's name, for the error.
-      available: what the op has: `KERNEL`, `UNMEASURED_KERNEL`, or the reference alone.
+      available: what the op has: `KERNEL`, or the reference alone.
       unsupported: what the op's kernel does not take of these arguments, and what it would take; None if it takes all.
 
     Returns:
@@ -43,7 +41,7 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        usable = available[0] == "mosaic_gpu" and unsupported is None and on_hopper()
+        usable = "mosaic_gpu" in available and unsupported is None and on_hopper()
         return "mosaic_gpu" if usable else "reference"
     if backend not in available:
         raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")

@@ -5,14 +5,12 @@ rows of the residual stream to bfloat16 rows that are added to it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compute_on import compute_on
 
 from experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
 from experiments.bench.dispatch import routed
@@ -91,7 +89,6 @@ def logits_of(x: jax.Array, router: jax.Array) -> jax.Array:
 FORMS = {
     "fused": "the kernels as the model has them",
     "apart": "the same kernels, gate, up, SwiGLU and quantisation apart",
-    "streams": "the same kernels, the shared expert on a stream of its own",
 }
 """Of the layer; all but the first stand beside it."""
 
@@ -106,11 +103,7 @@ def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, form: s
         rows, layer.gate, layer.up, plan.tile_expert, **how
     )
     out = grouped_product(hidden, layer.down, plan.tile_expert, **how)
-    shared_expert = functools.partial(of_shared_expert, backend=backend)
-    if form == "streams":
-        where = {"compute_type": "gpu_stream:1", "out_memory_spaces": jax.memory.Space.Device}
-        shared_expert = compute_on(shared_expert, **where)
-    shared = shared_expert(x, layer)
+    shared = of_shared_expert(x, layer, backend)
     return (combine(out, weight, plan, backend=backend) + shared.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -167,8 +167,7 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
 def measured_backend(backend: str, shape: Shape) -> str:
     """The backend of a shape's measured call, for the `backend` of the settings.
 
-    "auto" is the kernel wherever kernels run, also of ops whose "auto" is the reference until their kernels are
-    measured: this is the measurement. A shape that should have a kernel and that it does not take fails and says so.
+    "auto" is the kernel wherever kernels run: a shape that should have one and that it does not take fails and says so.
     """
     if backend != "auto":
         return backend

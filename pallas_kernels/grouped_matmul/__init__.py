@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
+from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.swiglu import Result
@@ -112,7 +112,7 @@ def grouped_quant_matmul(
     check_scales(values, scales)
     check_row_scales(rows, row_scales, scales_by_group)
     reason = mosaic_gpu.unsupported_fp8(rows, values, tile_expert, quantize_input)
-    chosen = resolve(backend, "grouped_quant_matmul", UNMEASURED_KERNEL, reason)
+    chosen = resolve(backend, "grouped_quant_matmul", KERNEL, reason)
 
     def plain(rows, row_scales, values, scales, tile_expert, used_tiles):
         del used_tiles
@@ -164,7 +164,7 @@ def grouped_dense_matmul(
     """
     check_tiles(rows, weights, tile_expert)
     reason = mosaic_gpu.unsupported_bf16(rows, weights, tile_expert)
-    chosen = resolve(backend, "grouped_dense_matmul", UNMEASURED_KERNEL, reason)
+    chosen = resolve(backend, "grouped_dense_matmul", KERNEL, reason)
 
     def plain(rows, weights, tile_expert, used_tiles):
         del used_tiles
@@ -216,7 +216,7 @@ def grouped_swiglu(
       scale_fmt: of the scales of rows and of the result, see `quantize`.
       scales_by_group: those scales are [groups, P], as the kernel for tiles of 128 rows takes them, instead of
         [P, groups], as those for fewer do.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernels take bfloat16 and
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take bfloat16 and
         FP8 in tiles of 64 rows or a multiple, W in multiples of 128 and K of 128 (bfloat16: 64); FP8 also in tiles of
         8, 16 or 32, with K in multiples of 512. Without experts they take any number of rows. A value may be the
         neighbour of the reference's in bfloat16. Their gradient is the reference's.
@@ -236,7 +236,7 @@ def grouped_swiglu(
     if quantize_result and gate.shape[-2] % BLOCK:
         raise ValueError(f"a result of {gate.shape[-2]} columns is no whole groups of {BLOCK} to quantise")
     reason = mosaic_gpu.unsupported_swiglu(rows, gate, up, tile_expert, fp8)
-    chosen = resolve(backend, "grouped_swiglu", UNMEASURED_KERNEL, reason)
+    chosen = resolve(backend, "grouped_swiglu", KERNEL, reason)
     result = Result(quantize_result, scale_fmt, scales_by_group)
 
     def plain(rows, row_scales, weights, weight_scales, tile_expert, used_tiles):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic, quantize, tuning
-from pallas_kernels.backend import UNMEASURED_KERNEL, resolve, without_gradient
+from pallas_kernels.backend import KERNEL, resolve, without_gradient
 from pallas_kernels.moe_dispatch import mosaic_gpu, planning, reference, routing, rows
 from pallas_kernels.moe_dispatch.reference import RoutingPlan
 from pallas_kernels.quantize.reference import GROUP
@@ -17,7 +17,7 @@ __all__ = ["RoutingPlan", "combine", "gather_rows", "gather_rows_fp8", "make_pla
 
 def chosen_backend(backend: str, op: str, unsupported: str | None, tokens: int) -> tuple[str, Any]:
     """The backend, and the `interpret` argument of its kernel; without tokens there is nothing to launch."""
-    chosen = resolve(backend, op, UNMEASURED_KERNEL, unsupported)
+    chosen = resolve(backend, op, KERNEL, unsupported)
     if tokens == 0:
         chosen = "reference"
     return chosen, mosaic.interpret_on(chosen)
@@ -46,7 +46,7 @@ def route(
       experts_per_token: experts chosen, by biased score, ties to the lowest index.
       normalize: divide the weights by their sum.
       scaling_factor: then multiply by this.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
 
     Returns:
       experts int32 [T, experts_per_token], best first, and weights float32 of the same shape, from the unbiased scores.
@@ -72,7 +72,7 @@ def make_plan(
       valid: bool [T]; the other tokens take no row.
       num_experts: E.
       tile: rows of a tile; by default about the mean number of rows of an expert, within 8 and 128.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference".
 
     Returns:
       The plan, the same on every backend.
@@ -113,7 +113,7 @@ def gather_rows_fp8(
       plan: of the tokens.
       scale_fmt: see `quantize`.
       scales_by_group: scales as [D / 128, P], else as [P, D / 128].
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
 
     Returns:
       values float8_e4m3fn [P, D] and scales float32; padding rows are 0 and have the scale of zeros.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
+from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.quant_matmul import few_rows, many_rows, reference
 from pallas_kernels.quant_matmul.int4 import dequantize_int4, pack_int4, quantize_weight_int4, unpack_int4
 from pallas_kernels.quant_matmul.int8 import dequantize_int8, quantize_weight_int8
@@ -75,7 +75,7 @@ def quant_matmul(
     Raises:
       ValueError: shapes do not fit, or K is no multiple of 128 while the input is quantised.
     """
-    chosen = resolve(backend, "quant_matmul", UNMEASURED_KERNEL, unsupported(x, values, quantize_input))
+    chosen = resolve(backend, "quant_matmul", KERNEL, unsupported(x, values, quantize_input))
     grid = tuple(-(-side // BLOCK) for side in values.shape)
     if x.shape[-1] != values.shape[-1] or scales.shape != grid:
         raise ValueError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import UNMEASURED_KERNEL, gradient_of_reference, resolve
+from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, int4, int8, many_rows
 from pallas_kernels.quant_matmul.int4 import GROUP
@@ -96,7 +96,7 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
       BackendError: the kernel was asked for and does not take these arguments.
     """
     check_int8(x, values, scales)
-    chosen = resolve(backend, "int8_matmul", UNMEASURED_KERNEL, unsupported_int8(x, values))
+    chosen = resolve(backend, "int8_matmul", KERNEL, unsupported_int8(x, values))
     if chosen == "reference":
         return int8.matmul(x, values, scales)
 
@@ -138,7 +138,7 @@ def grouped_int8_matmul(
     """
     tile = check_plan(rows, values, tile_expert)
     check_int8(rows, values, scales)
-    chosen = resolve(backend, "grouped_int8_matmul", UNMEASURED_KERNEL, unsupported_int8(rows, values, tile))
+    chosen = resolve(backend, "grouped_int8_matmul", KERNEL, unsupported_int8(rows, values, tile))
 
     def plain(rows, values, scales, tile_expert, used_tiles):
         del used_tiles
@@ -174,7 +174,7 @@ def int4_matmul(x: jax.Array, packed: jax.Array, words: jax.Array, *, backend: s
       BackendError: the kernel was asked for and does not take these arguments.
     """
     check_int4(x, packed, words)
-    chosen = resolve(backend, "int4_matmul", UNMEASURED_KERNEL, few_rows_int4.unsupported(x, packed))
+    chosen = resolve(backend, "int4_matmul", KERNEL, few_rows_int4.unsupported(x, packed))
     if chosen == "reference":
         return int4.matmul(x, packed, words)
 
@@ -213,7 +213,7 @@ def grouped_int4_matmul(
     """
     tile = check_plan(rows, packed, tile_expert)
     check_int4(rows, packed, words)
-    chosen = resolve(backend, "grouped_int4_matmul", UNMEASURED_KERNEL, few_rows_int4.unsupported(rows, packed, tile))
+    chosen = resolve(backend, "grouped_int4_matmul", KERNEL, few_rows_int4.unsupported(rows, packed, tile))
 
     def plain(rows, packed, words, tile_expert, used_tiles):
         del used_tiles

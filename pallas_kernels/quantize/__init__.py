@@ -5,7 +5,7 @@ import functools
 import jax
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import UNMEASURED_KERNEL, resolve, without_gradient
+from pallas_kernels.backend import KERNEL, resolve, without_gradient
 from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS, dequantize
 
@@ -31,7 +31,7 @@ def quantize(
       x: float [..., N].
       scale_fmt: "ue8m0" rounds scales up to powers of two; None keeps amax / 448.
       group: values to a scale; must divide N.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
 
     Returns:
       values float8_e4m3fn [..., N] and scales float32 [..., N / group]; x is about values * scales.
@@ -40,7 +40,7 @@ def quantize(
       ValueError: N is no multiple of `group`, or `scale_fmt` is unknown.
     """
     unsupported = mosaic_gpu.unsupported(x, group)
-    chosen = resolve(backend, "quantize", UNMEASURED_KERNEL, unsupported)
+    chosen = resolve(backend, "quantize", KERNEL, unsupported)
     check(x, scale_fmt, group)
     if chosen == "reference" or x.size == 0:
         return reference.quantize(x, scale_fmt, group)
@@ -59,7 +59,7 @@ def rms_norm_quantize(
       weight: [N].
       eps: added to the mean square.
       scale_fmt: see `quantize`.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient;
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient;
         it adds up the squares in another order, so a value may be the neighbour of the reference's.
 
     Returns:
@@ -69,7 +69,7 @@ def rms_norm_quantize(
       ValueError: N is no multiple of 128, or `scale_fmt` is unknown.
     """
     unsupported = mosaic_gpu.norm_unsupported(x, weight)
-    chosen = resolve(backend, "rms_norm_quantize", UNMEASURED_KERNEL, unsupported)
+    chosen = resolve(backend, "rms_norm_quantize", KERNEL, unsupported)
     check(x, scale_fmt, GROUP)
     if chosen == "reference" or x.size == 0:
         return reference.rms_norm_quantize(x, weight, eps, scale_fmt)
@@ -83,12 +83,12 @@ def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, ja
 
     Args:
       x: float [..., N].
-      backend: "auto", "mosaic_gpu", "interpret" or "reference"; "auto" is the reference. The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
 
     Returns:
       values int8 [..., N], from -127 to 127, and scales float32 [...]; x is about values * scales.
     """
-    chosen = resolve(backend, "quantize_int8", UNMEASURED_KERNEL, mosaic_gpu.int8_unsupported(x))
+    chosen = resolve(backend, "quantize_int8", KERNEL, mosaic_gpu.int8_unsupported(x))
     if chosen == "reference" or x.size == 0:
         return reference.quantize_int8(x)
     interpret = mosaic.interpret_on(chosen)

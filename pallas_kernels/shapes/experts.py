@@ -76,8 +76,7 @@ class MoELayer(Shape):
 
     `beside` says what it stands beside. In bfloat16: "ragged_dot" of sorted rows, or a "loop" over the experts of
     products of all tokens, weighted by 0 where a token did not choose the expert. Or the same kernels: "apart" with
-    gate, up, SwiGLU and quantisation one after another instead of in one, "streams" with the shared expert beside
-    routing and the routed experts, on a stream of its own.
+    gate, up, SwiGLU and quantisation one after another instead of in one.
     """
 
     op: ClassVar[str] = "moe_layer"
@@ -227,11 +226,7 @@ def _moe_layer() -> tuple[MoELayer, ...]:
         MoELayer(name=f"decode-{tokens}", tokens=tokens, target=Target(0.55, 0.85, of="roofline"))
         for tokens in (1, 32, 128)
     ]
-    ours = [
-        MoELayer(name=f"{tokens}-{beside}", beside=beside, tokens=tokens)
-        for beside in ("apart", "streams")
-        for tokens in (4096, 128)
-    ]
+    ours = [MoELayer(name=f"{tokens}-apart", beside="apart", tokens=tokens) for tokens in (4096, 128)]
     return (ragged, loop, *decode, *ours)
 
 
@@ -274,7 +269,7 @@ TINY: dict[str, tuple[Shape, ...]] = {
             hidden=256,
             width=128,
         )
-        for beside in ("ragged_dot", "loop", "apart", "streams")
+        for beside in ("ragged_dot", "loop", "apart")
     ),
 }
 

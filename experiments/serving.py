@@ -1,0 +1,223 @@
+"""The engine under load against the naive way: `python -m experiments.serving`, at full width on a GPU.
+
+The naive way is `LanguageModel.generate`: a batch of requests is read one prompt after another into a contiguous cache
+with room for the longest, is decoded together until the longest has ended, and shares nothing. The engine takes the
+same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
+both extremes, so that all its batches cost about the same, and one of them is measured.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv32_jax.blocks import BLOCK_SIZE
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.engine import Engine
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.loading import load
+from dsv32_jax.metrics import percentiles
+from dsv32_jax.request import SamplingParams
+from experiments.random_model import layers_that_fit, random_model
+from experiments.results import RESULTS, environment, write_json
+
+RESULT = RESULTS / "serving.json"
+SHARED = 0.75
+"""Of a prompt, the share that is its group's, where prefixes are shared; a group is 8 requests."""
+GROUP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One request: a prompt and how many tokens are to follow it."""
+
+    prompt: list[int]
+    new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Least and greatest lengths."""
+
+    prompt: tuple[int, int] = (64, 4096)
+    new: tuple[int, int] = (16, 1024)
+
+    @property
+    def longest(self) -> int:
+        """Of a prompt with what follows it."""
+        return self.prompt[1] + self.new[1]
+
+
+def workload(count: int, batch: int, sizes: Sizes, vocabulary: int, shared: bool, seed: int = 0) -> list[Work]:
+    """Requests; the first of each `batch` is the longest, where there is more than one."""
+    rng = np.random.default_rng(seed)
+    prefix: list[int] = []
+    found = []
+    for i in range(count):
+        if i % GROUP == 0:
+            prefix = rng.integers(0, vocabulary, sizes.prompt[1]).tolist()
+        length, new = (int(rng.integers(low, high + 1)) for low, high in (sizes.prompt, sizes.new))
+        if batch > 1 and i % batch == 0:
+            length, new = sizes.prompt[1], sizes.new[1]
+        own = rng.integers(0, vocabulary, length).tolist()
+        kept = int(SHARED * length) if shared else 0
+        found.append(Work(prefix[:kept] + own[kept:], new))
+    return found
+
+
+def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
+    """All requests at once into the engine's queue; what it says of itself after the last has ended."""
+    begun = time.monotonic()
+    requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
+    used, running = [], engine.scheduler.limits.sequences
+    while not all(request.finished for request in requests):
+        engine.step()
+        state = engine.pool.statistics()
+        if state.in_use and len(engine.scheduler.running) == running:  # steady: as many as may run
+            used.append(1 - state.internal_fragmentation)
+    seconds = time.monotonic() - begun
+    lost = sum(len(r.completions[0].tokens) != one.new for r, one in zip(requests, work, strict=True))
+    return {
+        "requests": len(work),
+        "seconds": seconds,
+        "requests_per_second": len(work) / seconds,
+        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+        "lost": lost,
+        "utilisation": statistics.fmean(used) if used else None,
+        "summary": engine.summary(),
+    }
+
+
+def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
+    """One static batch; every request comes at its start, and is done when the whole batch is."""
+    rows, most = [one.prompt for one in work], max(one.new for one in work)
+    begun, times, tokens = time.monotonic(), [], 0
+    for piece in lm.stream(rows, most, ignore_eos=True):
+        if piece.row == 0:
+            times.append(time.monotonic())
+        tokens += 1
+    seconds = time.monotonic() - begun
+    allocated = len(work) * lm._block_tables(1, max(map(len, rows)) + most).size * BLOCK_SIZE
+    return {
+        "requests": len(work),
+        "seconds": seconds,
+        "requests_per_second": len(work) / seconds,
+        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+        "first_token_seconds": times[0] - begun,
+        "between_tokens_seconds": percentiles(np.diff(times)),
+        "utilisation": sum(len(one.prompt) + one.new for one in work) / allocated,
+    }
+
+
+def compiled(lm: LanguageModel, batch: int, sizes: Sizes) -> None:
+    """Every program of the baseline, by a batch with one prompt that has a piece of every size."""
+    pieces = min(sizes.prompt[1], 512 + 256 + 128 + 64 + 32 + 16)
+    rows = [[1] * pieces] + [[1] * sizes.prompt[0]] * (batch - 1)
+    for _ in itertools.islice(lm.stream(rows, sizes.longest - pieces, ignore_eos=True), 2 * batch):
+        pass
+
+
+def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, float]:
+    """Seconds to the first token of a long prompt, and of another with the same beginning."""
+    rng = np.random.default_rng(7)
+    prefix = rng.integers(0, vocabulary, sizes.prompt[1] - BLOCK_SIZE).tolist()
+    found = []
+    for _ in range(2):
+        prompt = prefix + rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
+        begun = time.monotonic()
+        engine.generate([prompt], SamplingParams(1, ignore_eos=True))
+        found.append(time.monotonic() - begun)
+    alone = rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
+    begun = time.monotonic()
+    engine.generate([alone], SamplingParams(1, ignore_eos=True))
+    own = time.monotonic() - begun
+    return {"cold": found[0], "hit": found[1], "own_part_alone": own, "saved": (found[0] - found[1]) / (found[0] - own)}
+
+
+def measure(lm: LanguageModel, concurrency: int, rounds: int, sizes: Sizes, max_tokens: int) -> dict[str, Any]:
+    """Both ways at one number of requests at a time."""
+    vocabulary = lm.config.vocab_size
+    row: dict[str, Any] = {"concurrency": concurrency}
+    begun = time.monotonic()
+    compiled(lm, concurrency, sizes)
+    row["naive_compile_seconds"] = time.monotonic() - begun
+    row["naive"] = naive(lm, workload(concurrency, concurrency, sizes, vocabulary, False))
+    gc.collect()
+    for name, shared in (("engine", False), ("engine_shared", True)):
+        work = workload(rounds * concurrency, concurrency, sizes, vocabulary, shared)
+        places = concurrency * (sizes.longest + BLOCK_SIZE)
+        engine = Engine(lm, cache_tokens=places, max_tokens=max(max_tokens, concurrency), max_sequences=concurrency)
+        begun = time.monotonic()
+        shapes = engine.warmup()
+        row["warmup"] = {"shapes": shapes, "seconds": time.monotonic() - begun}
+        row[name] = served(engine, work)
+        row[name]["ratio"] = row[name]["requests_per_second"] / row["naive"]["requests_per_second"]
+        if shared:
+            row["prefix"] = prefix_saving(engine, sizes, vocabulary)
+        del engine
+        gc.collect()
+    return row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row on one line."""
+    base, engine, shared = row["naive"], row["engine"], row["engine_shared"]
+    between = engine["summary"]["between_tokens_seconds"] or {"p50": 0.0, "p99": 0.0}
+    return (
+        f"{row['concurrency']:>4} at a time: naive {base['requests_per_second']:.3f} requests/s, engine "
+        f"{engine['requests_per_second']:.3f} ({engine['ratio']:.2f}x), shared prefixes {shared['ratio']:.2f}x; "
+        f"between tokens {between['p50'] * 1e3:.1f} ms, P99 {between['p99'] * 1e3:.1f} ms; cache "
+        f"{engine['utilisation'] or 0:.1%} used, naive {base['utilisation']:.1%}; a prefix hit saves "
+        f"{row['prefix']['saved']:.1%}"
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="a checkpoint, or demo; default: random weights at full width")
+    parser.add_argument("--layers", type=int, help="of the random model; default: as many as fit")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rounds", type=int, default=3, help="requests for each that runs at a time")
+    parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
+    parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an engine's step")
+    parser.add_argument("--seconds", type=float, help="begin no further number of requests after this time")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    sizes = Sizes(tuple(arguments.prompt), tuple(arguments.new))
+    if arguments.model:
+        lm = load(arguments.model)
+    else:
+        layers = arguments.layers or layers_that_fit(0.85)
+        lm = random_model(ModelConfig.full_width(layers, max_position_embeddings=-(-sizes.longest // 1024) * 1024))
+        jax.block_until_ready(lm.flat_model()[0])
+    content: dict[str, Any] = {
+        **environment(),
+        "model": arguments.model or "random weights at full width",
+        "layers": lm.config.num_hidden_layers,
+        "sizes": dataclasses.asdict(sizes),
+        "max_tokens": arguments.max_tokens,
+        "rows": [],
+    }
+    print(f"{content['model']}, {content['layers']} layers, ready in {time.monotonic() - begun:.0f} s", flush=True)
+    for concurrency in arguments.concurrency:
+        if arguments.seconds and time.monotonic() - begun > arguments.seconds:
+            print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
+            continue
+        row = measure(lm, concurrency, arguments.rounds, sizes, arguments.max_tokens)
+        content["rows"].append(row)
+        write_json(arguments.out, content)
+        print(line_of(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
