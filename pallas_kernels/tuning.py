@@ -420,6 +420,7 @@ class FewRows:
       tile: tokens of a tile.
       rows: of the weight, that a CTA takes at a time: a strip.
       warpgroups: of a CTA; each takes as many of these rows, up to 64.
+      token_parts: warpgroups that share a strip's rows and take so many parts of its tokens.
       blocks: of 128 along K, in a stage: 1, 2 or 4.
       stages: in shared memory.
       cluster: CTAs that take strips next to each other; each copies its share of their tokens for all.
@@ -429,6 +430,7 @@ class FewRows:
     tile: int
     rows: int
     warpgroups: int = 1
+    token_parts: int = 1
     blocks: int
     stages: int
     cluster: int = 1
@@ -437,11 +439,18 @@ class FewRows:
     def __post_init__(self) -> None:
         if self.tile not in (8, 16, 32, 64, 128):
             raise ValueError(f"a tile has 8, 16, 32, 64 or 128 tokens, not {self.tile}")
-        if not 1 <= self.warpgroups <= 4:
-            raise ValueError(f"a CTA has 1 to 4 warpgroups, not {self.warpgroups}")
-        if self.rows % (8 * self.warpgroups) or not 8 <= self.own <= 64:
+        most = 8 if self.token_parts > 1 else 4
+        if not 1 <= self.warpgroups <= most:
+            raise ValueError(f"a CTA has 1 to {most} warpgroups, not {self.warpgroups}")
+        if self.token_parts < 1 or self.warpgroups % self.token_parts or self.tile % (8 * self.token_parts):
             raise ValueError(
-                f"each of {self.warpgroups} warpgroups takes up to 64 rows of the weight, in eights, of {self.rows}"
+                f"token_parts divides the warpgroups and a tile's tokens, these into eights: {self.token_parts} "
+                f"does not divide {self.warpgroups} warpgroups and {self.tile} tokens so"
+            )
+        if self.rows % (8 * self.row_parts) or not 8 <= self.own <= 64:
+            raise ValueError(
+                f"each of {self.row_parts} warpgroups along a strip takes up to 64 rows of the weight, in eights, of "
+                f"{self.rows}"
             )
         if self.blocks not in (1, 2, 4):
             raise ValueError(f"a stage has 1, 2 or 4 blocks, not {self.blocks}")
@@ -455,9 +464,19 @@ class FewRows:
             raise ValueError(f"a product of 64 rows reads past a warpgroup's {self.own}, and past all of {self}")
 
     @property
+    def row_parts(self) -> int:
+        """Of a strip; the warpgroups of one part are next to each other."""
+        return self.warpgroups // self.token_parts
+
+    @property
     def own(self) -> int:
         """Rows of a warpgroup."""
-        return self.rows // self.warpgroups
+        return self.rows // self.row_parts
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a warpgroup."""
+        return self.tile // self.token_parts
 
     @property
     def weights(self) -> int:
@@ -566,6 +585,10 @@ class FewRowsSwiGLU(FewRows):
         super().__post_init__()
         if self.tile > 64:
             raise ValueError(f"a tile has up to 64 tokens, not {self.tile}")
+        if self.token_parts != 1:
+            raise ValueError(
+                f"a strip of gate and up has all tokens in a warpgroup: token_parts 1, not {self.token_parts}"
+            )
         if self.rows not in (32, 64, 128, 256) or self.own != min(64, self.rows):
             raise ValueError(f"a CTA takes 32, 64, 128 or 256 rows, a warpgroup 64 of them or all, not {self}")
 
@@ -661,6 +684,16 @@ class FewRowsInt4:
     def own(self) -> int:
         """Rows of the warpgroup that stores."""
         return self.rows
+
+    @property
+    def token_parts(self) -> int:
+        """Each warpgroup has all tokens, of its part of K."""
+        return 1
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a warpgroup."""
+        return self.tile
 
     @property
     def shared_bytes(self) -> int:

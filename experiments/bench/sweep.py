@@ -57,19 +57,26 @@ def few_rows_candidates(tile: int, columns: int, depth: int, tiles: int = 1) -> 
         found = few_rows_candidates(64, columns, depth, 2)
     else:
         found = []
-    for warpgroups, own, blocks, cluster in itertools.product((1, 2, 3), heights, (1, 2, 4), (1, 2)):
+    ways = [(count, 1, *way) for count, *way in itertools.product((1, 2, 3), heights, (1, 2, 4), (1, 2))]
+    if many:  # also with the tokens split in two, for one or two parts of a strip; in clusters only tall ones
+        split = itertools.product((1, 2), heights, (1, 2), (1, 2, 4))
+        ways += [
+            (2 * count, 2, own, blocks, cluster) for count, own, blocks, cluster in split if cluster == 1 or own >= 48
+        ]
+    for warpgroups, token_parts, own, blocks, cluster in ways:
         if depth % (128 * blocks) or (blocks == 4 if many else warpgroups > 1 or cluster > 1 or blocks == 1):
             continue
-        if tiles > 1 and cluster > 1:
+        if tiles > 1 and (cluster > 1 or token_parts > 1):
             continue
+        alone = token_parts > 1 and cluster > 1  # on a multiprocessor, so that there are not too many candidates
+        how = {"warpgroups": warpgroups, "token_parts": token_parts, "blocks": blocks, "cluster": cluster}
+        rows = own * (warpgroups // token_parts)
 
-        def make(stages, ctas, warpgroups=warpgroups, own=own, blocks=blocks, cluster=cluster):
-            rows = own * warpgroups
-            how = {"blocks": blocks, "stages": stages, "cluster": cluster, "ctas": ctas}
-            return tuning.FewRows(tile=tile, rows=rows, warpgroups=warpgroups, **how)
+        def make(stages, ctas, how=how, rows=rows):
+            return tuning.FewRows(tile=tile, rows=rows, stages=stages, ctas=ctas, **how)
 
-        items = -(-columns // (own * warpgroups)) * tiles
-        found += [c for c in fitting(make, items, 2 if many else 3) if c.stages * c.blocks >= 4]
+        items = -(-columns // rows) * tiles
+        found += [c for c in fitting(make, items, (1 if alone else 2) if many else 3) if c.stages * c.blocks >= 4]
     return found
 
 

@@ -2,7 +2,9 @@
 
 The product is transposed, so that the weights are the large operand of the matrix units: D^T[weight rows, tokens] =
 W[weight rows, 128 of K] X[tokens, 128 of K]^T. Both lie in shared memory as they lie in device memory. Each 128 of K
-give a fresh product, which is scaled and added up in float32 registers (`few_rows_tile.py`).
+give a fresh product, which is scaled and added up in float32 registers (`few_rows_tile.py`). The warpgroups of a CTA
+take different rows, and of many tokens also different tokens: so no thread scales too many of them, and the weights are
+still read once.
 
 An item is a strip of weight rows times one tile of tokens, over all of K (`weight_stream.py`). No item is split, so
 there is nothing to merge, and results are the same from run to run. A strip has any multiple of 8 rows, so that all
@@ -49,7 +51,7 @@ class Epilogue(Protocol):
         """Before the first item."""
 
     def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
-        """Of an item: a warpgroup's sums, the first token, and the strip's first row of each weight."""
+        """Of an item: a warpgroup's sums, the tile's first token, and the strip's first row of each weight."""
 
     def end(self, refs: tuple[Any, ...]) -> None:
         """After the last item."""

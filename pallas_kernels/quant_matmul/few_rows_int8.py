@@ -19,7 +19,7 @@ from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows import collective, sharing, tile_for, unsupported_rows, whole_strips
-from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, unpack
+from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, part_of, unpack
 from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
 from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 
@@ -30,19 +30,20 @@ def stage_function(config: tuning.FewRows):
 
     @plgpu.inline_mgpu(
         arg_types=(SWIZZLED, SWIZZLED, layout, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.int32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.int32, layout=layout),
     )
     def stage(ctx, weights, x, sums, slot, warpgroup):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
-        row = slot * (config.blocks * config.rows) + warpgroup * config.own
+        first, own_token = part_of(config, warpgroup)
+        row = slot * (config.blocks * config.rows) + first
         left = descriptor(mosaic.shared_address(weights) + row * BLOCK)
-        right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
+        right = descriptor(mosaic.shared_address(x) + (slot * (config.blocks * config.tile) + own_token) * BLOCK)
         numbers = [word.value for word in unpack(sums, Word)]
         for block in range(config.blocks):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
             b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
-            numbers = start_product(a, b, config.tile, numbers, int8=True, add=True)
+            numbers = start_product(a, b, config.own_tokens, numbers, int8=True, add=True)
         return pack([Word(x) for x in finish(numbers, flying=0)], layout)
 
     return stage
@@ -53,11 +54,12 @@ def stage_twin(config: tuning.FewRows):
     own = config.own
 
     def stage(weights, x, sums, slot, warpgroup):
-        left = [weights[slot, i, pl.ds(warpgroup * own, own), :].astype(jnp.int32) for i in range(config.blocks)]
-        right = x[slot].astype(jnp.int32)
+        first, own_token = part_of(config, warpgroup)
+        left = [weights[slot, i, pl.ds(first, own), :].astype(jnp.int32) for i in range(config.blocks)]
+        right = x[slot, :, pl.ds(own_token, config.own_tokens), :].astype(jnp.int32)
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
-        sums = sums.reshape(64, config.tile)
+        sums = sums.reshape(64, config.own_tokens)
         for i in range(config.blocks):
             part = jnp.dot(left[i], right[i].T)
             sums = sums + jnp.pad(part, ((0, 64 - own), (0, 0)))
@@ -75,20 +77,23 @@ def scale_function(config: tuning.FewRows, tokens: int, rows: int):
 
     @plgpu.inline_mgpu(
         arg_types=(REF, REF, layout, SCALAR, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.float32, layout=layout),
     )
     def scaled(ctx, x_scales, scales, sums, token, row, warpgroup):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        token, row = token + first_column(thread), row + warpgroup * config.own + first_row(thread)
+        first, own_token = part_of(config, warpgroup)
+        token, row = token + own_token + first_column(thread), row + first + first_row(thread)
 
         def scale(ref, index, count):
             at = mosaic.offset(mosaic.global_address(ref), index.min(count - 1), 4)
             return Float.of_bits(mosaic.load_read_only(at)[0])
 
         of_rows = [scale(scales, row + 8 * i, rows) for i in range(2)]
-        of_tokens = [scale(x_scales, token + (8 * i + j), tokens) for i in range(config.tile // 8) for j in range(2)]
+        of_tokens = [
+            scale(x_scales, token + (8 * i + j), tokens) for i in range(config.own_tokens // 8) for j in range(2)
+        ]
         numbers = [
             Float(arith.sitofp(ir.F32Type.get(), x.value)) * (of_tokens[2 * (i // 4) + i % 2] * of_rows[i // 2 % 2])
             for i, x in enumerate(unpack(sums, Word))
@@ -104,7 +109,8 @@ def scale_twin(config: tuning.FewRows, tokens: int, rows: int):
     own = config.own
 
     def scaled(x_scales, scales, sums, token, row, warpgroup):
-        of_tokens, of_rows = x_scales[pl.ds(token, config.tile)], scales[pl.ds(row + warpgroup * own, own)]
+        first, own_token = part_of(config, warpgroup)
+        of_tokens, of_rows = x_scales[pl.ds(token + own_token, config.own_tokens)], scales[pl.ds(row + first, own)]
         factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - own), (0, 0)))
         return sums.astype(jnp.float32) * factors.reshape(-1)
 
@@ -138,7 +144,7 @@ def body(*refs, config, rows, columns, grouped, interpret):
         steps=columns // (BLOCK * config.blocks),
         plan=plan,
         load=load,
-        start=lambda: plgpu.layout_cast(jnp.zeros((64 * config.tile,), jnp.int32), layout_of(config)),
+        start=lambda: device.zeros(config, jnp.int32),
         add=lambda sums, slot, step, row, warpgroup: add(w_s, x_s, sums, slot, warpgroup),
         store=store,
         barriers=(full, free),

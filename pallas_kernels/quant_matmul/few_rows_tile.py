@@ -1,8 +1,8 @@
 """A warpgroup's part of a stage of `few_rows`: scaled products of 128 of K each, added up in registers.
 
-The sums of a warpgroup are [64 weight rows, tile tokens]; a thread has, for each 8 tokens, 2 of them for 2 weight rows,
-which is how wgmma leaves them. A warpgroup whose own rows are fewer uses a part of that: the product reads rows past
-them, whatever is there, and nobody looks at the result.
+The sums of a warpgroup are [64 weight rows, its tokens of the tile]; a thread has, for each 8 tokens, 2 of them for 2
+weight rows, which is how wgmma leaves them. A warpgroup whose own rows are fewer uses a part of that: the product reads
+rows past them, whatever is there, and nobody looks at the result.
 """
 
 import math
@@ -36,14 +36,21 @@ def scale_rows(rows: int) -> int:
     return (BLOCK - math.gcd(rows, BLOCK) + rows - 1) // BLOCK + 1
 
 
-def layout_of(config: tuning.FewRows) -> Any:
+def layout_of(config: tuning.FewRows | tuning.FewRowsInt4) -> Any:
     """Of a warpgroup's sums: an array that gives each thread its own."""
-    return plgpu.Layout.WG_STRIDED((64 * config.tile,), vec_size=4)
+    return plgpu.Layout.WG_STRIDED((64 * config.own_tokens,), vec_size=4)
 
 
-def zeros(config: tuning.FewRows) -> Any:
+def zeros(config: tuning.FewRows | tuning.FewRowsInt4, dtype: Any = jnp.float32) -> Any:
     """Sums of nothing."""
-    return plgpu.layout_cast(jnp.zeros((64 * config.tile,), jnp.float32), layout_of(config))
+    return plgpu.layout_cast(jnp.zeros((64 * config.own_tokens,), dtype), layout_of(config))
+
+
+def part_of(config: tuning.FewRows | tuning.FewRowsInt4, warpgroup: Any) -> tuple[Any, Any]:
+    """A warpgroup's first row of a strip, and its first token of a tile."""
+    if config.token_parts == 1:
+        return warpgroup * config.own, 0
+    return warpgroup // config.token_parts * config.own, warpgroup % config.token_parts * config.own_tokens
 
 
 def unpack(array: Any, kind: Any = Float) -> list[Any]:
@@ -89,16 +96,17 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
 
     @plgpu.inline_mgpu(
         arg_types=(SWIZZLED, SWIZZLED, REF, REF, layout, SCALAR, SCALAR, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.tile,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.float32, layout=layout),
     )
     def tile(ctx, weights, x, x_scales, scales, sums, slot, place, row, warpgroup):
         del ctx
         sums = unpack(sums)
         slot, place, row, warpgroup = map(mosaic.scalar, (slot, place, row, warpgroup))
-        own = warpgroup * config.own
+        own, own_token = part_of(config, warpgroup)
         left = descriptor(mosaic.shared_address(weights) + (slot * (config.blocks * config.rows) + own) * BLOCK)
-        right = descriptor(mosaic.shared_address(x) + slot * (config.blocks * config.tile * BLOCK))
-        column = slot * config.tile + first_column(mosaic.thread_index())
+        # Whole eights of tokens further, which the swizzle does not notice.
+        right = descriptor(mosaic.shared_address(x) + (slot * (config.blocks * config.tile) + own_token) * BLOCK)
+        column = slot * config.tile + own_token + first_column(mosaic.thread_index())
         own_x_scales = SharedWords(x_scales).part((column << 2) + place)
         if matrices == 2:
             # A warp has 16 of the strip's rows, if any; and no more of a matrix than 128 are in a strip.
@@ -115,7 +123,7 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
         def start(block):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
             b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
-            return start_product(a, b, config.tile)
+            return start_product(a, b, config.own_tokens)
 
         flying = start(0)
         for block in range(config.blocks):
@@ -125,7 +133,7 @@ def tile_function(config: tuning.FewRows, matrices: int = 1):
             of_rows = [Float.of_bits(own_scale.load(block)) for own_scale in own_scales]
             of_tokens = [
                 Float.of_bits(own_x_scales.load(GROUP * (8 * i + j) + block))
-                for i in range(config.tile // 8)
+                for i in range(config.own_tokens // 8)
                 for j in range(2)
             ]
             if len(of_rows) == 1:
@@ -145,10 +153,12 @@ def tile_twin(config: tuning.FewRows, matrices: int = 1):
     own = config.own
 
     def tile(weights, x, x_scales, scales, sums, slot, place, row, warpgroup):
-        sums = sums.reshape(64, config.tile)
-        left = [weights[slot, i, pl.ds(warpgroup * own, own), :].astype(jnp.float32) for i in range(config.blocks)]
-        right, token_scales = x[slot].astype(jnp.float32), x_scales[slot]
-        of_strip = warpgroup * own + jnp.arange(own)
+        sums = sums.reshape(64, config.own_tokens)
+        first, own_token = part_of(config, warpgroup)
+        tokens = pl.ds(own_token, config.own_tokens)
+        left = [weights[slot, i, pl.ds(first, own), :].astype(jnp.float32) for i in range(config.blocks)]
+        right, token_scales = x[slot, :, tokens, :].astype(jnp.float32), x_scales[slot, tokens, :]
+        of_strip = first + jnp.arange(own)
         if matrices == 1:
             which, choices = (of_strip + row % BLOCK) // BLOCK, list(range(scale_rows(config.rows)))
         else:
@@ -176,8 +186,8 @@ def store_number(address: ir.Value, x: Float, predicate: Word, dtype: Any) -> No
     mosaic.ptx(text, address, x.value, predicate.to_word())
 
 
-def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
-    """`store(out [tokens, rows], sums, token, row, warpgroup)`: the sums of a strip that starts there, in `dtype`.
+def store_function(config: tuning.FewRows | tuning.FewRowsInt4, tokens: int, rows: int, dtype: Any):
+    """`store(out [tokens, rows], sums, token, row, warpgroup)`: of a strip and a tile that start there, in `dtype`.
 
     Nothing of a strip's rows past the end.
     """
@@ -190,8 +200,9 @@ def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
         own = first_row(thread)
-        row = row + warpgroup * config.own + own
-        token = token + first_column(thread)
+        first, own_token = part_of(config, warpgroup)
+        row = row + first + own
+        token = token + own_token + first_column(thread)
         address = mosaic.offset(mosaic.global_address(out), token, rows * size)
         address = mosaic.offset(address, row, size)
         exists = [(own + below < config.own) & (row + below < rows) for below in (0, 8)]
@@ -203,13 +214,14 @@ def store_function(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
     return store
 
 
-def store_twin(config: tuning.FewRows, tokens: int, rows: int, dtype: Any):
+def store_twin(config: tuning.FewRows | tuning.FewRowsInt4, tokens: int, rows: int, dtype: Any):
     """`store_function` for the interpreter; whole tiles and strips only."""
     del tokens, rows
-    own = config.own
+    own, own_tokens = config.own, config.own_tokens
 
     def store(out, sums, token, row, warpgroup):
-        part = sums.reshape(64, config.tile)[:own].T.astype(dtype)
-        out[pl.ds(token, config.tile), pl.ds(row + warpgroup * own, own)] = part
+        first, own_token = part_of(config, warpgroup)
+        part = sums.reshape(64, own_tokens)[:own].T.astype(dtype)
+        out[pl.ds(token + own_token, own_tokens), pl.ds(row + first, own)] = part
 
     return store

@@ -35,6 +35,12 @@ def test_every_config(config):
         check(case, jnp.float32, config)
 
 
+@pytest.mark.parametrize("config", cases.token_parts(), ids=repr)
+def test_token_parts(config):
+    for case in cases.uneven(config.tile):
+        check(case, jnp.float32, config)
+
+
 def check(case, dtype, config=None):
     got = poisoned(case, dtype, config)
     np.testing.assert_array_equal(got, poisoned(case, dtype, config), err_msg="from run to run")

@@ -24,6 +24,7 @@ from pallas_kernels.quant_matmul import (
 )
 from pallas_kernels.quant_matmul.many_rows import many_rows_matmul
 from pallas_kernels.quantize import quantize_int8
+from tests.kernels.cases import few_rows as few_rows_cases
 from tests.kernels.cases import integer_matmul as cases
 
 INT8, INT4 = cases.real(cases.int8), cases.real(cases.int4)
@@ -69,6 +70,12 @@ def test_int8_kernel_is_exact(case):
 
 @pytest.mark.parametrize("config", tuning.CONFIGS["few_rows"], ids=repr)
 def test_every_int8_config_is_exact(config):
+    for case in cases.uneven(cases.int8, config.tile):
+        check_int8(case, config)
+
+
+@pytest.mark.parametrize("config", few_rows_cases.token_parts(), ids=repr)
+def test_token_parts_of_int8_are_exact(config):
     for case in cases.uneven(cases.int8, config.tile):
         check_int8(case, config)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,17 @@ INTERPRETED = [
     # Three strips for two CTAs of a cluster, and four of two strips.
     ("two tiles' worth", tuning.FewRows(tile=16, rows=24, blocks=1, stages=3, cluster=2, ctas=2)),
     ("two tiles' worth", tuning.FewRows(tile=32, rows=48, blocks=1, stages=2, cluster=4, ctas=4)),
+    # Warpgroups that share rows and take different tokens: of one part of a strip, and of two.
+    ("part of a tile", tuning.FewRows(tile=16, rows=24, warpgroups=2, token_parts=2, blocks=1, stages=3, ctas=3)),
+    ("two tiles' worth", tuning.FewRows(tile=16, rows=56, warpgroups=2, token_parts=2, blocks=2, stages=2, ctas=2)),
+    ("two tiles' worth", tuning.FewRows(tile=32, rows=64, warpgroups=4, token_parts=4, blocks=4, stages=2, ctas=1)),
+    ("two tiles' worth", tuning.FewRows(tile=16, rows=48, warpgroups=4, token_parts=2, blocks=2, stages=3, ctas=1)),
+    ("part of a tile", tuning.FewRows(tile=16, rows=112, warpgroups=4, token_parts=2, blocks=2, stages=2, ctas=1)),
+    (
+        "two tiles' worth",
+        tuning.FewRows(tile=16, rows=24, warpgroups=2, token_parts=2, blocks=1, stages=3, cluster=2, ctas=2),
+    ),
+    ("experts of two parts", tuning.FewRows(tile=16, rows=56, warpgroups=2, token_parts=2, blocks=2, stages=2, ctas=3)),
 ]
 
 
@@ -91,6 +103,17 @@ def test_clusters_lower(cluster):
         jax.jit(functools.partial(f, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize("config", cases.token_parts(), ids=repr)
+def test_token_parts_lower(config):
+    """Each warpgroup's product is of its own tokens."""
+    for f, arguments in (
+        (few_rows.matmul, shapes(config.tile - 3, 7168, 2048)),
+        (few_rows.grouped_matmul, shapes(3 * config.tile, 4096, 7168, (16,), 3)),
+    ):
+        lowered = jax.jit(functools.partial(f, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
+        assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {str(config.own_tokens)}
+
+
 @pytest.mark.parametrize("tile", few_rows.TILES)
 @pytest.mark.parametrize(
     ("rows", "tiles"), [(64, 1), (576, 1), (2112, 1), (4096, 1), (4096, 8), (36864, 1), (7168, 276)]
@@ -138,11 +161,27 @@ def test_scales_of_a_strip(rows):
         ({"stages": 20}, "bytes of shared memory"),
         ({"cluster": 2}, "eights of tokens"),
         ({"tile": 64, "cluster": 3}, "a cluster of 1, 2 or 4"),
+        ({"warpgroups": 2, "token_parts": 2}, "token_parts divides .*: 2 does not divide 2 warpgroups and 8 tokens"),
+        ({"tile": 64, "token_parts": 2}, "2 does not divide 1 warpgroups and 64 tokens"),
+        ({"tile": 64, "warpgroups": 4, "token_parts": 3}, "3 does not divide 4 warpgroups and 64 tokens"),
+        ({"token_parts": 0}, "0 does not divide 1 warpgroups"),
+        ({"tile": 64, "warpgroups": 10, "token_parts": 2}, "1 to 8 warpgroups, not 10"),
+        ({"tile": 64, "rows": 72, "warpgroups": 2, "token_parts": 2}, "each of 1 warpgroups along a strip"),
+        ({"tile": 64, "rows": 136, "warpgroups": 4, "token_parts": 2}, "each of 2 warpgroups along a strip"),
+        (
+            {"tile": 16, "rows": 8, "warpgroups": 2, "token_parts": 2, "blocks": 1, "stages": 3},
+            "reads past a warpgroup's 8",
+        ),
     ],
 )
 def test_configs_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tuning.FewRows(tile=8, rows=56, blocks=2, stages=6), **change)
+
+
+def test_strips_of_gate_and_up_are_not_split_by_tokens():
+    with pytest.raises(ValueError, match="token_parts 1, not 2"):
+        tuning.FewRowsSwiGLU(tile=16, rows=64, warpgroups=2, token_parts=2, blocks=1, stages=4)
 
 
 def test_what_the_kernel_does_not_take():

@@ -1,6 +1,7 @@
 """Products with int8 and four-bit weights: the ops, the kernels in the interpreter, and that they lower."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -217,26 +218,34 @@ def test_gradients(grouped, monkeypatch):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("name", "rows", "warpgroups", "blocks", "ctas"),
+    ("name", "rows", "warpgroups", "blocks", "ctas", "more"),
     [
-        ("one row", 32, 1, 4, 3),
-        ("part of a tile", 64, 1, 2, 2),
-        ("a whole tile", 64, 1, 1, 1),
-        ("one row", 128, 2, 2, 1),
-        ("experts", 64, 1, 2, 3),
-        ("nothing", 64, 1, 2, 2),
+        ("one row", 32, 1, 4, 3, {}),
+        ("part of a tile", 64, 1, 2, 2, {}),
+        ("a whole tile", 64, 1, 1, 1, {}),
+        ("one row", 128, 2, 2, 1, {}),
+        ("experts", 64, 1, 2, 3, {}),
+        ("nothing", 64, 1, 2, 2, {}),
         # The last strip ends past the weight.
-        ("part of a tile", 56, 1, 4, 3),
-        ("part of a tile", 112, 2, 2, 1),
-        ("part of a tile", 144, 3, 2, 1),
-        ("experts", 48, 1, 2, 3),
+        ("part of a tile", 56, 1, 4, 3, {}),
+        ("part of a tile", 112, 2, 2, 1, {}),
+        ("part of a tile", 144, 3, 2, 1, {}),
+        ("experts", 48, 1, 2, 3, {}),
+        # Warpgroups that share rows and take different tokens: of one part of a strip, and of two.
+        ("a whole tile", 24, 2, 1, 3, {"tile": 16, "token_parts": 2, "stages": 3}),
+        ("part of a tile", 64, 4, 2, 2, {"tile": 32, "token_parts": 4}),
+        ("experts of two parts", 56, 2, 2, 3, {"tile": 16, "token_parts": 2}),
+        ("experts of two parts", 48, 4, 2, 2, {"tile": 16, "token_parts": 2}),
+        ("two tiles' worth", 112, 4, 4, 1, {"tile": 16, "token_parts": 2}),
+        ("two tiles' worth", 24, 2, 2, 2, {"tile": 16, "token_parts": 2, "cluster": 2}),
     ],
 )
-def test_int8_kernel_in_the_interpreter(name, rows, warpgroups, blocks, ctas, capfd):
+def test_int8_kernel_in_the_interpreter(name, rows, warpgroups, blocks, ctas, more, capfd):
     case = INT8[name]
     arguments = map(jnp.asarray, (case.x, case.x_scales, *case.weight))
     kernel = few_rows_int8.matmul if case.plan is None else few_rows_int8.grouped_matmul
-    config = tuning.FewRows(tile=8, rows=rows, warpgroups=warpgroups, blocks=blocks, stages=2, ctas=ctas)
+    how = {"tile": 8, "stages": 2, **more}
+    config = tuning.FewRows(rows=rows, warpgroups=warpgroups, blocks=blocks, ctas=ctas, **how)
     got = kernel(*arguments, *plan_of(case), dtype=jnp.float32, config=config, interpret=mosaic.interpreter())
     assert got.shape == (len(case.x), case.weight[0].shape[-2])
     np.testing.assert_array_equal(np.asarray(got)[: case.written], cases.expected_int8(case))
@@ -293,12 +302,23 @@ def test_every_config_lowers_for_int8(config, dtype):
     lower(functools.partial(few_rows_int8.grouped_matmul, **how), *arguments(3 * config.tile, 16), *PLAN)
 
 
-def test_clusters_lower_for_int8():
-    config = tuning.FewRows(tile=128, rows=112, warpgroups=2, blocks=2, stages=3, cluster=2)
+def lowered_int8(config):
+    """The dense product of nine rows."""
     weight = of((7168, 2048), jnp.int8), of((7168,), jnp.float32)
-    lower(
-        functools.partial(few_rows_int8.matmul, config=config), of((9, 2048), jnp.int8), of((9,), jnp.float32), *weight
-    )
+    x = of((9, 2048), jnp.int8), of((9,), jnp.float32)
+    return lower(functools.partial(few_rows_int8.matmul, config=config), *x, *weight)
+
+
+def test_clusters_lower_for_int8():
+    lowered_int8(tuning.FewRows(tile=128, rows=112, warpgroups=2, blocks=2, stages=3, cluster=2))
+
+
+@pytest.mark.parametrize(("rows", "warpgroups", "cluster"), [(64, 2, 1), (96, 4, 1), (96, 4, 2)])
+def test_token_parts_lower_for_int8(rows, warpgroups, cluster):
+    """Each warpgroup's product is of its own tokens."""
+    how = {"warpgroups": warpgroups, "token_parts": 2, "blocks": 1, "stages": 6, "cluster": cluster}
+    lowered = lowered_int8(tuning.FewRows(tile=128, rows=rows, **how))
+    assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {"64"}
 
 
 @pytest.mark.parametrize("config", tuning.CONFIGS["few_rows_int4"], ids=repr)

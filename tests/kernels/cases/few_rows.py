@@ -5,6 +5,8 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import tuning
+
 E4M3 = ml_dtypes.float8_e4m3fn
 BLOCK = 128
 
@@ -117,6 +119,7 @@ def tiny() -> list[Case]:
         dense("part of a tile", 5, 192, 512),
         dense("two tiles' worth", 16, 64, 1024),
         grouped("experts", {1: 3, 2: 9, 4: 8}, 5, 8, 128, 512),
+        grouped("experts of two parts", {0: 3, 2: 20}, 4, 16, 128, 512, spare=1),
         grouped("nothing", {}, 2, 8, 64, 512),
     ]
 
@@ -126,6 +129,21 @@ def uneven(tile: int) -> list[Case]:
     return [
         dense("dense", tile - tile // 4, 1216, 1024, seed=tile),
         grouped("grouped", {0: 3, 2: tile + 1, 4: tile}, 6, tile, 320, 512),
+    ]
+
+
+def token_parts() -> list[tuning.FewRows]:
+    """Configs whose warpgroups share rows: one part of a strip and two, of 64 rows and less, also in clusters."""
+    return [
+        tuning.FewRows(tile=16, rows=64, warpgroups=2, token_parts=2, blocks=4, stages=3),
+        tuning.FewRows(tile=64, rows=64, warpgroups=2, token_parts=2, blocks=2, stages=5),
+        tuning.FewRows(tile=64, rows=112, warpgroups=4, token_parts=2, blocks=2, stages=4, cluster=4),
+        tuning.FewRows(tile=128, rows=64, warpgroups=2, token_parts=2, blocks=1, stages=8),
+        tuning.FewRows(tile=128, rows=56, warpgroups=2, token_parts=2, blocks=1, stages=4, ctas=2 * tuning.SMS),
+        tuning.FewRows(tile=128, rows=48, warpgroups=2, token_parts=2, blocks=2, stages=4, cluster=2),
+        tuning.FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=2, stages=3),
+        tuning.FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=1, stages=6, cluster=4),
+        tuning.FewRows(tile=128, rows=128, warpgroups=8, token_parts=4, blocks=1, stages=6),
     ]
 
 

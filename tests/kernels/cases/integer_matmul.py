@@ -138,6 +138,8 @@ def tiny(kind) -> list[Case]:
         kind("part of a tile", 5, 128, 512),
         kind("a whole tile", 8, 64, 1024),
         kind("experts", Plan(SPREAD, 5, 8), 128, 512),
+        kind("two tiles' worth", 16, 192, 512),
+        kind("experts of two parts", Plan({0: 3, 2: 20}, 4, 16, spare=1), 128, 512),
         kind("nothing", Plan({}, 2, 8), 64, 512),
     ]
 
