@@ -541,8 +541,12 @@ FEW_ROWS_ALONE = {
 
 Up to 128 tokens are better taken as two tiles: by `experiments.bench.sweep`, as the other choices here.
 """
+FEW_ROWS_DEEP = FewRows(tile=128, rows=64, warpgroups=2, token_parts=2, blocks=2, stages=4)
+"""A strip for each multiprocessor, over a long K: its start and end cost little, and the weight passes L2 once."""
+DEEP = 8192
+"""K from which this is so."""
 CONFIGS["few_rows"] = distinct(
-    FEW_ROWS_NARROW.values(), FEW_ROWS.values(), FEW_ROWS_WIDE.values(), *FEW_ROWS_ALONE.values()
+    FEW_ROWS_NARROW.values(), FEW_ROWS.values(), FEW_ROWS_WIDE.values(), *FEW_ROWS_ALONE.values(), [FEW_ROWS_DEEP]
 )
 
 
@@ -559,9 +563,11 @@ def strips_cost(tile: int, strip: int, rows: int, cluster: int = 1, tiles: int =
     return own + 1.2 * shared
 
 
-def few_rows(tile: int, rows: int, tiles: int) -> FewRows:
-    """By the least tile that holds all tokens, the weight's N, and the tiles that may be used: work for all CTAs."""
+def few_rows(tile: int, rows: int, tiles: int, columns: int) -> FewRows:
+    """By the least tile that holds all tokens, the weight's N, the tiles that may be used, and its K."""
     if tiles == 1:
+        if tile == FEW_ROWS_DEEP.tile and columns >= DEEP and rows <= FEW_ROWS_DEEP.rows * SMS:
+            return FEW_ROWS_DEEP
 
         def cost(config: FewRows) -> float:
             return strips_cost(config.tile, config.rows, rows, config.cluster, tile // config.tile)

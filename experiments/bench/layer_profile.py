@@ -98,7 +98,9 @@ def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:
     def routing(x, router, bias):
         return routed(shape, moe_layer.logits_of(x, router), bias, "mosaic_gpu")
 
-    shared: Any = functools.partial(moe_layer.of_shared_expert, backend="mosaic_gpu")
+    def shared(x, layer):
+        return moe_layer.of_shared_expert(x, layer, "mosaic_gpu")
+
     found = {}
     for name, f, arguments in (
         ("routing", routing, (x, layer.router, layer.bias)),

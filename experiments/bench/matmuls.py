@@ -79,7 +79,7 @@ def few_rows_config(tile: int, columns: int, depth: int, tiles: int, scheme: str
     """Of the kernels of few rows."""
     if scheme == "int4":
         return dataclasses.asdict(tuning.few_rows_int4(min(tile, few_rows_int4.TILES[-1]), columns, tiles, depth))
-    return dataclasses.asdict(tuning.few_rows(tile, columns, tiles))
+    return dataclasses.asdict(tuning.few_rows(tile, columns, tiles, depth))
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------

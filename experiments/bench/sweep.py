@@ -115,7 +115,7 @@ def programs(shape: QuantMatmul) -> tuple[tuple[Any, ...], Callable[..., jax.Arr
         tile = few_rows.tile_for(shape.tokens)
         function = few_rows_int8.matmul if shape.scheme == "int8" else few_rows.matmul
         candidates = few_rows_candidates(tile, columns, shape.depth)
-        return (*rows, *weight), function, tuning.few_rows(tile, columns, 1), candidates
+        return (*rows, *weight), function, tuning.few_rows(tile, columns, 1, shape.depth), candidates
     tuned = tuning.many_rows_matmul(shape.tokens, columns, int8=shape.scheme == "int8")
     scales = rows[1] if shape.scheme == "int8" else rows[1].T
     candidates = many_rows_candidates(shape.scheme == "int8")

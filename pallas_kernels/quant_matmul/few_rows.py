@@ -198,7 +198,7 @@ def matmul(
       [M, N].
     """
     tokens, rows = x.shape[0], values.shape[0]
-    config = config or tuning.few_rows(tile_for(tokens), rows, 1)
+    config = config or tuning.few_rows(tile_for(tokens), rows, 1, x.shape[1])
     x, x_scales = padded(x, x_scales, config, interpret)
     return rounded((), x, x_scales, values[None], scales[None], dtype, interpret, config)[:tokens]
 
@@ -243,7 +243,7 @@ def grouped_matmul(
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tile = x.shape[0] // tile_expert.shape[0]
-    config = config or tuning.few_rows(tile, values.shape[1], tile_expert.shape[0])
+    config = config or tuning.few_rows(tile, values.shape[1], tile_expert.shape[0], x.shape[1])
     return rounded(plan_of(tile_expert, used_tiles), x, x_scales, values, scales, dtype, interpret, config)
 
 

@@ -194,7 +194,7 @@ def matmul(
       [M, N].
     """
     tokens = x.shape[0]
-    config = config or tuning.few_rows(tile_for(tokens), values.shape[0], 1)
+    config = config or tuning.few_rows(tile_for(tokens), values.shape[0], 1, x.shape[1])
     if interpret is not None:  # rows past the end of x: zeros from the copies, which the interpreter would not take
         pad = 0, -tokens % config.tile
         x, x_scales = jnp.pad(x, (pad, (0, 0))), jnp.pad(x_scales, pad)
@@ -228,7 +228,7 @@ def grouped_matmul(
       [P, N]; tiles from `used_tiles` on are not written, whatever is in the memory stays there.
     """
     tiles = tile_expert.shape[0]
-    config = config or tuning.few_rows(x.shape[0] // tiles, values.shape[1], tiles)
+    config = config or tuning.few_rows(x.shape[0] // tiles, values.shape[1], tiles, x.shape[1])
     plan = plan_of(tile_expert, used_tiles)
     return call(plan, x, x_scales, values, scales, dtype=dtype, interpret=interpret, config=config)
 

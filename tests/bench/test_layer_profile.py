@@ -19,8 +19,11 @@ def test_kernels_one_after_another_do_not_overlap():
     assert layer_profile.overlap([kernel(0, 3), kernel(3, 2)])["overlapping_us"] == 0
 
 
-CSV = """==PROF== Connected
-"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
+NAMES = '"ID","Kernel Name",' + ",".join(
+    f'"{name}"' for name in (layer_profile.MEMORY, layer_profile.DURATION, layer_profile.TENSOR)
+)
+CSV = f"""==PROF== Connected
+{NAMES}
 "","","%","us","%"
 "0","a","10.0","1,000.0","50.0"
 "1","b","50.0","3,000.0","10.0"

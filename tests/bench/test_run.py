@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from dsv32_jax.cli import main
@@ -9,9 +10,11 @@ from dsv32_jax.errors import UserError
 from experiments.bench import cases, run
 from experiments.bench.timer import FLUSH
 from experiments.results import environment
-from pallas_kernels.shapes import SHAPES, TINY, PeerRow, TopK
+from pallas_kernels import backend as kernels_backend
+from pallas_kernels.shapes import SHAPES, SMALL, TINY, PeerRow, TopK
 
 DEVICE = environment()["device"]
+REFERENCES = [shape for shapes in SMALL.values() for shape in shapes if shape.op != "moe_layer"]
 
 
 @pytest.fixture
@@ -242,6 +245,27 @@ def test_calls_are_compiled_before_anything_is_measured(monkeypatch):
 def test_what_cannot_be_compiled_ahead_is_left_to_the_measurement():
     (shape,) = TINY["top_k"]
     assert run.compile_ahead([shape], "mosaic_gpu") == [{}]  # no kernel on this device
+
+
+def has_kernel(monkeypatch, shape, backend):
+    """Whether one is in a call, where kernels would run; it is only traced."""
+    found = []
+
+    def traced(f, *arguments, **how):
+        found.append("Ref<gmem>" in str(jax.make_jaxpr(f)(*arguments)))
+        return cases.Program(None, "", {})
+
+    module = run.module_of(shape)
+    monkeypatch.setattr(kernels_backend, "on_hopper", lambda: True)
+    monkeypatch.setattr(module, "compile_", traced)
+    jax.eval_shape(lambda: (module.build(shape, backend), 0)[1])
+    return any(found)
+
+
+@pytest.mark.parametrize("shape", REFERENCES, ids=[f"{shape.op}-{shape.name}" for shape in REFERENCES])
+def test_no_kernel_is_in_a_reference(monkeypatch, shape):
+    assert not has_kernel(monkeypatch, shape, "reference")
+    assert has_kernel(monkeypatch, shape, "mosaic_gpu")
 
 
 @pytest.mark.parametrize(

@@ -118,17 +118,18 @@ def test_token_parts_lower(config):
 @pytest.mark.parametrize(
     ("rows", "tiles"), [(64, 1), (576, 1), (2112, 1), (4096, 1), (4096, 8), (36864, 1), (7168, 276)]
 )
-def test_the_choice_is_one_of_the_configs(tile, rows, tiles):
-    config = tuning.few_rows(tile, rows, tiles)
+@pytest.mark.parametrize("columns", [2048, 16384])
+def test_the_choice_is_one_of_the_configs(tile, rows, tiles, columns):
+    config = tuning.few_rows(tile, rows, tiles, columns)
     assert config in tuning.CONFIGS["few_rows"]
     assert config.tile == tile or (tiles == 1 and 2 * config.tile == tile)
     assert tiles == 1 or rows % config.rows == 0
 
 
-@pytest.mark.parametrize("choice", [tuning.few_rows, functools.partial(tuning.few_rows_int4, columns=2048)])
+@pytest.mark.parametrize("choice", [tuning.few_rows, tuning.few_rows_int4])
 @pytest.mark.parametrize("rows", [4096, 7168, 24576, 36864])
 def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, rows):
-    config = choice(8, rows, 1)
+    config = choice(8, rows, 1, 2048)
     strips = -(-rows // config.rows)
     busiest = -(-strips // tuning.SMS) * config.rows
     assert busiest <= 1.05 * rows / tuning.SMS
@@ -136,9 +137,9 @@ def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, ro
 
 def test_many_tokens_have_tall_strips():
     """So that they are not read too often; but not so tall that most multiprocessors have none."""
-    assert tuning.few_rows(128, 36864, 1).rows == 192
-    assert tuning.few_rows(128, 24576, 1).rows == 192
-    assert tuning.few_rows(128, 4096, 1).rows == 64
+    assert tuning.few_rows(128, 36864, 1, 7168).rows == 192
+    assert tuning.few_rows(128, 24576, 1, 1536).rows == 192
+    assert tuning.few_rows(128, 4096, 1, 7168).rows == 64
 
 
 @pytest.mark.parametrize("rows", range(8, 257, 8))
