@@ -1,0 +1,232 @@
+"""From the fields of a request to ids and `SamplingParams`.
+
+What OpenAI's API has and this server lacks is refused where it would change the answer, and ignored where it would not;
+names that the API does not have are refused. Four names go beyond it: `ignore_eos`, `cache_salt`,
+`chat_template_kwargs.thinking` and its other name `enable_thinking`.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dsv32_jax.blocks import BLOCK_SIZE
+from dsv32_jax.engine import Engine
+from dsv32_jax.errors import UserError
+from dsv32_jax.request import MOST_CONTINUATIONS, MOST_LOGPROBS, MOST_STOPS, SamplingParams
+from dsv32_jax.server.errors import ApiError, from_user_error
+from dsv32_jax.server.fields import Fields
+from dsv32_jax.server.settings import Settings
+from dsv32_jax.server.turns import turns
+
+__all__ = ["Ask", "ask_chat", "ask_completion"]
+
+LONGEST_STOP = 256
+"""Characters of a stop string."""
+LONGEST_SALT = 256
+"""Characters of a salt."""
+MOST_LOGPROB_ENTRIES = 2**18
+"""Log-probabilities that one answer may have: choices × tokens × alternatives, the drawn token counted as one."""
+HOTTEST, COLDEST = 2.0, 0.01
+"""Temperatures: the greatest, as with OpenAI; and below the least a request is greedy, for logits divided by still less
+would overflow."""
+DEFAULT_COMPLETION_TOKENS = 16
+"""As with OpenAI."""
+
+COMMON = {"model", "n", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "max_tokens", "logprobs"}
+COMMON |= {"ignore_eos", "cache_salt"}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
+IGNORED |= {"prompt_cache_key", "prompt_cache_retention"}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,)}
+"""Fields whose effect is not offered, with the values that have none."""
+OF_COMPLETION = COMMON | IGNORED | {"prompt"}
+NEUTRAL_IN_COMPLETION = NEUTRAL | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+OF_CHAT = COMMON | IGNORED | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = NEUTRAL | {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a request wants.
+
+    Attributes:
+      prompts: ids; each has `params.n` choices.
+      params: of all of them.
+      salt: see `BlockTable`.
+      stream: an event for each piece of text.
+      include_usage: one more event with the usage.
+      names: what the engine's fields are called in the request.
+    """
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    salt: bytes
+    stream: bool
+    include_usage: bool
+    names: Mapping[str, str]
+
+    @property
+    def choices(self) -> int:
+        """Of all prompts."""
+        return len(self.prompts) * self.params.n
+
+
+def ask_completion(body: Mapping[str, Any], engine: Engine, settings: Settings) -> Ask:
+    """Of `POST /v1/completions`; raises `ApiError`."""
+    fields = Fields(body)
+    fields.only(OF_COMPLETION, NEUTRAL_IN_COMPLETION)
+    check_model(fields, settings)
+    names = {"prompt": "prompt", "max_new_tokens": "max_tokens", "logprobs": "logprobs"}
+    logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
+    # Everything that is cheap to refuse comes before the prompt's text becomes ids.
+    build = _common(fields, engine, settings, names, logprobs)
+    return build(_prompts(fields, engine), DEFAULT_COMPLETION_TOKENS)
+
+
+def ask_chat(body: Mapping[str, Any], engine: Engine, settings: Settings) -> Ask:
+    """Of `POST /v1/chat/completions`; raises `ApiError`."""
+    fields = Fields(body)
+    fields.only(OF_CHAT, NEUTRAL_IN_CHAT)
+    check_model(fields, settings)
+    longest = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    names = {"prompt": "messages", "chat_template": "messages", "max_new_tokens": longest, "logprobs": "top_logprobs"}
+    top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    wanted = fields.boolean("logprobs")
+    if top is not None and not wanted:
+        raise fields.wrong("top_logprobs", "needs logprobs to be true")
+    build = _common(fields, engine, settings, names, (top or 0) if wanted else None)
+    options = fields.object("chat_template_kwargs")
+    options.only({"thinking", "enable_thinking"}, {})
+    thinking = options.boolean("thinking") or options.boolean("enable_thinking")
+    assert engine.lm.tokenizer is not None
+    try:
+        ids = engine.lm.tokenizer.encode_chat(turns(fields), thinking=thinking)
+    except UserError as error:
+        raise from_user_error(error, names) from error
+    return build([ids], None)
+
+
+def check_model(fields: Fields, settings: Settings) -> None:
+    """The request must name the model that is served."""
+    name = fields.text("model")
+    if name is None:
+        raise ApiError(400, f"model: must be given; this server has {settings.name}", param="model")
+    if name != settings.name:
+        message = f"The model {name[:64]!a} does not exist; this server has {settings.name}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _common(
+    fields: Fields, engine: Engine, settings: Settings, names: Mapping[str, str], logprobs: int | None
+) -> Callable[[list[list[int]], int | None], Ask]:
+    """Checks the fields that both routes have; what it returns takes ids, and the tokens to make by default."""
+    most = min(MOST_CONTINUATIONS, engine.scheduler.limits.sequences)
+    n = fields.integer("n", 1, most, 1) or 1
+    longest = names["max_new_tokens"]
+    asked = fields.integer(longest, 1, engine.lm.config.max_position_embeddings)
+    temperature = fields.number("temperature", 0, HOTTEST, settings.temperature)
+    # Without a seed, two requests are to differ.
+    seed = fields.integer("seed", 0, 2**31 - 1, secrets.randbelow(2**31))
+    stream = fields.boolean("stream")
+    options = fields.object("stream_options")
+    options.only({"include_usage", "include_obfuscation"}, {})
+    if "stream_options" in fields and not stream:
+        raise fields.wrong("stream_options", "needs stream to be true")
+    include_usage = options.boolean("include_usage")
+    salt = fields.text("cache_salt") or ""
+    if len(salt) > LONGEST_SALT:
+        raise fields.wrong("cache_salt", f"longer than {LONGEST_SALT} characters")
+    try:
+        params = SamplingParams(
+            temperature=temperature if temperature >= COLDEST else 0.0,
+            top_p=fields.number("top_p", 0, 1, settings.top_p),
+            seed=seed or 0,
+            n=n,
+            stop=_stops(fields),
+            ignore_eos=fields.boolean("ignore_eos"),
+            logprobs=logprobs,
+        )
+    except UserError as error:
+        raise from_user_error(error, {"top_p": "top_p", "stop": "stop"}) from error
+
+    def build(prompts: list[list[int]], default: int | None) -> Ask:
+        if len(prompts) * n > MOST_CONTINUATIONS:
+            raise fields.wrong("n", f"{len(prompts)} prompts × {n}; at most {MOST_CONTINUATIONS} choices in all")
+        new = _new_tokens(engine, max(map(len, prompts)), asked, default, names)
+        entries = len(prompts) * n * new * (logprobs + 1) if logprobs is not None else 0
+        if entries > MOST_LOGPROB_ENTRIES:
+            message = (
+                f"{len(prompts) * n} choices × {new} tokens × {(logprobs or 0) + 1} log-probabilities are more than "
+                f"{MOST_LOGPROB_ENTRIES}; ask for fewer, or give a smaller {longest}"
+            )
+            raise fields.wrong(names["logprobs"], message)
+        full = dataclasses.replace(params, max_new_tokens=new)
+        return Ask(prompts, full, salt.encode(), stream, include_usage, names)
+
+    return build
+
+
+def _new_tokens(engine: Engine, longest: int, asked: int | None, default: int | None, names: Mapping[str, str]) -> int:
+    """Tokens to make after the longest prompt: what is asked for must fit; the default is cut to what fits."""
+    # The last token that is drawn needs no place in the cache.
+    context = min(engine.lm.config.max_position_embeddings, engine.pool.num_blocks * BLOCK_SIZE + 1)
+    room = context - longest
+    if room < (asked or 1):
+        raise ApiError(
+            400,
+            f"{names['prompt']}: {longest} tokens and {asked or 1} to be made are more than this server's "
+            f"{context} tokens; shorten {names['prompt']}" + (f" or {names['max_new_tokens']}" if asked else ""),
+            param=names["prompt"],
+            code="context_length_exceeded",
+        )
+    if asked is None and default is None:
+        default = engine.lm.new_tokens([[0] * longest], None)
+    return asked or min(default or 1, room)
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    value = fields.value("stop")
+    stops = value if isinstance(value, list) else [] if value is None else [value]
+    if len(stops) > MOST_STOPS:
+        raise fields.wrong("stop", f"{len(stops)} strings; at most {MOST_STOPS}")
+    for stop in stops:
+        if not 1 <= len(fields.as_text("stop", stop)) <= LONGEST_STOP:
+            raise fields.wrong("stop", f"a string of {len(stop)} characters; must be of 1..{LONGEST_STOP}")
+    return tuple(stops)
+
+
+def _prompts(fields: Fields, engine: Engine) -> list[list[int]]:
+    """A text, texts, ids or lists of ids, as ids."""
+    value = fields.value("prompt")
+    if value is None or value == []:
+        raise fields.wrong("prompt", "must be given: a string, strings, ids or lists of ids")
+    many = isinstance(value, list) and not isinstance(value[0], int)
+    prompts = value if many else [value]
+    if len(prompts) > MOST_CONTINUATIONS:
+        raise fields.wrong("prompt", f"{len(prompts)} of them; at most {MOST_CONTINUATIONS} in one request")
+    return [_ids(fields, prompt, engine) for prompt in prompts]
+
+
+def _ids(fields: Fields, prompt: Any, engine: Engine) -> list[int]:
+    if not prompt:
+        raise fields.wrong("prompt", "empty; it must have at least one character or token")
+    if isinstance(prompt, list):
+        vocabulary = engine.lm.config.vocab_size
+        for place, id in enumerate(prompt):
+            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < vocabulary:
+                raise fields.wrong("prompt", f"position {place}: must be a token id in 0..{vocabulary - 1}")
+        return prompt
+    assert engine.lm.tokenizer is not None
+    return engine.lm.tokenizer.encode(fields.as_text("prompt", prompt), bos=True)

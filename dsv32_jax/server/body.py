@@ -1,0 +1,85 @@
+"""A request's body: bounded in size, time and depth before anything looks at it."""
+
+import asyncio
+import json
+import math
+from typing import Any
+
+from starlette.requests import Request
+
+from dsv32_jax.server.errors import ApiError
+
+__all__ = ["parse", "read"]
+
+DEEPEST = 16
+"""Lists and objects inside each other; the fields of the API need half of that."""
+
+
+async def read(request: Request, limit: int, seconds: float) -> bytes:
+    """The body.
+
+    Raises:
+      ApiError: 415, not JSON by its own word, so that no page in a browser can send it without asking; 413, larger than
+        `limit`, whether it says so or not; 408, it did not come in time.
+      ClientDisconnect: the client went away.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "content-type: must be application/json", code="unsupported_media_type")
+    too_large = ApiError(
+        413, f"body: larger than {limit} bytes", code="body_too_large", headers={"connection": "close"}
+    )
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()) or len(length) > 18 or int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        message = f"body: did not come within {seconds:g} s"
+        raise ApiError(408, message, code="timeout", headers={"connection": "close"}) from None
+    return bytes(body)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The object that a body is.
+
+    Raises:
+      ApiError: 400, it is not UTF-8, not JSON (NaN and infinity are not, nor are numbers beyond float64), nested too
+        deeply, or no object.
+    """
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise _wrong(f"not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise _wrong(f"nested more than {DEEPEST} deep") from None
+    except ValueError as error:  # also of an integer with thousands of digits
+        raise _wrong(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise _wrong("must be a JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise _wrong(f"nested more than {DEEPEST} deep")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _wrong(what: str) -> ApiError:
+    return ApiError(400, f"body: {what}", code="invalid_json")

@@ -1,0 +1,58 @@
+"""In front of every route: the key, and a count of answers by status."""
+
+import hashlib
+import hmac
+from collections import Counter
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsv32_jax.server.errors import ApiError
+
+__all__ = ["Guard"]
+
+
+class Guard:
+    """ASGI middleware that lets no request through without the key, whatever its path is.
+
+    Args:
+      app: behind it.
+      api_key: None: nobody is asked for one.
+      statuses: counts answers.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, statuses: Counter[int]):
+        self.app = app
+        self.statuses = statuses
+        self._digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']}: not served")
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.statuses[message["status"]] += 1
+            await send(message)
+
+        if not self._allowed(scope):
+            error = ApiError(
+                401,
+                "Incorrect or missing API key; send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer", "connection": "close"},
+            )
+            await error.response()(scope, receive, counting)
+            return
+        await self.app(scope, receive, counting)
+
+    def _allowed(self, scope: Scope) -> bool:
+        """Compares digests, so that time tells neither the key's characters nor its length."""
+        if self._digest is None:
+            return True
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        return same and scheme.lower() == b"bearer"

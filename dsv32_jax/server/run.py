@@ -1,0 +1,112 @@
+"""A server on a socket, from its first request to its drain."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from dsv32_jax.engine import Engine
+from dsv32_jax.errors import UserError
+from dsv32_jax.server.app import Service, create_app
+from dsv32_jax.server.protocol import protocol_class
+from dsv32_jax.server.settings import Settings
+
+__all__ = ["Server", "bind", "serve"]
+
+MOST_HEAD_BYTES = 16 * 1024
+"""Of a request's line and headers."""
+MOST_CONNECTIONS = 1024
+"""Beyond these, uvicorn itself answers 503."""
+CLOSE_SECONDS = 5
+"""That connections get to end after the drain."""
+
+
+class Server(uvicorn.Server):
+    """Drains at the first signal, while it tells newcomers that it does; ends at once at the second.
+
+    Args:
+      app: of `create_app`.
+      say: gets one line when it listens; the engine may still be warming up.
+    """
+
+    def __init__(self, app: Starlette, say: Callable[[str], None]):
+        self.service: Service = app.state.service
+        settings = self.service.settings
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol_class(settings.read_seconds, settings.send_seconds),
+                ws="none",
+                lifespan="on",
+                access_log=False,
+                log_level="warning",
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=MOST_CONNECTIONS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+            )
+        )
+        self.say = say
+        self.asked_to_end = False
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        self.say(f"serving {self.service.settings.name} at http://{where}:{port}/v1")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not passed on to uvicorn, which would raise the signal again at the end: a drained server ends with 0.
+        if self.asked_to_end:
+            self.should_exit = self.force_exit = True
+        self.asked_to_end = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.asked_to_end and self._drain is None:
+            self._drain = asyncio.create_task(self.service.drain())
+            self._drain.add_done_callback(self._exit)
+        if not self.service.worker.alive:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _exit(self, _: "asyncio.Task[None]") -> None:
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet; raises `UserError`. Done before a model is loaded, which can take minutes."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host}, --port {port}: cannot be bound: {reason}") from error
+    return found
+
+
+def serve(engine: Engine, settings: Settings, place: socket.socket, say: Callable[[str], None] = print) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+      engine: of a model with a tokenizer; not warmed up.
+      settings: limits and defaults.
+      place: of `bind`.
+      say: gets one line when it listens.
+
+    Returns:
+      0 after a drain; 1 where the engine's thread ended by itself.
+    """
+    server = Server(create_app(engine, settings), say)
+    server.run(sockets=[place])
+    code = 0 if server.asked_to_end else 1
+    if not server.service.stopped:
+        os._exit(code)  # the engine's thread still compiles; the interpreter could fall over it
+    return code
