@@ -3,7 +3,8 @@
 The naive way is `LanguageModel.generate`: a batch of requests is read one prompt after another into a contiguous cache
 with room for the longest, is decoded together until the longest has ended, and shares nothing. The engine takes the
 same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
-both extremes, so that all its batches cost about the same, and one of them is measured.
+both extremes, so that all its batches cost about the same, and one of them is measured. A step of the engine has room
+for six tokens for each that runs: prompts are four times as long as what follows them, so this is about what arrives.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def measure(lm: LanguageModel, concurrency: int, rounds: int, sizes: Sizes, max_
     for name, shared in (("engine", False), ("engine_shared", True)):
         work = workload(rounds * concurrency, concurrency, sizes, vocabulary, shared)
         places = concurrency * (sizes.longest + BLOCK_SIZE)
-        engine = Engine(lm, cache_tokens=places, max_tokens=max(max_tokens, concurrency), max_sequences=concurrency)
+        engine = Engine(lm, cache_tokens=places, max_tokens=max_tokens, max_sequences=concurrency)
         begun = time.monotonic()
         shapes = engine.warmup()
         row["warmup"] = {"shapes": shapes, "seconds": time.monotonic() - begun}
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="requests for each that runs at a time")
     parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an engine's step")
+    parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")
     parser.add_argument("--seconds", type=float, help="begin no further number of requests after this time")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -205,7 +206,7 @@ def main() -> None:
         "model": arguments.model or "random weights at full width",
         "layers": lm.config.num_hidden_layers,
         "sizes": dataclasses.asdict(sizes),
-        "max_tokens": arguments.max_tokens,
+        "step_tokens": arguments.step_tokens,
         "rows": [],
     }
     print(f"{content['model']}, {content['layers']} layers, ready in {time.monotonic() - begun:.0f} s", flush=True)
@@ -213,7 +214,7 @@ def main() -> None:
         if arguments.seconds and time.monotonic() - begun > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
-        row = measure(lm, concurrency, arguments.rounds, sizes, arguments.max_tokens)
+        row = measure(lm, concurrency, arguments.rounds, sizes, max(64, arguments.step_tokens * concurrency))
         content["rows"].append(row)
         write_json(arguments.out, content)
         print(line_of(row), flush=True)
