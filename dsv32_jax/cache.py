@@ -68,9 +68,9 @@ class KVCache:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, form: str, fp8_index: bool) -> int:
-        """Bytes of one token in all layers: 48,068 for the 671B model in FP8, 78,324 in bfloat16."""
-        shapes = KVCache.shapes(config, 1, form, fp8_index)
+    def bytes_per_token(config: ModelConfig, form: str, fp8_index: bool, layers: int | None = None) -> int:
+        """Bytes of one token in all layers: 48,068 for the 671B model in FP8, 78,324 in bfloat16; see `shapes`."""
+        shapes = KVCache.shapes(config, 1, form, fp8_index, layers)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) // BLOCK_SIZE
 
     def copy_blocks(self, sources: jax.Array, targets: jax.Array) -> "KVCache":

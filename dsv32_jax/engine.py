@@ -2,7 +2,8 @@
 
 The host plans a step while the device still runs the one before: a token that is drawn there goes into the next step
 without the host having seen it. The host then reads what the earlier step drew. A continuation that ends is noticed one
-step late; what it computes in that step is dropped.
+step late; what it computes in that step is dropped. An engine that speculates plans after the results instead; see
+`speculation`.
 
 Steps have few shapes: the tokens and the width of the block tables are powers of two, all else is fixed. `warmup`
 compiles all of them.
@@ -30,6 +31,7 @@ from dsv32_jax.model import Batch, Options
 from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Request, SamplingParams
 from dsv32_jax.sampling import log_probabilities, row_keys, sample
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
+from dsv32_jax.speculation import After, after_of, draft, take
 
 __all__ = ["Engine"]
 
@@ -57,15 +59,18 @@ class Draws:
     logprobs: Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "own", "ids", "likeliest"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "own", "ids", "likeliest", "drafts"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a step drew: int32 [R], and of it what `log_probabilities` says, if a row wants that."""
+    """What a step drew: int32 [R], and of it what `log_probabilities` says, if a row wants that; drafts behind it."""
 
     tokens: Array
     own: Array
     ids: Array
     likeliest: Array
+    drafts: Array | None
 
 
 class Engine:
@@ -80,10 +85,15 @@ class Engine:
       max_tokens: of a step.
       max_sequences: that run at a time.
       sharing: find cached prefixes again.
+      speculate: try a token of the model's MTP layer in each step of a sequence: up to two tokens a step, and the same
+        as without. A layer more in the cache, and no planning ahead.
 
     Raises:
       UserError: naming the argument that is wrong.
     """
+
+    cache: KVCache
+    _drawn: Array  # by the step before
 
     def __init__(
         self,
@@ -94,6 +104,7 @@ class Engine:
         max_tokens: int = 256,
         max_sequences: int = 32,
         sharing: bool = True,
+        speculate: bool = False,
     ):
         try:
             limits = Limits(max_tokens, max_sequences)
@@ -101,8 +112,12 @@ class Engine:
             raise UserError(f"max_{error}") from error
         if cache_tokens is not None and memory_fraction is not None:
             raise UserError("memory_fraction: give it or cache_tokens, not both")
+        if speculate and not lm.config.has_mtp:
+            raise UserError("speculate: the model has no MTP layer; its config's num_nextn_predict_layers is 0")
+        self.speculate = speculate
+        self._layers = lm.config.num_hidden_layers + speculate
         if memory_fraction is not None:
-            cache_tokens = cache_tokens_of(lm, memory_fraction, max_sequences)
+            cache_tokens = cache_tokens_of(lm, memory_fraction, max_sequences, self._layers)
         elif cache_tokens is None:
             cache_tokens = min(lm.config.max_position_embeddings, 2**15)
         if cache_tokens < 1:
@@ -114,6 +129,7 @@ class Engine:
         self.metrics = Metrics()
         self._leaves, self._structure = lm.flat_model()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
+        self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
         self._sizes = doubled(SMALLEST_STEP, max_tokens, 2)
         self._widths = doubled(NARROWEST_TABLE, widest, WIDER)
         self._numbers = itertools.count()
@@ -168,7 +184,8 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting or self._late)
 
     def step(self) -> list[Event]:
-        """Starts the next step, then takes the tokens of the one before it: those are what it returns.
+        """Starts the next step, then takes the tokens of the one before it, or when speculating its own: those are
+        what it returns.
 
         If a step fails on the device, all requests that have not ended end with "error", and the exception is raised;
         the engine goes on with those that come afterwards.
@@ -176,7 +193,7 @@ class Engine:
         planned = self.scheduler.schedule()
         try:
             started = None if planned is None else (planned, self._run(planned))
-            late, self._late = self._late, started
+            late, self._late = (started, None) if self.speculate else (self._late, started)
             return [] if late is None else self._receive(*late)
         except Exception:
             self._start_anew()
@@ -204,9 +221,7 @@ class Engine:
         """Compiles every shape, by steps that change nothing; returns how many there are."""
         shapes = self.shapes()
         for tokens, width in shapes:
-            batch, feed, draws = self._arrays(Step([], [], []), tokens, width)
-            drawn, self.cache = self._call(batch, feed, draws)
-            self._drawn = drawn.tokens
+            self._start(Step([], [], []), tokens, width)
         self._copy([])
         jax.block_until_ready(self.cache)
         return len(shapes)
@@ -228,18 +243,20 @@ class Engine:
         blocks = max(len(part.sequence.table.blocks) for part in planned.parts if part.sequence.table)
         tokens = next(size for size in self._sizes if size >= planned.tokens)
         width = next(width for width in self._widths if width >= blocks)
-        batch, feed, draws = self._arrays(planned, tokens, width)
-        drawn, self.cache = self._call(batch, feed, draws)
-        self._drawn = drawn.tokens
+        drawn = self._start(planned, tokens, width)
         self._row = {sequence: row for row, sequence in enumerate(planned.samples)}
         for array in jax.tree.leaves(drawn):
             array.copy_to_host_async()
         return drawn
 
-    def _call(self, batch: Batch, feed: Array, draws: Draws) -> tuple[Drawn, KVCache]:
-        return engine_step(
-            self._leaves, self._structure, batch, feed, self._drawn, draws, cache=self.cache, options=self.options
-        )
+    def _start(self, planned: Step, tokens: int, width: int) -> Drawn:
+        """Starts a step of a given shape."""
+        batch, feed, draws = self._arrays(planned, tokens, width)
+        after = after_of(planned, tokens) if self.speculate else None
+        given = batch, feed, self._drawn, draws, after
+        drawn, self.cache = engine_step(self._leaves, self._structure, *given, cache=self.cache, options=self.options)
+        self._drawn = drawn.tokens
+        return drawn
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         """Of all copies of a step, as many as may run at a time: no sequence needs more than one."""
@@ -249,10 +266,10 @@ class Engine:
 
     def _arrays(self, planned: Step, tokens: int, width: int) -> tuple[Batch, Array, Draws]:
         """A plan as arrays of a given shape; `feed` int32 [T]: rows of the tokens drawn before, -1 for known ids."""
-        rows = self.scheduler.limits.sequences
+        rows = self._rows
         ids, sequence = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
         feed, positions, slots = (np.full(tokens, -1, np.int32) for _ in range(3))
-        tables = np.full((rows, width), -1, np.int32)
+        tables = np.full((self.scheduler.limits.sequences, width), -1, np.int32)
         wanted = np.full(rows, -1, np.int32)
         temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
         seeds, numbers, places = (np.zeros(rows, np.int32) for _ in range(3))
@@ -262,15 +279,17 @@ class Engine:
             assert table is not None
             end = begin + part.stop - part.start
             ids[begin : begin + len(known)] = known
-            if begin + len(known) < end:  # the last token is one that the step before draws
+            if part.draft >= 0:
+                ids[end - 1] = part.draft
+            elif begin + len(known) < end:  # the last token is one that the step before draws
                 feed[end - 1] = self._row[part.sequence]
             positions[begin:end] = np.arange(part.start, part.stop)
             slots[begin:end] = part.slots
             sequence[begin:end] = number
             tables[number, : len(table.blocks)] = table.blocks
-            for drawing in part.samples:
+            for drawing, place in zip(part.samples, part.places, strict=True):
                 request, n = self._owner[drawing]
-                wanted[row], places[row] = end - 1, part.stop
+                wanted[row], places[row] = end - 1 + place - part.stop, place
                 temperature[row], top_p[row] = request.params.temperature, request.params.top_p
                 seeds[row], numbers[row] = request.params.seed, n
                 logprobs = logprobs or request.params.logprobs is not None
@@ -283,10 +302,12 @@ class Engine:
     def _receive(self, planned: Step, drawn: Drawn) -> list[Event]:
         """Hands out a step's tokens."""
         tokens = np.asarray(drawn.tokens)[: len(planned.samples)].tolist()
+        if drawn.drafts is not None:
+            tokens = take(planned, tokens, np.asarray(drawn.drafts), self.metrics)
         self.scheduler.receive(planned, tokens)
         events, now = [], time.monotonic()
         for row, (sequence, token) in enumerate(zip(planned.samples, tokens, strict=True)):
-            if sequence.finished:
+            if sequence.finished or token < 0:
                 continue
             request, n = self._owner[sequence]
             completion = request.completions[n]
@@ -319,8 +340,8 @@ class Engine:
     def _empty(self) -> None:
         """Device memory as at the start."""
         self.__dict__.pop("cache", None)  # there may be no room for two
-        self.cache = KVCache.create(self.lm.config, self.pool.num_blocks, self.options)
-        self._drawn = jnp.zeros(self.scheduler.limits.sequences, jnp.int32)  # by the step before
+        self.cache = KVCache.create(self.lm.config, self.pool.num_blocks, self.options, self._layers)
+        self._drawn = jnp.zeros(self._rows, jnp.int32)
 
     def _finish(self, sequence: Sequence) -> None:
         """Of a completion that has its `finish_reason`."""
@@ -329,11 +350,11 @@ class Engine:
         self.metrics.finished[request.completions[n].finish_reason or ""] += 1
 
 
-def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int) -> int:
+def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int, layers: int) -> int:
     """Whole blocks of places that fit in a part of the free memory, and that so many sequences can fill."""
     if not 0 < memory_fraction <= 1:
         raise UserError(f"memory_fraction: {memory_fraction}; must be above 0 and at most 1")
-    form = KVCache.bytes_per_token(lm.config, lm.options.cache_form, lm.options.act_quant)
+    form = KVCache.bytes_per_token(lm.config, lm.options.cache_form, lm.options.act_quant, layers)
     free, where = available_bytes()
     blocks = int(memory_fraction * min(free, 1e15) // (form * BLOCK_SIZE))
     if not blocks:
@@ -349,6 +370,7 @@ def engine_step(
     feed: Array,
     drawn: Array,
     draws: Draws,
+    after: After | None = None,
     *,
     cache: KVCache,
     options: Options,
@@ -361,6 +383,7 @@ def engine_step(
       feed: int32 [T], their rows in `drawn`; -1 for the others.
       drawn: int32 [R], of the step before.
       draws: of each row of `batch.logit_rows`.
+      after: to draft, what the MTP layer must know; None: it has no part in the step.
       cache: donated.
       options: of the model.
 
@@ -369,10 +392,15 @@ def engine_step(
     """
     ids = jnp.where(feed >= 0, drawn[feed], batch.ids)
     model = jax.tree.unflatten(structure, leaves)
-    logits, cache = model(dataclasses.replace(batch, ids=ids), cache, options)
+    states, cache = model.states(dataclasses.replace(batch, ids=ids), cache, options)
+    logits = model.logits(states, batch.logit_rows)
     keys = row_keys(draws.seeds, draws.numbers, draws.positions)
     tokens = sample(logits, keys, draws.temperature, draws.top_p)
-    return Drawn(tokens, *log_probabilities(logits, tokens, draws.logprobs, MOST_LOGPROBS)), cache
+    told = log_probabilities(logits, tokens, draws.logprobs, MOST_LOGPROBS)
+    drafts = None
+    if after is not None:
+        drafts, cache = draft(model, states, batch, after, tokens, cache, options)
+    return Drawn(tokens, *told, drafts), cache
 
 
 @functools.partial(jax.jit, donate_argnums=0)

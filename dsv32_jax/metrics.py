@@ -29,6 +29,7 @@ class Metrics:
       prompt_tokens, cached_tokens: of prompts that have begun; those of them that were found in the cache.
       generated_tokens: handed out.
       preemptions: times that a sequence had to give back its blocks.
+      drafted_tokens, accepted_tokens: of an engine that speculates: those that were tried, and were right.
       finished: completions by `finish_reason`.
       queued: from a request's coming to its first step.
       first_token: from its coming to its first token.
@@ -42,6 +43,8 @@ class Metrics:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: Counter[str] = dataclasses.field(default_factory=Counter)
     queued: deque[float] = dataclasses.field(default_factory=_latencies)
     first_token: deque[float] = dataclasses.field(default_factory=_latencies)
@@ -62,6 +65,11 @@ class Metrics:
         else:
             self.between_tokens.append(times[-1] - times[-2])
 
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafts that were right."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
     def summary(self, cache: Statistics, running: int, waiting: int) -> dict[str, Any]:
         """Everything as plain numbers.
 
@@ -79,6 +87,9 @@ class Metrics:
             "generated_tokens": self.generated_tokens,
             "generated_tokens_per_second": self.generated_tokens / seconds if seconds else 0.0,
             "preemptions": self.preemptions,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "acceptance_rate": self.acceptance_rate,
             "finished": dict(self.finished),
             "running": running,
             "waiting": waiting,

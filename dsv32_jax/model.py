@@ -95,6 +95,13 @@ class DeepseekV32(nnx.Module):
         self, batch: Batch, cache: KVCache, options: Options, trace: dict | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Logits float32 [R, V] of `batch.logit_rows`, and the cache. `trace` takes a list of records, one a layer."""
+        states, cache = self.states(batch, cache, options, trace)
+        return self.logits(states, batch.logit_rows), cache
+
+    def states(
+        self, batch: Batch, cache: KVCache, options: Options, trace: dict | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """[T, D] of all tokens after the final norm, from which logits come and MTP goes on; and the cache."""
         ctx = StepContext(self.config, options, batch)
         residual, update = self.embed[batch.ids].astype(ctx.dtype), None
         records = []
@@ -105,9 +112,11 @@ class DeepseekV32(nnx.Module):
                 records.append(record | {"hidden": residual + update})
         if trace is not None:
             trace.update(embedded=self.embed[batch.ids].astype(ctx.dtype), layers=records)
-        _, x = add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
-        logits = float32_matmul(x[batch.logit_rows], self.head)
-        return jnp.where(batch.logit_rows[:, None] >= 0, logits, 0), cache
+        return add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)[1], cache
+
+    def logits(self, states: jax.Array, rows: jax.Array) -> jax.Array:
+        """Logits float32 [R, V] of rows int32 [R] of `states`; -1 gives a row of zeros."""
+        return jnp.where(rows[:, None] >= 0, float32_matmul(states[rows], self.head), 0)
 
 
 def abstract_model(config: ModelConfig) -> DeepseekV32:

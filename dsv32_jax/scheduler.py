@@ -7,6 +7,10 @@ that came later; what it has computed may still be found in the pool, and else i
 
 A step may be planned before the tokens of the one before it are known: they are `in_flight`, and only their number
 counts here.
+
+A sequence may have a draft: a guess at the token behind its last one. Both then go into one step, and each draws a
+token; the second one is only of use if the draft is what the first drew. How many tokens come is known when the step
+has run: whoever gives drafts takes a step's tokens before the next is planned.
 """
 
 import dataclasses
@@ -54,6 +58,7 @@ class Sequence:
       computed: tokens that are in the cache, or in a planned step.
       table: its blocks; None while it waits.
       finished: it has ended, and is in no queue.
+      draft: what the token behind the last may be; -1: no guess.
     """
 
     tokens: list[int]
@@ -65,6 +70,7 @@ class Sequence:
     computed: int = 0
     table: BlockTable | None = None
     finished: bool = False
+    draft: int = -1
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -89,7 +95,8 @@ class Part:
       start, stop: their positions.
       slots: int32 [stop - start], where their values go; see `BlockTable.slots`.
       samples: sequences that draw a token from the logits of the last of them: the sequence, if it is complete with
-        that, and those of its siblings that begin here.
+        that, and those of its siblings that begin here. With a draft, the sequence twice: from the last two.
+      draft: the last token, where it is a guess; else -1.
     """
 
     sequence: Sequence
@@ -97,6 +104,12 @@ class Part:
     stop: int
     slots: np.ndarray
     samples: tuple[Sequence, ...]
+    draft: int = -1
+
+    @property
+    def places(self) -> list[int]:
+        """Positions of the tokens that `samples` draw."""
+        return [self.stop] * len(self.samples) if self.draft < 0 else [self.stop - 1, self.stop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +135,15 @@ class Step:
     def samples(self) -> list[Sequence]:
         """Who draws a token, in the order of the parts."""
         return [sequence for part in self.parts for sequence in part.samples]
+
+    def settle(self, tokens: list[int]) -> list[int]:
+        """What was drawn, in the order of `samples`, with -1 for what came behind a draft that was wrong."""
+        settled, row = list(tokens), 0
+        for part in self.parts:
+            if part.draft >= 0 and tokens[row] != part.draft:
+                settled[row + 1] = -1
+            row += len(part.samples)
+        return settled
 
 
 class Scheduler:
@@ -162,15 +184,20 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         preempted: list[Sequence] = []
         budget = self.limits.tokens
+        spare = budget - len(self.running) - bool(self.waiting)  # for drafts: those tokens are in nobody's way
         # Who comes later begins when all before it have read their prompts: each but the last wants one token at most.
         for sequence in list(self.running):
             count = min(sequence.wanted, budget)
             if sequence.table is None or not count:  # an older one has its blocks now, or its last token was drawn
                 continue
-            found = self._places(sequence, count, preempted)
+            found = self._places_with_draft(sequence) if sequence.draft >= 0 and spare > 0 else None
+            if drafted := found is not None:
+                count, spare = count + 1, spare - 1
+            else:
+                found = self._places(sequence, count, preempted)
             if found is not None:
                 copies += found
-                parts.append(self._part(sequence, count))
+                parts.append(self._part(sequence, count, drafted))
                 budget -= count
         while self.waiting and not preempted and budget:
             sequence = self.waiting[0]
@@ -186,12 +213,18 @@ class Scheduler:
         return Step(parts, copies, preempted) if parts else None
 
     def receive(self, step: Step, tokens: Iterable[int]) -> None:
-        """The tokens that a step drew, in the order of `Step.samples`; those of finished sequences are dropped."""
-        for sequence, token in zip(step.samples, tokens, strict=True):
+        """The tokens that a step drew, as `Step.settle` gives them; those of finished sequences are dropped."""
+        samples = step.samples
+        for sequence, token in zip(samples, tokens, strict=True):
             sequence.in_flight -= 1
-            if not sequence.finished:
+            if sequence.finished:
+                continue
+            if token >= 0:
                 sequence.tokens.append(token)
-                self._commit(sequence)
+            else:
+                sequence.computed -= 1  # the draft's: it keeps its place, for the token that belongs there
+        for sequence in samples:  # only now: what is computed of a sequence is known after its last row
+            self._commit(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence ends, wherever it is; its blocks are released. Siblings that have not begun go with it."""
@@ -222,6 +255,20 @@ class Scheduler:
                 if victim is sequence:
                     return None
 
+    def _places_with_draft(self, sequence: Sequence) -> list[tuple[int, int]] | None:
+        """Places for a sequence's last token and its draft; None if that is of no use, or would cost another's blocks.
+
+        The last token that may be drawn needs no draft behind the one before it. So no sequence ever has more places
+        than without drafts, and `add` need not know of them.
+        """
+        assert sequence.wanted == 1
+        if sequence.length - sequence.prompt + 1 >= sequence.max_new_tokens:
+            return None
+        try:
+            return self.pool.extend(self._table(sequence), sequence.length + 1)
+        except OutOfBlocks:
+            return None
+
     def _admit(self, sequence: Sequence) -> bool:
         """Lets the first waiting sequence run, if there is room for all that it has so far."""
         if sequence.in_flight:  # it was preempted while a token was being drawn, which is not known yet
@@ -237,20 +284,21 @@ class Scheduler:
         sequence.table, sequence.computed = table, table.length
         return True
 
-    def _part(self, sequence: Sequence, count: int) -> Part:
-        """The next tokens of a sequence, which have places."""
+    def _part(self, sequence: Sequence, count: int, drafted: bool = False) -> Part:
+        """The next tokens of a sequence, which have places; the last of them may be its draft."""
         table, start = self._table(sequence), sequence.computed
         sequence.computed += count
         samples: tuple[Sequence, ...] = ()
-        if sequence.computed == sequence.length:
-            samples = (sequence, *sequence.siblings)
+        if sequence.computed >= sequence.length:
+            samples = (sequence, sequence) if drafted else (sequence, *sequence.siblings)
             for sibling in sequence.siblings:
                 sibling.table, sibling.computed = self.pool.fork(table), sequence.computed
                 self.running.append(sibling)
             sequence.siblings = []
             for one in samples:
                 one.in_flight += 1
-        return Part(sequence, start, start + count, table.slots(start, start + count), samples)
+        draft = sequence.draft if drafted else -1
+        return Part(sequence, start, start + count, table.slots(start, start + count), samples, draft)
 
     def _commit(self, sequence: Sequence) -> None:
         """Full blocks of known tokens can be found from now on."""
@@ -260,7 +308,7 @@ class Scheduler:
     def _close(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self.pool.close(sequence.table)
-        sequence.table, sequence.computed = None, 0
+        sequence.table, sequence.computed, sequence.draft = None, 0, -1
 
     @staticmethod
     def _table(sequence: Sequence) -> BlockTable:

@@ -1,6 +1,8 @@
 """Plans of steps, run on a memory of tokens instead of a model: what each step reads must be what its sequences are."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,10 +18,28 @@ def next_token(tokens: list[int], seed: int) -> int:
     return hashlib.sha256(np.asarray([seed, *tokens], np.int64).tobytes()).digest()[0]
 
 
-class Machine:
-    """Runs steps as an engine does, each planned before the tokens of the one before it are known."""
+def right(tokens: list[int], seed: int) -> int:
+    """A draft that is what the model will say."""
+    return next_token(tokens, seed)
 
-    def __init__(self, blocks: int, limits: Limits):
+
+def wrong(tokens: list[int], seed: int) -> int:
+    return (next_token(tokens, seed) + 1) % 256
+
+
+def mixed(tokens: list[int], seed: int) -> int:
+    """Right, wrong, or none."""
+    return (right(tokens, seed), wrong(tokens, seed), -1, right(tokens, seed))[tokens[-1] % 4]
+
+
+class Machine:
+    """Runs steps as an engine does, each planned before the tokens of the one before it are known.
+
+    With a `guess` at the token behind some tokens, instead as one that speculates.
+    """
+
+    def __init__(self, blocks: int, limits: Limits, guess: Callable[[list[int], int], int] | None = None):
+        self.guess = guess
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, limits)
         self.memory = np.full((blocks, BLOCK_SIZE), -1)
@@ -45,7 +65,7 @@ class Machine:
         if planned is not None:
             self.check_plan(planned)
             result = planned, self.run(planned)
-        late, self.late = self.late, result
+        late, self.late = (self.late, result) if self.guess is None else (result, None)
         if late is not None:
             self.scheduler.receive(*late)
             for sequence in late[0].samples:
@@ -61,16 +81,23 @@ class Machine:
         for part in planned.parts:
             # All its tokens, also those that the scheduler does not know yet.
             known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
+            if part.draft >= 0:
+                known.append(part.draft)
             self.memory.reshape(-1)[part.slots] = known[part.start : part.stop]
             whole[part.sequence] = known
         tokens = []
         for part in planned.parts:
             # What attention would read: everything before the part's end, through the table.
             assert self.read(part.sequence, part.stop) == whole[part.sequence][: part.stop]
-            for sequence in part.samples:
-                token = next_token(whole[part.sequence], self.seeds[sequence])
+            for sequence, place in zip(part.samples, part.places, strict=True):
+                tokens.append(next_token(whole[part.sequence][:place], self.seeds[sequence]))
+        tokens = planned.settle(tokens)
+        for sequence, token in zip(planned.samples, tokens, strict=True):
+            if token >= 0:
                 self.drawn[sequence].append(token)
-                tokens.append(token)
+                if self.guess is not None:
+                    known = [*sequence.tokens[: sequence.prompt], *self.drawn[sequence]]
+                    sequence.draft = self.guess(known, self.seeds[sequence])
         return tokens
 
     def read(self, sequence, stop):
@@ -79,6 +106,7 @@ class Machine:
     def check_plan(self, planned):
         limits = self.scheduler.limits
         assert 0 < planned.tokens <= limits.tokens and len(self.scheduler.running) <= limits.sequences
+        assert max(Counter(planned.samples).values(), default=0) <= (1 if self.guess is None else 2)
         assert len({part.sequence for part in planned.parts}) == len(planned.parts)
         slots = [slot for part in planned.parts for slot in part.slots]
         assert len(set(slots)) == len(slots)
@@ -127,10 +155,16 @@ def alone(prompt, new, seed):
     return tokens
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(REQUEST, min_size=1, max_size=8), st.integers(7, 20), st.integers(3, 150), st.integers(3, 6))
-def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences):
-    machine = Machine(blocks, Limits(max(tokens, sequences), sequences))
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(REQUEST, min_size=1, max_size=8),
+    st.integers(7, 20),
+    st.integers(3, 150),
+    st.integers(3, 6),
+    st.sampled_from([None, right, wrong, mixed]),
+)
+def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, guess):
+    machine = Machine(blocks, Limits(max(tokens, sequences), sequences), guess)
     alive, given_up = [], set()
     for clock in range(40):
         for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
@@ -213,6 +247,71 @@ def test_a_shared_prefix_is_not_computed_again():
     other = machine.add([*TEXTS[0][:150], 9, 9], 1)[0]
     planned = machine.scheduler.schedule()
     assert planned.parts[0].start == 128 and planned.tokens == 24 and other.table.blocks[:2]
+
+
+@pytest.mark.parametrize(("guess", "steps"), [(right, 2 + 44), (wrong, 90)])
+def test_a_right_draft_is_a_token_more_a_step(guess, steps):
+    """The prompt's step draws one token, each other two; the 90th comes alone."""
+    machine = Machine(4, Limits(64, 1), guess)
+    machine.add(TEXTS[0][:50], 90)
+    taken = 0
+    while machine.scheduler.waiting or machine.scheduler.running:
+        machine.step()
+        taken += 1
+    assert taken == steps
+
+
+def test_drafts_take_what_is_left_and_let_others_begin():
+    machine = Machine(20, Limits(5, 4), right)
+    for n in range(3):
+        machine.add(TEXTS[n][:1], 50, n)
+    machine.step()
+    planned = machine.scheduler.schedule()
+    assert [part.draft >= 0 for part in planned.parts] == [True, True, False] and planned.tokens == 5
+
+    machine = Machine(20, Limits(5, 4), right)
+    for n in range(3):
+        machine.add(TEXTS[n][:1], 50, n)
+    machine.step()
+    machine.add(TEXTS[0][:20], 9, 3)
+    planned = machine.scheduler.schedule()
+    assert [part.draft >= 0 for part in planned.parts] == [True, False, False, False] and planned.tokens == 5
+
+
+def test_a_draft_costs_nobody_a_block():
+    """It is left out where there is no place; the token itself then takes the place of a younger sequence."""
+    machine = Machine(2, Limits(256, 2), wrong)
+    for n in range(2):
+        machine.add(TEXTS[n][:62], 60, n)
+    seen = []
+    while not machine.preemptions:
+        planned = machine.scheduler.schedule()
+        machine.check_plan(planned)
+        seen.append([part.draft >= 0 for part in planned.parts])
+        machine.scheduler.receive(planned, machine.run(planned))
+    assert seen == [[False, False], [True, True], [False, False], [False]]
+    machine.finish_all(500)
+    assert all(len(tokens) == 60 for tokens in machine.drawn.values())
+
+
+def test_places_are_enough_for_what_fits_exactly():
+    """No draft behind the last token but one: it would need a place past those that are asked for."""
+    machine = Machine(2, Limits(256, 1), right)
+    sequence = machine.add(TEXTS[0][:100], 29)[0]
+    machine.finish_all(100)
+    assert sequence.tokens == alone(TEXTS[0][:100], 29, 0) and not machine.preemptions
+
+
+def test_a_block_with_a_wrong_draft_is_not_found():
+    machine = Machine(4, Limits(256, 1), wrong)
+    sequence = machine.add(TEXTS[0][:62], 60)[0]
+    machine.step()
+    planned = machine.scheduler.schedule()
+    assert planned.parts[0].stop == 64 and planned.parts[0].draft >= 0  # the draft ends the block
+    machine.scheduler.receive(planned, machine.run(planned))
+    assert not sequence.table.digests
+    machine.step()
+    assert len(sequence.table.digests) == 1
 
 
 def test_what_can_never_run_is_refused():

@@ -27,15 +27,21 @@ class MTP(nnx.Module):
         self.head = init.matrix(config.vocab_size, hidden)
 
     def __call__(
-        self, hidden: jax.Array, next_ids: jax.Array, cache: KVCache, ctx: StepContext
+        self,
+        hidden: jax.Array,
+        next_ids: jax.Array,
+        cache: KVCache,
+        ctx: StepContext,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Logits float32 [T, V] of token t + 2, and the cache.
+        """Logits float32 [T, V] of token t + 2, or [R, V] of some rows, and the cache.
 
         Args:
           hidden: [T, D], the main model's state after its final norm.
           next_ids: int32 [T], token t + 1.
           cache: with one layer more than the model has; the module's own keys are in the last.
           ctx: of the step.
+          rows: int32 [R], of those logits that are wanted; None for all.
         """
         config = ctx.config
         embedded = rms_norm(self.embed[next_ids].astype(ctx.dtype), self.enorm, config.rms_norm_eps)
@@ -44,4 +50,4 @@ class MTP(nnx.Module):
         joined = ctx.numerics.matmul(jnp.concatenate([embedded, state], axis=-1), self.eh_proj)
         residual, update, cache = self.layer(joined, None, config.num_hidden_layers, cache, ctx)
         _, x = add_rms_norm(residual, update, self.norm, config.rms_norm_eps)
-        return float32_matmul(x, self.head), cache
+        return float32_matmul(x if rows is None else x[rows], self.head), cache
