@@ -385,6 +385,9 @@ def serve(
     ] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", help="That run at a time.")] = 32,
     max_step_tokens: Annotated[int, typer.Option("--max-step-tokens", help="Of one step of the model.")] = 256,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Up to two tokens a step, by the model's MTP layer; the same tokens.")
+    ] = False,
     cache_tokens: Annotated[
         int | None,
         typer.Option("--cache-tokens", help="Places of the cache. Default: of one longest sequence, or 32768."),
@@ -453,6 +456,7 @@ def serve(
     engine = Engine(
         m,
         cache_tokens=cache_tokens,
+        speculate=speculate,
         memory_fraction=memory_fraction,
         max_tokens=max_step_tokens,
         max_sequences=max_sequences,

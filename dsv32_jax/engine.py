@@ -12,8 +12,10 @@ compiles all of them.
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -135,17 +137,19 @@ class Engine:
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
+        self._programs: dict[tuple[int, int], Any] = {}  # compiled, by shape
         self._late: tuple[Step, Drawn] | None = None
         self._empty()
 
     # ---- requests ----
 
-    def add(self, prompt: Any, params: SamplingParams | None = None) -> Request:
+    def add(self, prompt: Any, params: SamplingParams | None = None, *, salt: bytes = b"") -> Request:
         """Queues a prompt.
 
         Args:
           prompt: a text, or ids.
           params: how it is continued.
+          salt: only prompts with equal salts find each other's blocks in the cache; of a tenant, say.
 
         Raises:
           UserError: the prompt is wrong, or could never run: it does not fit into the cache with what may follow it.
@@ -158,7 +162,7 @@ class Engine:
         self.lm.new_tokens([ids], params.max_new_tokens)
         if params.stop and self.lm.tokenizer is None:
             raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
-        sequences = [Sequence(list(ids), params.max_new_tokens) for _ in range(params.n)]
+        sequences = [Sequence(list(ids), params.max_new_tokens, salt) for _ in range(params.n)]
         sequences[0].siblings = sequences[1:]
         try:
             self.scheduler.add(sequences[0])
@@ -218,8 +222,16 @@ class Engine:
         return [(tokens, width) for width in self._widths for tokens in self._sizes]
 
     def warmup(self) -> int:
-        """Compiles every shape, by steps that change nothing; returns how many there are."""
+        """Compiles every shape, several at a time, and runs each with nothing in it; returns how many there are."""
         shapes = self.shapes()
+
+        def compiled(shape: tuple[int, int]) -> Any:
+            given = self._given(Step([], [], []), *shape)
+            how = {"cache": self.cache, "options": self.options}
+            return engine_step.lower(self._leaves, self._structure, *given, **how).compile()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._programs = dict(zip(shapes, pool.map(compiled, shapes), strict=True))
         for tokens, width in shapes:
             self._start(Step([], [], []), tokens, width)
         self._copy([])
@@ -251,12 +263,18 @@ class Engine:
 
     def _start(self, planned: Step, tokens: int, width: int) -> Drawn:
         """Starts a step of a given shape."""
-        batch, feed, draws = self._arrays(planned, tokens, width)
-        after = after_of(planned, tokens) if self.speculate else None
-        given = batch, feed, self._drawn, draws, after
-        drawn, self.cache = engine_step(self._leaves, self._structure, *given, cache=self.cache, options=self.options)
+        given, how = self._given(planned, tokens, width), {"cache": self.cache}
+        if program := self._programs.get((tokens, width)):
+            drawn, self.cache = program(self._leaves, *given, **how)
+        else:
+            drawn, self.cache = engine_step(self._leaves, self._structure, *given, **how, options=self.options)
         self._drawn = drawn.tokens
         return drawn
+
+    def _given(self, planned: Step, tokens: int, width: int) -> tuple[Any, ...]:
+        """What `engine_step` takes of a plan."""
+        batch, feed, draws = self._arrays(planned, tokens, width)
+        return batch, feed, self._drawn, draws, after_of(planned, tokens) if self.speculate else None
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         """Of all copies of a step, as many as may run at a time: no sequence needs more than one."""

@@ -222,14 +222,9 @@ class Worker:
         self._jobs[job] = 0
         try:
             for ids in job.ask.prompts:
-                request = self.engine.add(ids, job.ask.params)
+                request = self.engine.add(ids, job.ask.params, salt=job.ask.salt)
                 job.requests.append(request)
                 self._job_of[request] = job
-                if job.ask.salt:
-                    # Salted before it runs: it is the last of those that wait.
-                    sequence = self.engine.scheduler.waiting[-1]
-                    for each in (sequence, *sequence.siblings):
-                        each.salt = job.ask.salt
         except UserError as error:
             self._fail(job, from_user_error(error, job.ask.names))
         except Exception:
