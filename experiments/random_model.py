@@ -23,9 +23,9 @@ MOST_LAYERS = 61
 
 def layers_that_fit(share: float) -> int:
     """How many layers of `ModelConfig.full_width` take at most this share of the device's free memory, at least 4."""
-    room = share * available_bytes()[0]
-    fitting = [n for n in range(4, MOST_LAYERS + 1) if stored_bytes(ModelConfig.full_width(n)) <= room]
-    return max(fitting, default=4)
+    least, more = (stored_bytes(ModelConfig.full_width(n)) for n in (4, 5))  # all further layers are alike
+    fitting = 4 + (share * available_bytes()[0] - least) // (more - least)
+    return int(min(max(fitting, 4), MOST_LAYERS))
 
 
 def stored_bytes(config: ModelConfig) -> int:
