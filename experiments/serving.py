@@ -13,6 +13,7 @@ import gc
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +143,18 @@ def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, fl
     return {"cold": found[0], "hit": found[1], "own_part_alone": own, "saved": (found[0] - found[1]) / (found[0] - own)}
 
 
-def measure(lm: LanguageModel, concurrency: int, rounds: int, sizes: Sizes, max_tokens: int) -> dict[str, Any]:
-    """Both ways at one number of requests at a time."""
-    vocabulary = lm.config.vocab_size
-    row: dict[str, Any] = {"concurrency": concurrency}
+def measure(
+    lm: LanguageModel, row: dict[str, Any], rounds: int, sizes: Sizes, max_tokens: int, save: Callable[[str], None]
+) -> None:
+    """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
+    vocabulary, concurrency = lm.config.vocab_size, row["concurrency"]
     begun = time.monotonic()
     compiled(lm, concurrency, sizes)
     row["naive_compile_seconds"] = time.monotonic() - begun
+    save("naive programs compiled")
     row["naive"] = naive(lm, workload(concurrency, concurrency, sizes, vocabulary, False))
     gc.collect()
+    save("naive batch")
     for name, shared in (("engine", False), ("engine_shared", True)):
         work = workload(rounds * concurrency, concurrency, sizes, vocabulary, shared)
         places = concurrency * (sizes.longest + BLOCK_SIZE)
@@ -158,13 +162,14 @@ def measure(lm: LanguageModel, concurrency: int, rounds: int, sizes: Sizes, max_
         begun = time.monotonic()
         shapes = engine.warmup()
         row["warmup"] = {"shapes": shapes, "seconds": time.monotonic() - begun}
+        save(f"{shapes} shapes compiled")
         row[name] = served(engine, work)
         row[name]["ratio"] = row[name]["requests_per_second"] / row["naive"]["requests_per_second"]
+        save(name)
         if shared:
             row["prefix"] = prefix_saving(engine, sizes, vocabulary)
         del engine
         gc.collect()
-    return row
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -209,14 +214,19 @@ def main() -> None:
         "step_tokens": arguments.step_tokens,
         "rows": [],
     }
-    print(f"{content['model']}, {content['layers']} layers, ready in {time.monotonic() - begun:.0f} s", flush=True)
+
+    def save(done: str) -> None:
+        write_json(arguments.out, content)
+        print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
+
+    save(f"{content['model']}, {content['layers']} layers")
     for concurrency in arguments.concurrency:
         if arguments.seconds and time.monotonic() - begun > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
-        row = measure(lm, concurrency, arguments.rounds, sizes, max(64, arguments.step_tokens * concurrency))
+        row: dict[str, Any] = {"concurrency": concurrency}
         content["rows"].append(row)
-        write_json(arguments.out, content)
+        measure(lm, row, arguments.rounds, sizes, max(64, arguments.step_tokens * concurrency), save)
         print(line_of(row), flush=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.shapes import SMALL
-from tests.gpu.sanitize import FOUND, OPS, TOOLS, command, judged
+from tests.gpu.sanitize import FOUND, OPS, TOOLS, command, judged, merged
 
 PASSED = "==== 2 passed, 3 deselected in 4.00s ====\n"
 BROKEN = "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.\n"
@@ -46,3 +46,15 @@ def test_the_tests_of_one_op():
     assert line[:3] == ["compute-sanitizer", "--tool", "racecheck"] and "tests/gpu/test_small.py" in line
     assert line[line.index("-k") + 1] == "top_k"
     assert set(OPS) == set(SMALL) and len(TOOLS) == 3
+
+
+def test_other_runs_stay_with_their_date():
+    def content(date, device, *runs):
+        return {"date": date, "device": device, "runs": [{"op": op, "tool": tool, "n": n} for op, tool, n in runs]}
+
+    before = content("a", "H100", ("top_k", "memcheck", 1), ("top_k", "racecheck", 2))
+    now = content("b", "H100", ("quantize", "memcheck", 3), ("top_k", "memcheck", 4))
+    found = merged(before, now)["runs"]
+    assert [(run["n"], run["date"]) for run in found] == [(4, "b"), (3, "b"), (2, "a")]
+    assert [run["n"] for run in merged({**before, "device": "H200"}, now)["runs"]] == [4, 3]
+    assert [run["n"] for run in merged({}, now)["runs"]] == [4, 3]

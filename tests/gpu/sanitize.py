@@ -1,10 +1,11 @@
 """`tests/gpu/test_small.py` under compute-sanitizer: `python -m tests.gpu.sanitize [OP]... [--tool TOOL]...`.
 
-What each tool said, or why it could not run, is in `experiments/results/sanitizer.json` after each run. The exit code
-is 1 if a tool found something or a test failed, and 2 if a tool did not run.
+What each tool said, or why it could not run, is in `experiments/results/sanitizer.json` after each run; what it says of
+other ops and tools stays. The exit code is 1 if a tool found something or a test failed, and 2 if a tool did not run.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -102,6 +103,17 @@ def sanitized(op: str, tool: str, seconds: float) -> dict[str, Any]:
     return {"op": op, **judged(tool, code, output), "seconds": round(time.monotonic() - start, 1)}
 
 
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The content of `now` with those runs of another file's content that it does not have; each run has its date."""
+
+    def dated(content: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(run["op"], run["tool"]): {"date": content["date"], **run} for run in content["runs"]}
+
+    runs = dated(before) | dated(now) if before.get("device") == now["device"] else dated(now)
+    order = [(op, tool) for tool in TOOLS for op in OPS]
+    return {**now, "runs": [runs[pair] for pair in order if pair in runs]}
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -120,6 +132,7 @@ def main() -> None:
     if path := shutil.which("compute-sanitizer"):
         shown = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         version = next((line for line in shown.splitlines() if line.startswith("Version")), None)
+    before = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     content: dict[str, Any] = {**environment(), "compute_sanitizer": version, "runs": []}
     pairs = [(op, tool) for tool in arguments.tool or TOOLS for op in arguments.ops or OPS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -127,7 +140,7 @@ def main() -> None:
         for (op, tool), run in zip(pairs, runs, strict=True):
             result = run.result()
             content["runs"].append(result)
-            write_json(arguments.out, content)
+            write_json(arguments.out, merged(before, content))
             print(
                 f"{tool:<10} {op:<15} {result['verdict']:<12} {result['seconds']:>6} s  {result['summary']}", flush=True
             )
