@@ -18,7 +18,14 @@ os.environ.setdefault("NPROC", "8")
 # A test must not pass because of a program that an earlier version of the code compiled.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-LONGEST = ("train_demo/test_training.py", "bench/test_moe.py", "test_engine.py", "test_step.py", "test_cli.py")
+LONGEST = (
+    "train_demo/test_training.py",
+    "bench/test_moe.py",
+    "test_engine.py",
+    "test_speculation.py",
+    "test_step.py",
+    "test_cli.py",
+)
 """Files of tests that take longest; they begin first, so that no process is left with one of them at the end."""
 
 
