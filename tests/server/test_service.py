@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from dsv32_jax import engine as engine_module
 from dsv32_jax.errors import UserError
 from dsv32_jax.request import SamplingParams
 from dsv32_jax.server import create_app
@@ -180,7 +179,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monk
             await gate.until(lambda: stream.body.count(b"data:") > 2)
             with monkeypatch.context() as patch:
                 if where == "device":
-                    patch.setattr(engine_module, "engine_step", broken)
+                    patch.setattr(engine, "_start", broken)
                 else:
                     patch.setattr(engine.scheduler, "schedule", broken)
                 gate.step(2)
@@ -203,10 +202,10 @@ def test_a_request_that_the_engine_does_not_take(engine, monkeypatch):
     """Whatever its error is; and the first prompt of a request goes with the second."""
     add = engine.add
 
-    def second(prompt, params):
+    def second(*given, **how):
         if engine.busy:
             raise error
-        return add(prompt, params)
+        return add(*given, **how)
 
     async def run(status, message):
         async with service(engine) as app:
