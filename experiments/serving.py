@@ -80,6 +80,16 @@ def workload(count: int, batch: int, sizes: Sizes, vocabulary: int, shared: bool
     return found
 
 
+def rates(work: list[Work], seconds: float) -> dict[str, Any]:
+    """How fast it was done."""
+    return {
+        "requests": len(work),
+        "seconds": seconds,
+        "requests_per_second": len(work) / seconds,
+        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+    }
+
+
 def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     """All requests at once into the engine's queue; what it says of itself after the last has ended."""
     begun = time.monotonic()
@@ -93,10 +103,7 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     seconds = time.monotonic() - begun
     lost = sum(len(r.completions[0].tokens) != one.new for r, one in zip(requests, work, strict=True))
     return {
-        "requests": len(work),
-        "seconds": seconds,
-        "requests_per_second": len(work) / seconds,
-        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+        **rates(work, seconds),
         "lost": lost,
         "utilisation": statistics.fmean(used) if used else None,
         "summary": engine.summary(),
@@ -106,18 +113,14 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
 def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     """One static batch; every request comes at its start, and is done when the whole batch is."""
     rows, most = [one.prompt for one in work], max(one.new for one in work)
-    begun, times, tokens = time.monotonic(), [], 0
+    begun, times = time.monotonic(), []
     for piece in lm.stream(rows, most, ignore_eos=True):
         if piece.row == 0:
             times.append(time.monotonic())
-        tokens += 1
     seconds = time.monotonic() - begun
     allocated = len(work) * lm._block_tables(1, max(map(len, rows)) + most).size * BLOCK_SIZE
     return {
-        "requests": len(work),
-        "seconds": seconds,
-        "requests_per_second": len(work) / seconds,
-        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+        **rates(work, seconds),
         "first_token_seconds": times[0] - begun,
         "between_tokens_seconds": percentiles(np.diff(times)),
         "utilisation": sum(len(one.prompt) + one.new for one in work) / allocated,
@@ -155,17 +158,15 @@ def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, fl
     """Seconds to the first token of a long prompt, and of another with the same beginning."""
     rng = np.random.default_rng(7)
     prefix = rng.integers(0, vocabulary, sizes.prompt[1] - BLOCK_SIZE).tolist()
-    found = []
-    for _ in range(2):
-        prompt = prefix + rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
+
+    def first_token(beginning: list[int]) -> float:
+        prompt = beginning + rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
         begun = time.monotonic()
         engine.generate([prompt], SamplingParams(1, ignore_eos=True))
-        found.append(time.monotonic() - begun)
-    alone = rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
-    begun = time.monotonic()
-    engine.generate([alone], SamplingParams(1, ignore_eos=True))
-    own = time.monotonic() - begun
-    return {"cold": found[0], "hit": found[1], "own_part_alone": own, "saved": (found[0] - found[1]) / (found[0] - own)}
+        return time.monotonic() - begun
+
+    cold, hit, own = first_token(prefix), first_token(prefix), first_token([])
+    return {"cold": cold, "hit": hit, "own_part_alone": own, "saved": (cold - hit) / (cold - own)}
 
 
 def measure(
