@@ -57,7 +57,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         cache = self.summary["cache"]
         for key, words in COUNTERS.items():
-            yield CounterMetricFamily(f"dsv32_{key}", words, value=self.summary.get(key, 0))
+            yield CounterMetricFamily(f"dsv32_{key}", words, value=self.summary[key])
         for key, words in OF_THE_CACHE.items():
             yield CounterMetricFamily(f"dsv32_cache_{key}", words, value=cache[key])
         yield CounterMetricFamily("dsv32_failed_steps", "Steps that ended with an error.", value=self.failed_steps)
