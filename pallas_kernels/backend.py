@@ -15,12 +15,25 @@ class BackendError(ValueError):
     """The backend that was asked for does not exist, or does not take these arguments."""
 
 
-@functools.cache
 def on_hopper() -> bool:
-    """Whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200)."""
-    return jax.default_backend() == "gpu" and all(
-        getattr(device, "compute_capability", None) == "9.0" for device in jax.local_devices()
-    )
+    """Whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200).
+
+    Under `jax.default_device` it is that device which counts.
+    """
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return _all_hopper()
+    devices = jax.local_devices(backend=chosen) if isinstance(chosen, str) else [chosen]
+    return all(map(_is_hopper, devices))
+
+
+@functools.cache
+def _all_hopper() -> bool:
+    return all(map(_is_hopper, jax.local_devices()))
+
+
+def _is_hopper(device: jax.Device) -> bool:
+    return getattr(device, "compute_capability", None) == "9.0"
 
 
 def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), unsupported: str | None = None) -> str:

@@ -25,6 +25,8 @@ LONGEST = (
     "test_speculation.py",
     "test_step.py",
     "test_cli.py",
+    "gpu/test_model.py",
+    "gpu/test_golden.py",
 )
 """Files of tests that take longest; they begin first, so that no process is left with one of them at the end."""
 

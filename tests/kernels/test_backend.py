@@ -1,0 +1,32 @@
+"""Which backend "auto" takes; that a named one runs or raises is tested with each kernel."""
+
+import jax
+import pytest
+
+from pallas_kernels import backend
+from pallas_kernels.backend import KERNEL, resolve
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """All of JAX's devices are Hopper GPUs, except the one that a test names."""
+    monkeypatch.setattr(backend, "_all_hopper", lambda: True)
+
+
+def test_auto_takes_the_kernel_on_hopper(hopper):
+    assert resolve("auto", "op", KERNEL) == "mosaic_gpu"
+
+
+def test_auto_takes_the_reference_where_there_is_no_kernel_or_it_does_not_take_the_arguments(hopper):
+    assert resolve("auto", "op") == "reference"
+    assert resolve("auto", "op", KERNEL, "7 heads; it takes 16") == "reference"
+
+
+@pytest.mark.parametrize("device", [jax.devices("cpu")[0], "cpu"], ids=["device", "platform"])
+def test_auto_follows_the_default_device(hopper, device):
+    with jax.default_device(device):
+        assert resolve("auto", "op", KERNEL) == "reference"
+
+
+def test_auto_takes_the_reference_on_a_cpu():
+    assert resolve("auto", "op", KERNEL) == "reference"
