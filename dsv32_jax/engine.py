@@ -34,6 +34,7 @@ from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Reques
 from dsv32_jax.sampling import log_probabilities, row_keys, sample
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
 from dsv32_jax.speculation import After, after_of, draft, take
+from pallas_kernels.backend import KERNEL, resolve
 
 __all__ = ["Engine"]
 
@@ -41,6 +42,9 @@ SMALLEST_STEP = 8
 """Tokens that the smallest step is padded to."""
 NARROWEST_TABLE = 4
 """Blocks of the narrowest block tables; each wider one is `WIDER` times as wide."""
+NARROWEST_FOR_KERNELS = 128
+"""The same with kernels: they stop at a token's position, where references compute on the whole width, and each width
+costs some ten seconds of compiling for each number of tokens."""
 WIDER = 4
 
 
@@ -133,7 +137,9 @@ class Engine:
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
         self._sizes = doubled(SMALLEST_STEP, max_tokens, 2)
-        self._widths = doubled(NARROWEST_TABLE, widest, WIDER)
+        kernels = resolve(self.options.backend, "the engine", KERNEL) != "reference"
+        narrowest = NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE
+        self._widths = doubled(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`

@@ -132,7 +132,7 @@ def compiled(lm: LanguageModel, batch: int, sizes: Sizes) -> None:
     JAX finds what was compiled ahead again when the same shapes are called, as they are here, for other things to be
     made that a first call makes.
     """
-    pieces = [size for size in (512, 256, 128, 64, 32, 16) if size <= sizes.prompt[1]]
+    pieces = [size for size in (512, 256, 128, 64, 32, 16) if size < 2 * sizes.prompt[1]]
     tables = lm._block_tables(batch, sizes.longest)
     cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
     decode = np.zeros(batch, np.int32)
