@@ -9,8 +9,6 @@ Steps have few shapes: the tokens and the width of the block tables are powers o
 compiles all of them.
 """
 
-import dataclasses
-import functools
 import itertools
 import os
 import time
@@ -25,15 +23,16 @@ from jax import Array
 
 from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.cache import KVCache
+from dsv32_jax.device_step import Drawing, Drawn, Shape, copy_blocks, draft_step, draw, engine_step
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
-from dsv32_jax.model import Batch, Options
+from dsv32_jax.model import Options
 from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Request, SamplingParams
-from dsv32_jax.sampling import log_probabilities, row_keys, sample
+from dsv32_jax.sampling import log_probabilities
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
-from dsv32_jax.speculation import After, after_of, draft, take
+from dsv32_jax.speculation import set_after, take
 from pallas_kernels.backend import KERNEL, resolve
 
 __all__ = ["Engine"]
@@ -46,37 +45,6 @@ NARROWEST_FOR_KERNELS = 128
 """The same with kernels: they stop at a token's position, where references compute on the whole width, and each width
 costs some ten seconds of compiling for each number of tokens."""
 WIDER = 4
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_p", "seeds", "numbers", "positions", "logprobs"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """How the tokens of a step are drawn, by row: float32 and int32 [R]; see `sampling`. `logprobs` bool []: of any."""
-
-    temperature: Array
-    top_p: Array
-    seeds: Array
-    numbers: Array
-    positions: Array
-    logprobs: Array
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "own", "ids", "likeliest", "drafts"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What a step drew: int32 [R], and of it what `log_probabilities` says, if a row wants that; drafts behind it."""
-
-    tokens: Array
-    own: Array
-    ids: Array
-    likeliest: Array
-    drafts: Array | None
 
 
 class Engine:
@@ -143,7 +111,7 @@ class Engine:
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
-        self._programs: dict[tuple[int, int], Any] = {}  # compiled, by shape
+        self._programs: dict[tuple[int, int], tuple[Any, Any]] = {}  # compiled ahead, by shape
         self._late: tuple[Step, Drawn] | None = None
         self._empty()
 
@@ -230,16 +198,13 @@ class Engine:
     def warmup(self) -> int:
         """Compiles every shape, several at a time, and runs each with nothing in it; returns how many there are."""
         shapes = self.shapes()
-
-        def compiled(shape: tuple[int, int]) -> Any:
-            given = self._given(Step([], [], []), *shape)
-            how = {"cache": self.cache, "options": self.options}
-            return engine_step.lower(self._leaves, self._structure, *given, **how).compile()
-
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._programs = dict(zip(shapes, pool.map(compiled, shapes), strict=True))
-        for tokens, width in shapes:
-            self._start(Step([], [], []), tokens, width)
+            self._programs = dict(zip(shapes, pool.map(self._compiled, shapes), strict=True))
+        nothing = Step([], [], [])
+        for shape in shapes:
+            self._start(nothing, *shape, Drawing())
+        for drawing in (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True)):
+            self._start(nothing, *shapes[0], drawing)
         self._copy([])
         jax.block_until_ready(self.cache)
         return len(shapes)
@@ -261,26 +226,45 @@ class Engine:
         blocks = max(len(part.sequence.table.blocks) for part in planned.parts if part.sequence.table)
         tokens = next(size for size in self._sizes if size >= planned.tokens)
         width = next(width for width in self._widths if width >= blocks)
-        drawn = self._start(planned, tokens, width)
+        drawn = self._start(planned, tokens, width, self._drawing(planned))
         self._row = {sequence: row for row, sequence in enumerate(planned.samples)}
-        for array in jax.tree.leaves(drawn):
+        for array in jax.tree.leaves((drawn.tokens, drawn.told, drawn.drafts)):
             array.copy_to_host_async()
         return drawn
 
-    def _start(self, planned: Step, tokens: int, width: int) -> Drawn:
-        """Starts a step of a given shape."""
-        given, how = self._given(planned, tokens, width), {"cache": self.cache}
-        if program := self._programs.get((tokens, width)):
-            drawn, self.cache = program(self._leaves, *given, **how)
-        else:
-            drawn, self.cache = engine_step(self._leaves, self._structure, *given, **how, options=self.options)
-        self._drawn = drawn.tokens
-        return drawn
+    def _compiled(self, size: tuple[int, int]) -> tuple[Any, Any]:
+        """The programs of a shape: the step, and the draft of an engine that speculates."""
+        shape, model = self._shape(*size), (self._leaves, self._structure)
+        flat, how = np.zeros(shape.size, np.int32), {"shape": shape, "options": self.options}
+        step = engine_step.lower(*model, flat, self._drawn, self.cache, **how)
+        if not self.speculate:
+            return step.compile(), None
+        states, *_ = step.out_info
+        return step.compile(), draft_step.lower(*model, flat, states, self._drawn, self.cache, **how).compile()
 
-    def _given(self, planned: Step, tokens: int, width: int) -> tuple[Any, ...]:
-        """What `engine_step` takes of a plan."""
-        batch, feed, draws = self._arrays(planned, tokens, width)
-        return batch, feed, self._drawn, draws, after_of(planned, tokens) if self.speculate else None
+    def _start(self, planned: Step, tokens: int, width: int, drawing: Drawing) -> Drawn:
+        """Starts a step of a given shape."""
+        shape = self._shape(tokens, width)
+        flat = self._flat(planned, shape)
+        run_step, run_draft = self._programs.get((tokens, width)) or self._jitted(shape)
+        states, logits, draws, self.cache = run_step(self._leaves, flat, self._drawn, self.cache)
+        self._drawn = draw(logits, draws, greedy=not drawing.drawn, nucleus=drawing.nucleus)
+        told = log_probabilities(logits, self._drawn, MOST_LOGPROBS) if drawing.logprobs else None
+        drafts = None
+        if self.speculate:
+            drafts, self.cache = run_draft(self._leaves, flat, states, self._drawn, self.cache)
+        return Drawn(self._drawn, told, drafts)
+
+    def _shape(self, tokens: int, width: int) -> Shape:
+        return Shape(tokens, width, self.scheduler.limits.sequences, self._rows)
+
+    def _jitted(self, shape: Shape) -> tuple[Any, Any]:
+        """What `_compiled` returns, of a shape that is not compiled ahead."""
+        how = {"shape": shape, "options": self.options}
+        return (
+            lambda leaves, *given: engine_step(leaves, self._structure, *given, **how),
+            lambda leaves, *given: draft_step(leaves, self._structure, *given, **how),
+        )
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         """Of all copies of a step, as many as may run at a time: no sequence needs more than one."""
@@ -288,40 +272,46 @@ class Engine:
         pairs[: len(copies)] = np.asarray(copies, np.int32).reshape(-1, 2)
         self.cache = copy_blocks(self.cache, *map(jnp.asarray, pairs.T))
 
-    def _arrays(self, planned: Step, tokens: int, width: int) -> tuple[Batch, Array, Draws]:
-        """A plan as arrays of a given shape; `feed` int32 [T]: rows of the tokens drawn before, -1 for known ids."""
-        rows = self._rows
-        ids, sequence = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
-        feed, positions, slots = (np.full(tokens, -1, np.int32) for _ in range(3))
-        tables = np.full((self.scheduler.limits.sequences, width), -1, np.int32)
-        wanted = np.full(rows, -1, np.int32)
-        temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        seeds, numbers, places = (np.zeros(rows, np.int32) for _ in range(3))
-        begin, row, logprobs = 0, 0, False
+    def _drawing(self, planned: Step) -> Drawing:
+        """What the rows of a plan ask for."""
+        params = [self._owner[sequence][0].params for sequence in planned.samples]
+        drawn = [one for one in params if one.temperature > 0]
+        return Drawing(
+            bool(drawn), any(one.top_p < 1 for one in drawn), any(one.logprobs is not None for one in params)
+        )
+
+    def _flat(self, planned: Step, shape: Shape) -> np.ndarray:
+        """A plan as the flat array of a given shape."""
+        flat = np.zeros(shape.size, np.int32)
+        given = shape.parts(flat)
+        for name in ("feed", "positions", "slots", "block_tables", "logit_rows", "after_rows"):
+            given[name].fill(-1)
+        temperature, top_p = (given[name].view(np.float32) for name in ("temperature", "top_p"))
+        top_p.fill(1)
+        begin = row = 0
         for number, part in enumerate(planned.parts):
             table, known = part.sequence.table, part.sequence.tokens[part.start : part.stop]
             assert table is not None
             end = begin + part.stop - part.start
-            ids[begin : begin + len(known)] = known
+            given["ids"][begin : begin + len(known)] = known
             if part.draft >= 0:
-                ids[end - 1] = part.draft
+                given["ids"][end - 1] = part.draft
             elif begin + len(known) < end:  # the last token is one that the step before draws
-                feed[end - 1] = self._row[part.sequence]
-            positions[begin:end] = np.arange(part.start, part.stop)
-            slots[begin:end] = part.slots
-            sequence[begin:end] = number
-            tables[number, : len(table.blocks)] = table.blocks
+                given["feed"][end - 1] = self._row[part.sequence]
+            given["positions"][begin:end] = np.arange(part.start, part.stop)
+            given["slots"][begin:end] = part.slots
+            given["sequence"][begin:end] = number
+            given["block_tables"][number, : len(table.blocks)] = table.blocks
             for drawing, place in zip(part.samples, part.places, strict=True):
                 request, n = self._owner[drawing]
-                wanted[row], places[row] = end - 1 + place - part.stop, place
+                given["logit_rows"][row], given["places"][row] = end - 1 + place - part.stop, place
                 temperature[row], top_p[row] = request.params.temperature, request.params.top_p
-                seeds[row], numbers[row] = request.params.seed, n
-                logprobs = logprobs or request.params.logprobs is not None
+                given["seeds"][row], given["numbers"][row] = request.params.seed, n
                 row += 1
             begin = end
-        batch = Batch(*map(jnp.asarray, (ids, positions, slots, sequence, tables, wanted)))
-        draws = Draws(*map(jnp.asarray, (temperature, top_p, seeds, numbers, places, logprobs)))
-        return batch, jnp.asarray(feed), draws
+        if self.speculate:
+            set_after(planned, given["after_ids"], given["after_rows"])
+        return flat
 
     def _receive(self, planned: Step, drawn: Drawn) -> list[Event]:
         """Hands out a step's tokens."""
@@ -336,7 +326,8 @@ class Engine:
             request, n = self._owner[sequence]
             completion = request.completions[n]
             if (count := request.params.logprobs) is not None:
-                own, ids, values = (np.asarray(x)[row] for x in (drawn.own, drawn.ids, drawn.likeliest))
+                assert drawn.told is not None
+                own, ids, values = (np.asarray(x)[row] for x in drawn.told)
                 likeliest = dict(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
                 completion.logprobs.append(LogProbs(float(own), likeliest))
             text = completion.add(token, request.params, self.lm.eos_ids, now - request.came)
@@ -384,53 +375,6 @@ def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int, l
     if not blocks:
         raise UserError(f"memory_fraction: {memory_fraction} of {human(free)} of {where} holds no block of the cache")
     return BLOCK_SIZE * min(blocks, sequences * -(-lm.config.max_position_embeddings // BLOCK_SIZE))
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))
-def engine_step(
-    leaves: list[Any],
-    structure: Any,
-    batch: Batch,
-    feed: Array,
-    drawn: Array,
-    draws: Draws,
-    after: After | None = None,
-    *,
-    cache: KVCache,
-    options: Options,
-) -> tuple[Drawn, KVCache]:
-    """The model's step and what is drawn from its logits.
-
-    Args:
-      leaves, structure: of the model.
-      batch: its tokens; those that the step before drew have no id yet.
-      feed: int32 [T], their rows in `drawn`; -1 for the others.
-      drawn: int32 [R], of the step before.
-      draws: of each row of `batch.logit_rows`.
-      after: to draft, what the MTP layer must know; None: it has no part in the step.
-      cache: donated.
-      options: of the model.
-
-    Returns:
-      What was drawn, and the cache.
-    """
-    ids = jnp.where(feed >= 0, drawn[feed], batch.ids)
-    model = jax.tree.unflatten(structure, leaves)
-    states, cache = model.states(dataclasses.replace(batch, ids=ids), cache, options)
-    logits = model.logits(states, batch.logit_rows)
-    keys = row_keys(draws.seeds, draws.numbers, draws.positions)
-    tokens = sample(logits, keys, draws.temperature, draws.top_p)
-    told = log_probabilities(logits, tokens, draws.logprobs, MOST_LOGPROBS)
-    drafts = None
-    if after is not None:
-        drafts, cache = draft(model, states, batch, after, tokens, cache, options)
-    return Drawn(tokens, *told, drafts), cache
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def copy_blocks(cache: KVCache, sources: Array, targets: Array) -> KVCache:
-    """`KVCache.copy_blocks`, in place."""
-    return cache.copy_blocks(sources, targets)
 
 
 def doubled(first: int, last: int, factor: int) -> list[int]:

@@ -280,8 +280,9 @@ class LanguageModel:
         numbers = np.arange(batch, dtype=np.int32)
         running = np.ones(batch, bool)
         positions = lengths
+        how = {"greedy": temperature == 0, "nucleus": top_p < 1}
         for n in range(max_new_tokens):
-            ids = np.asarray(sample(logits, row_keys(seed, numbers, positions), temperature, top_p))
+            ids = np.asarray(sample(logits, row_keys(seed, numbers, positions), temperature, top_p, **how))
             ids = np.where(running, ids, -1).astype(np.int32)
             yield ids
             if not ignore_eos:

@@ -26,8 +26,16 @@ def row_keys(seeds: Array | int, rows: Array, positions: Array) -> Array:
     return jax.vmap(key)(jnp.broadcast_to(seeds, rows.shape), rows, positions)
 
 
-@jax.jit
-def sample(logits: Array, keys: Array, temperature: Array | float, top_p: Array | float) -> Array:
+@partial(jax.jit, static_argnames=("greedy", "nucleus"))
+def sample(
+    logits: Array,
+    keys: Array,
+    temperature: Array | float,
+    top_p: Array | float,
+    *,
+    greedy: bool = False,
+    nucleus: bool = True,
+) -> Array:
     """Draws one token a row.
 
     Args:
@@ -36,6 +44,9 @@ def sample(logits: Array, keys: Array, temperature: Array | float, top_p: Array 
       temperature: scalar or [B]. 0 means greedy: the largest logit, ties to the lowest id.
       top_p: scalar or [B] in (0, 1]. Only the nucleus is drawn from: the shortest run of tokens, by falling probability
         (ties by id), whose probability reaches `top_p`. 1 keeps every token.
+      greedy: the caller knows that every temperature is 0, and nothing has to be drawn.
+      nucleus: False if the caller knows that every `top_p` is 1, and no vocabulary has to be sorted, which costs more
+        than all the rest. (The device could see for itself, but the host would have to wait for what it saw.)
 
     Returns:
       int32 [B].
@@ -44,45 +55,34 @@ def sample(logits: Array, keys: Array, temperature: Array | float, top_p: Array 
     logits = logits.astype(jnp.float32)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (rows,))
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw() -> Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
-        allowed = lax.cond(jnp.any(top_p < 1), lambda: _nucleus(scaled, top_p), lambda: jnp.ones(logits.shape, bool))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        # argmax of log-probability plus Gumbel noise is a draw from the distribution (Gumbel-max trick).
-        return jnp.argmax(jnp.where(allowed, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
-
-    # Sorting a vocabulary costs more than the rest of sampling: not done when every row is greedy.
-    drawn = lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
-    return jnp.where(temperature > 0, drawn, greedy)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if greedy:
+        return likeliest
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    if nucleus:
+        scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    # argmax of log-probability plus Gumbel noise is a draw from the distribution (Gumbel-max trick).
+    drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, likeliest)
 
 
 @partial(jax.jit, static_argnames="count")
-def log_probabilities(logits: Array, tokens: Array, wanted: Array | bool, count: int) -> tuple[Array, Array, Array]:
+def log_probabilities(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
     """What the model thought of the drawn tokens, and of those it thought most likely; before temperature and top-p.
 
     Args:
       logits: [B, V].
       tokens: int32 [B], drawn.
-      wanted: bool; without it nothing is computed, and all is 0.
       count: of the likeliest.
 
     Returns:
       Log-probabilities float32 [B] of `tokens`; ids int32 [B, count] of the likeliest, ties to the lowest; and theirs,
       float32 [B, count].
     """
-    rows, count = logits.shape[0], min(count, logits.shape[1])
-
-    def compute() -> tuple[Array, Array, Array]:
-        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        values, ids = lax.top_k(every, count)
-        return jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
-
-    def nothing() -> tuple[Array, Array, Array]:
-        return jnp.zeros(rows), jnp.zeros((rows, count), jnp.int32), jnp.zeros((rows, count))
-
-    return lax.cond(wanted, compute, nothing)
+    every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    values, ids = lax.top_k(every, min(count, logits.shape[1]))
+    return jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
 
 
 def _nucleus(logits: Array, top_p: Array) -> Array:

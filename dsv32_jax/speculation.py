@@ -15,11 +15,8 @@ siblings share, and that of the last place of a shared block, as it depends on t
 a draft worse; they are never read by the model itself, and so never change a token.
 """
 
-import dataclasses
-import functools
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -29,21 +26,18 @@ from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.scheduler import Step
 
-__all__ = ["After", "after_of", "draft", "take"]
+__all__ = ["After", "draft", "set_after", "take"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "rows"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class After:
+class After(NamedTuple):
     """The token behind each token of a step, int32 [T]: its id, or the row that draws it; -1 for known ids."""
 
-    ids: Any
-    rows: Any
+    ids: Array
+    rows: Array
 
 
-def after_of(planned: Step, tokens: int) -> After:
-    """Of a plan, padded to so many tokens."""
-    ids, rows = np.zeros(tokens, np.int32), np.full(tokens, -1, np.int32)
+def set_after(planned: Step, ids: np.ndarray, rows: np.ndarray) -> None:
+    """Writes a plan's `After` into arrays int32 [T], which hold -1 for a row that draws."""
     begin = row = 0
     for part in planned.parts:
         known = part.sequence.tokens[part.start + 1 : part.stop + 1]
@@ -53,7 +47,6 @@ def after_of(planned: Step, tokens: int) -> After:
             rows[begin + place - 1 - part.start] = row + n
         begin += part.stop - part.start
         row += len(part.samples)
-    return After(jnp.asarray(ids), jnp.asarray(rows))
 
 
 def draft(

@@ -63,11 +63,17 @@ REQUEST = st.tuples(
 )
 
 
+def programs() -> list[int]:
+    """How many of each function were compiled because they were called."""
+    functions = (engine_module.engine_step, engine_module.draw, engine_module.log_probabilities)
+    return [function._cache_size() for function in (*functions, engine_module.copy_blocks)]
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
     found = []
-    programs = engine_module.engine_step._cache_size()
+    before = programs()
     for clock in range(2000):
         for text, length, new, temperature, seed, n, comes, leaves in requests:
             if clock == comes:
@@ -90,7 +96,7 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
                 "length" if len(completion.tokens) == params.max_new_tokens else "cancelled"
             )
     assert engine.pool.statistics().in_use == 0 and not engine._owner
-    assert engine_module.engine_step._cache_size() == programs
+    assert programs() == before
 
 
 def test_continuations_differ_and_are_the_same_in_any_company(engine):
@@ -171,12 +177,8 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 def test_the_step_updates_the_cache_in_place(engine):
     """No second cache: of the largest step, temporary memory is less than the cache."""
-    tokens, width = engine.shapes()[-1]
-    batch, feed, draws = engine._arrays(engine_module.Step([], [], []), tokens, width)
-    lowered = engine_module.engine_step.lower(
-        engine._leaves, engine._structure, batch, feed, engine._drawn, draws, cache=engine.cache, options=engine.options
-    )
-    sizes = lowered.compile().memory_analysis()
+    program, _ = engine._compiled(engine.shapes()[-1])
+    sizes = program.memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
     assert sizes.alias_size_in_bytes >= cache
     sources = targets = np.zeros(4, np.int32)

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from dsv32_jax import engine as engine_module
 from dsv32_jax.engine import Engine
 from dsv32_jax.loading import load
 from dsv32_jax.request import SamplingParams
 from experiments import held_out
+from tests.test_engine import programs
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_two_hundred_mixed_requests():
     lm, draw = load("demo"), random.Random(0)
     engine = Engine(lm, cache_tokens=2048, max_tokens=128, max_sequences=16)
     shapes = engine.warmup()
-    programs = engine_module.engine_step._cache_size()
+    before = programs()
     texts = [lm.tokenizer.encode(document["text"], bos=True) for document in held_out.documents()[:6]]
     requests, given_up = [], []
     while len(requests) < 200 or engine.busy:
@@ -43,5 +43,5 @@ def test_two_hundred_mixed_requests():
                 assert completion.text == lm.tokenizer.decode(completion.tokens)
     found = engine.summary()
     assert found["cache"]["in_use"] == 0 and found["cache"]["hit_rate"] > 0.2 and given_up
-    assert engine_module.engine_step._cache_size() == programs <= shapes
+    assert programs() == before and before[0] <= shapes
     print(found)

@@ -14,7 +14,7 @@ def keys(rows, seed=0, position=0):
 def draw(logits, count, temperature=1.0, top_p=1.0):
     """`count` draws from one row of logits."""
     rows = np.broadcast_to(np.asarray(logits, np.float32), (count, len(logits)))
-    return np.asarray(sample(rows, keys(count), temperature, top_p))
+    return np.asarray(sample(rows, keys(count), temperature, top_p, nucleus=top_p < 1))
 
 
 def nucleus(probabilities, top_p):
@@ -50,8 +50,9 @@ def test_nucleus_is_exact(top_p):
 def test_top_p_one_keeps_every_token():
     # In float32 the sum of these reaches 1 long before the last token.
     logits = np.concatenate([[20.0], np.zeros(5000)])
-    greatest = draw(logits, 20000, temperature=40.0, top_p=1.0).max()
-    assert greatest > 4900
+    rows = np.broadcast_to(logits.astype(np.float32), (1000, 5001))
+    greatest = [sample(rows, keys(1000), 40.0, 1.0, nucleus=nucleus).max() for nucleus in (True, False)]
+    assert greatest[0] == greatest[1] > 4900
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -69,6 +70,11 @@ def test_greedy_and_drawn_rows_mix():
     mixed = sample(logits, keys(3), np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.5, 1.0]))
     assert mixed[0] == logits[0].argmax() and mixed[2] == logits[2].argmax()
     assert mixed[1] == sample(logits, keys(3), 1.0, 0.5)[1]
+
+
+def test_greedy_may_be_told():
+    logits = np.random.default_rng(2).normal(size=(3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(sample(logits, keys(3), 0.0, 1.0, greedy=True), sample(logits, keys(3), 0.0, 1.0))
 
 
 def test_seed_row_and_position_each_change_the_draw():

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 
 from experiments.bench import moe_layer, roofline
 from experiments.bench import timer as timing
-from experiments.bench.cases import Case, compile_, made
+from experiments.bench.cases import compile_, made
 from experiments.bench.dispatch import routed
 from experiments.bench.peers import Peers
 from experiments.results import RESULTS, environment, write_json
@@ -34,12 +35,12 @@ def layer_of(tokens: int) -> MoELayer:
     return dataclasses.replace(shape, tokens=tokens)
 
 
-def traced(case: Case) -> list[dict[str, Any]]:
-    """The kernels of one call, in order: name, stream, start and duration in microseconds."""
-    jax.block_until_ready(case.run())
+def profiled(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The kernels of a second call, in order: name, stream, start and duration in microseconds."""
+    jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(case.run())
+            jax.block_until_ready(run())
         (file,) = Path(folder).rglob("*.xplane.pb")
         return kernels_of(jax.profiler.ProfileData.from_file(str(file)))
 
@@ -123,7 +124,7 @@ def main() -> None:
             case = build(shape, "mosaic_gpu")
             jax.block_until_ready(case.run())
             seconds = statistics.median(timing.seconds(timer, case.run))
-            kernels = traced(case)
+            kernels = profiled(case.run)
             row: dict[str, Any] = {"form": form, "tokens": case.tokens, "seconds": seconds}
             row["matrix_units_busy"] = sum(work / ceilings[kind] for kind, work in case.work.items()) / seconds
             row |= {**overlap(kernels), "kernels": kernels}

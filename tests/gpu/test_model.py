@@ -44,9 +44,9 @@ def generate(lm: LanguageModel, rows: list[list[int]], monkeypatch) -> tuple[np.
     """Greedy tokens [B, N] and the logits that each was taken from [B, N, V]."""
     seen = []
 
-    def sample(logits, *how):
+    def sample(logits, *arguments, **how):
         seen.append(np.asarray(logits))
-        return original(logits, *how)
+        return original(logits, *arguments, **how)
 
     original = language_model.sample
     with monkeypatch.context() as patch:
