@@ -11,7 +11,7 @@ from dsv32_jax.cache import FORMS
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.layers.rope import rope_angles
-from dsv32_jax.quant import Numerics
+from dsv32_jax.numerics import Numerics
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.paging import BLOCK_SIZE
 

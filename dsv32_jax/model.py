@@ -18,8 +18,8 @@ from dsv32_jax.layers.mlp import MLP
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.layers.mtp import MTP
 from dsv32_jax.layers.norm import add_rms_norm
+from dsv32_jax.numerics import float32_matmul
 from dsv32_jax.params import Init
-from dsv32_jax.quant import float32_matmul
 
 __all__ = [
     "Batch",

@@ -21,7 +21,7 @@ from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.loading import load
-from dsv32_jax.quant import float32_matmul
+from dsv32_jax.numerics import float32_matmul
 from experiments import held_out
 from experiments.reading import progress
 from experiments.results import RESULTS, environment, write_json

@@ -19,7 +19,8 @@ from dsv32_jax.layers.mtp import MTP
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.layers.rope import rope_angles
 from dsv32_jax.model import DecoderLayer, DeepseekV32
-from dsv32_jax.quant import Numerics, Weight, dense
+from dsv32_jax.numerics import Numerics
+from dsv32_jax.quant import Weight, dense
 from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.rowwise import rms_norm

@@ -12,7 +12,8 @@ from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, step
-from dsv32_jax.quant import Numerics, is_qtensor
+from dsv32_jax.numerics import Numerics
+from dsv32_jax.quant import is_qtensor
 from pallas_kernels import backend
 
 WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}

@@ -13,7 +13,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.layers.rope import rope_angles, yarn_frequencies
 from dsv32_jax.model import Options, StepContext, run_layer
-from dsv32_jax.quant import Numerics
+from dsv32_jax.numerics import Numerics
 from pallas_kernels.rowwise import hadamard, layer_norm, rms_norm, rope_half_split, rope_interleaved
 from tests import numpy_model
 from tests.harness import EXACT, Piece, as_sets, flat_batch, load_golden, numpy_golden, tables_of

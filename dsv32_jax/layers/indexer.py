@@ -4,8 +4,8 @@ import jax
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.numerics import Numerics, float32_matmul
 from dsv32_jax.params import Init
-from dsv32_jax.quant import Numerics, float32_matmul
 from pallas_kernels import rowwise
 from pallas_kernels.cache_write import index_keys
 from pallas_kernels.quantize import quantize

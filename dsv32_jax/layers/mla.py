@@ -8,8 +8,9 @@ from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.context import StepContext
 from dsv32_jax.layers.indexer import LAYER_NORM_EPS, Indexer
+from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init
-from dsv32_jax.quant import Numerics, dense
+from dsv32_jax.quant import dense
 from pallas_kernels import rowwise
 from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens

@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
+from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init
-from dsv32_jax.quant import Numerics
 
 
 class MLP(nnx.Module):

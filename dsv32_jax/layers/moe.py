@@ -6,8 +6,8 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.mlp import MLP
+from dsv32_jax.numerics import Numerics, float32_matmul
 from dsv32_jax.params import Init
-from dsv32_jax.quant import Numerics, float32_matmul
 from pallas_kernels import moe_dispatch
 
 

@@ -8,8 +8,8 @@ from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.context import StepContext
 from dsv32_jax.layers.norm import add_rms_norm
+from dsv32_jax.numerics import float32_matmul
 from dsv32_jax.params import Init
-from dsv32_jax.quant import float32_matmul
 from pallas_kernels.rowwise import rms_norm
 
 
