@@ -4,6 +4,7 @@
 room.
 """
 
+import functools
 import math
 
 import jax
@@ -54,12 +55,12 @@ def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
     return LanguageModel(replace_parameters(abstract, leaves), config)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, size: float) -> jax.Array:
     """Normal values; of stacked matrices one after another, since random numbers of all would need several times the
     room."""
 
-    @jax.jit
-    def matrices(keys: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda key: (size * jax.random.normal(key, shape[-2:], jnp.bfloat16)).astype(dtype), keys)
+    def matrix(key: jax.Array) -> jax.Array:
+        return (size * jax.random.normal(key, shape[-2:], jnp.bfloat16)).astype(dtype)
 
-    return matrices(jax.random.split(key, math.prod(shape[:-2]))).reshape(shape)
+    return jax.lax.map(matrix, jax.random.split(key, math.prod(shape[:-2]))).reshape(shape)

@@ -47,8 +47,8 @@ def test_experts_by_kernels_equal_the_reference(capfd):
     config = ModelConfig.tiny(hidden_size=512, moe_intermediate_size=512, num_hidden_layers=2)
     moe = DeepseekV32(config, nnx.Rngs(0)).layers[-1].ffn
     assert isinstance(moe, MoE) and is_qtensor(moe.experts.gate)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 512)), jnp.bfloat16)
-    valid = jnp.array([True, True, False, True, True])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 512)), jnp.bfloat16)
+    valid = jnp.array([True, True, False])
     by = {}
     for name in ("interpret", "reference"):
         numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend=name)

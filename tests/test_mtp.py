@@ -1,6 +1,6 @@
 """The multi-token-prediction layer against the float64 NumPy formulation."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from dsv32_jax.cache import KVCache
@@ -18,8 +18,12 @@ def test_mtp_forward():
     next_ids = rng.integers(0, config.vocab_size, tokens).astype(np.int32)
     batch = flat_batch([Piece(np.zeros(tokens, int))], tables_of(1, 1))
     cache = KVCache.create(config, 1, EXACT, layers=config.num_hidden_layers + 1)
-    ctx = StepContext(config, EXACT, batch)
-    logits, cache = model.mtp(jnp.asarray(hidden), jnp.asarray(next_ids), cache, ctx)
+
+    @jax.jit
+    def forward(hidden, next_ids, batch, cache):
+        return model.mtp(hidden, next_ids, cache, StepContext(config, EXACT, batch))
+
+    logits, cache = forward(hidden, next_ids, batch, cache)
 
     weights, last = reference.weights, config.num_hidden_layers
     prefix = f"model.layers.{last}."
