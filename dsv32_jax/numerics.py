@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax.observation import Observed, see, see_experts
 from dsv32_jax.quant import QTensor, Weight, dense, is_qtensor, scheme_of
 from pallas_kernels.grouped_matmul import (
     grouped_dense_matmul,
@@ -42,6 +43,9 @@ class Numerics:
 
     def matmul(self, x: jax.Array, weight: Weight) -> jax.Array:
         """x [M, K] times weight [N, K] transposed: [M, N] in x's dtype, accumulated in float32."""
+        if isinstance(weight, Observed):
+            see(weight, x)
+            weight = weight.weight
         if isinstance(weight, QTensor):
             parts, how = (weight.values, weight.scales), {"backend": self.backend}
             if weight.scheme == "int4":
@@ -79,6 +83,13 @@ class Numerics:
         if self.act_quant and all_fp8(gate, up, down):
             return self.fp8_experts(x, gate, up, down, plan, how)
         rows = gather_rows(x, plan, backend=self.backend)
+        if isinstance(gate, Observed) and isinstance(up, Observed) and isinstance(down, Observed):
+            where = (plan.row_token, plan.tile_expert)
+            see_experts(gate, rows, *where)
+            see_experts(up, rows, *where)
+            hidden: Any = grouped_swiglu(rows, gate.weight, up.weight, **how)
+            see_experts(down, hidden, *where)
+            return grouped_dense_matmul(hidden, down.weight, **how)
         if not any(map(is_qtensor, (gate, up, down))):
             return grouped_dense_matmul(grouped_swiglu(rows, gate, up, **how), down, **how)
         hidden = swiglu(self.grouped(rows, gate, how), self.grouped(rows, up, how))

@@ -1,0 +1,64 @@
+"""Statistics of what goes into each linear of a model, over a text."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.names import LAYER
+from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.model import Batch, DeepseekV32, Options
+from dsv32_jax.observation import Observed, Statistics, observing
+from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.quant import dense
+
+PLAIN = ("router", "head_weights", "norm", "bias")
+"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
+LINEARS = tuple(name for name in LAYER if not any(part in name for part in PLAIN))
+"""A layer's linears: what the released checkpoint has in FP8."""
+
+
+def is_linear(path: str) -> bool:
+    """Whether a parameter is one that schemes are for."""
+    return path.endswith(tuple(f".{name}" for name in LINEARS))
+
+
+def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:
+    """Statistics by the path of each linear that the model's own layers have; the MTP layer is not run.
+
+    The model runs unquantised in float32, without absorption, so that kv_b too has inputs.
+
+    Args:
+      lm: whose weights are dequantised for it; in memory, all at once.
+      windows: ids of one length; each is a text of its own.
+    """
+    parameters = {
+        path: Observed(dense(leaf, jnp.float32), path) if is_linear(path) and path.startswith("layers.") else leaf
+        for path, leaf in named_parameters(lm.model).items()
+    }
+    model = replace_parameters(lm.model, parameters)
+    exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
+    options = dataclasses.replace(lm.options, **exact)
+    total: dict[str, Statistics] = {}
+    for window in windows:
+        ids = np.asarray(window, np.int32)
+        places = np.arange(len(ids), dtype=np.int32)
+        table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
+        batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
+        cache = KVCache.create(lm.config, table.size, options)
+        total = _observed(model, batch, cache, total, options)
+    return total
+
+
+@partial(jax.jit, static_argnames="options", donate_argnames="total")
+def _observed(
+    model: DeepseekV32, batch: Batch, cache: KVCache, total: dict[str, Statistics], options: Options
+) -> dict[str, Statistics]:
+    """`total` and what one window adds to it."""
+    with observing() as found:
+        model.states(batch, cache, options)
+    return {path: one + total[path] if path in total else one for path, one in found.items()}
