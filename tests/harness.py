@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv32_jax import language_model
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model import Batch, DeepseekV32, Options
@@ -133,6 +135,19 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
             )
         )
     return results
+
+
+@contextlib.contextmanager
+def one_shape(tokens: int = 64, blocks: int = 4) -> Iterator[None]:
+    """Within it a `LanguageModel` reads every prompt in pieces of so many tokens, and each row owns so many blocks.
+
+    Two programs then serve all prompts that are generated from one by one, where each length would have its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "SMALLEST_CHUNK", tokens)
+        patch.setattr(language_model, "LARGEST_CHUNK", tokens)
+        patch.setattr(language_model.LanguageModel, "_block_tables", lambda _, rows, __: tables_of(rows, blocks))
+        yield
 
 
 def as_sets(rows: np.ndarray) -> list[set[int]]:

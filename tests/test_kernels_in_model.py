@@ -11,8 +11,9 @@ from flax import nnx
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.moe import MoE
-from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, step
+from dsv32_jax.model import Batch, Options, abstract_model, step
 from dsv32_jax.numerics import Numerics
+from dsv32_jax.params import Init
 from dsv32_jax.quant import is_qtensor
 from pallas_kernels import backend
 
@@ -44,15 +45,16 @@ def test_all_layers_share_each_kernel(tokens, sequences, monkeypatch):
 @pytest.mark.interpret
 def test_experts_by_kernels_equal_the_reference(capfd):
     """The whole layer: routing, plan, gather, the products of all experts and of the shared one, and the sum."""
-    config = ModelConfig.tiny(hidden_size=512, moe_intermediate_size=512, num_hidden_layers=2)
-    moe = DeepseekV32(config, nnx.Rngs(0)).layers[-1].ffn
-    assert isinstance(moe, MoE) and is_qtensor(moe.experts.gate)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 512)), jnp.bfloat16)
+    config = ModelConfig.tiny(hidden_size=512, moe_intermediate_size=512)
+    moe = jax.jit(lambda: MoE(config, Init(config, nnx.Rngs(0))))()
+    assert is_qtensor(moe.experts.gate)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, config.hidden_size)), jnp.bfloat16)
     valid = jnp.array([True, True, False])
     by = {}
     for name in ("interpret", "reference"):
         numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend=name)
-        by[name] = np.asarray(moe(x, valid, config, numerics), np.float32)
+        layer = jax.jit(lambda moe, x, numerics=numerics: moe(x, valid, config, numerics))
+        by[name] = np.asarray(layer(moe, x), np.float32)
     assert np.isfinite(by["reference"]).all() and by["reference"][2].any()  # the shared expert alone
     error = by["interpret"] - by["reference"]
     assert np.sqrt((error**2).mean()) <= 1e-2 * np.sqrt((by["reference"] ** 2).mean())

@@ -41,11 +41,9 @@ def random():
     return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
 
 
-def test_golden_tokens_and_logits():
-    """Of one checkpoint; test_cli has the tokens of the others."""
+def test_golden_logits():
+    """Of one checkpoint; test_golden has its tokens, and the others'."""
     m, oracle = golden("tiny128_fp8"), load_oracle("tiny128_fp8")
-    generated = m.generate(prompts(oracle), oracle.gen.shape[1], temperature=0.0, ignore_eos=True)
-    np.testing.assert_array_equal(generated.tokens, oracle.gen)
     ids = np.full(oracle.ids.shape, -1, np.int32)
     for row, prompt in zip(ids, prompts(oracle), strict=True):
         row[: len(prompt)] = prompt
@@ -57,7 +55,7 @@ def test_golden_tokens_and_logits():
 
 
 def test_rows_of_a_batch_are_as_alone(random):
-    rows = [[1, 2, 3], list(range(10, 50)), [7] * 20]
+    rows = [[1, 2, 3], list(range(10, 26)), [7] * 9]
     settings = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3, "ignore_eos": True}
     together = random.generate(rows, **settings).tokens
     assert together.shape == (3, 6)
@@ -65,7 +63,7 @@ def test_rows_of_a_batch_are_as_alone(random):
     greedy = random.generate(rows, 6, ignore_eos=True).tokens
     for row, tokens in zip(rows, greedy, strict=True):  # greedy does not depend on the row's number either
         np.testing.assert_array_equal(random.generate([row], 6, ignore_eos=True).tokens[0], tokens)
-    padded = np.full((3, 40), -1, np.int32)
+    padded = np.full((3, 16), -1, np.int32)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
     np.testing.assert_array_equal(random.generate(jnp.asarray(padded), **settings).tokens, together)
@@ -82,15 +80,15 @@ def test_seed_and_temperature(random):
 
 
 def test_a_row_ends_at_eos_and_the_others_go_on(random):
-    rows = [[1, 2, 3], [9, 8, 7, 6]]
+    rows = [[1, 2, 3], [9, 8, 7, 6], [5]]
     free = random.generate(rows, 10, ignore_eos=True).tokens
-    eos = next(int(token) for token in free[0][1:] if token not in free[1])
+    eos = next(int(token) for token in free[0][1:] if token not in free[1:])
     m = LanguageModel(random.model, dataclasses.replace(random.config, eos_token_id=eos), options=EXACT)
     stopped = m.generate(rows, 10)
     end = free[0].tolist().index(eos) + 1
     assert stopped.tokens[0].tolist() == free[0][:end].tolist() + [-1] * (10 - end)
-    np.testing.assert_array_equal(stopped.tokens[1], free[1])
-    assert stopped.finish_reasons == ["stop", "length"]
+    np.testing.assert_array_equal(stopped.tokens[1:], free[1:])
+    assert stopped.finish_reasons == ["stop", "length", "length"]
     np.testing.assert_array_equal(m.generate(rows, 10, ignore_eos=True).tokens, free)
     several = LanguageModel(random.model, random.config, options=EXACT, generation_config={"eos_token_id": [500, eos]})
     np.testing.assert_array_equal(several.generate(rows, 10).tokens, stopped.tokens)
@@ -116,7 +114,7 @@ def test_generation_continues_what_a_full_forward_says(random):
 
 def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     ids = np.random.default_rng(0).integers(0, 512, (2, 90)).astype(np.int32)
-    ids[1, 61:] = -1
+    ids[1, 85:] = -1
     whole, tokens = random.logits(ids), random.generate(ids, 5, ignore_eos=True).tokens
     monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
     np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
@@ -124,7 +122,7 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
 
 
 def test_an_earlier_row_leaves_nothing_behind(random):
-    rows = np.random.default_rng(1).integers(0, 512, (2, 40)).astype(np.int32)
+    rows = np.random.default_rng(1).integers(0, 512, (2, 30)).astype(np.int32)
     rows[1, 17:] = -1
     np.testing.assert_array_equal(random.logits(rows)[1, :17], random.logits(rows[1, :17])[0])
 

@@ -1,5 +1,7 @@
 """The model over whole sequences computes what the step computes, and selects as the ops do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,16 +37,22 @@ def logits(model, ids, run, **options):
     return np.asarray(states.astype(jnp.float32) @ model.head.astype(jnp.float32).T)
 
 
+@pytest.fixture(scope="module")
+def logits_of(model, ids):
+    """`logits` by selection, each computed once."""
+    return functools.cache(lambda selection: logits(model, ids, Run(selection)))
+
+
 @pytest.mark.parametrize(("attention", "selection"), [("sparse", "indexer"), ("dense", "dense")])
-def test_states_are_those_of_the_step(model, ids, attention, selection):
+def test_states_are_those_of_the_step(model, ids, logits_of, attention, selection):
     step = forward(model, ids.tolist(), Options(attention=attention))
-    ours = logits(model, ids, Run(selection))
+    ours = logits_of(selection)
     for row, result in enumerate(step):
         np.testing.assert_allclose(ours[row], result.logits, atol=1e-4 * result.logits.std(), rtol=0)
 
 
-def test_sparse_differs_from_dense_beyond_k(model, ids):
-    sparse, dense = logits(model, ids, Run("indexer")), logits(model, ids, Run("dense"))
+def test_sparse_differs_from_dense_beyond_k(model, logits_of):
+    sparse, dense = logits_of("indexer"), logits_of("dense")
     k = model.config.index_topk
     np.testing.assert_allclose(sparse[:, :k], dense[:, :k], atol=1e-5)
     assert np.abs(sparse[:, k:] - dense[:, k:]).max() > 1e-2
@@ -62,15 +70,18 @@ def test_official_fp8_arithmetic_is_that_of_the_step():
 
 def test_mtp_states_are_those_of_the_module(model, ids):
     row = ids[0]
-    states, _ = sequence_model.hidden_states(model, jnp.asarray(row[None, :-1]), Run("dense"))
-    ours, _ = sequence_model.mtp_states(
-        model.mtp, model.mtp.embed, model.config, states, jnp.asarray(row[None, 1:]), Run("dense")
-    )
-    tables = tables_of(1, 1)
+    states = jax.random.normal(jax.random.key(0), (len(row) - 1, model.config.hidden_size))
     options = Options(attention="dense")
-    batch = flat_batch([Piece(row[:-1])], tables)
-    cache = KVCache.create(model.config, 1, options, layers=model.config.num_hidden_layers + 1)
-    expected, _ = model.mtp(states[0], jnp.asarray(row[1:]), cache, StepContext(model.config, options, batch))
+    batch = flat_batch([Piece(row[:-1])], tables_of(1, 1))
+
+    @jax.jit
+    def both(model, states, following, batch):
+        config, run = model.config, Run("dense")
+        ours, _ = sequence_model.mtp_states(model.mtp, model.mtp.embed, config, states[None], following[None], run)
+        cache = KVCache.create(config, 1, options, layers=config.num_hidden_layers + 1)
+        return ours, model.mtp(states, following, cache, StepContext(config, options, batch))[0]
+
+    ours, expected = both(model, states, row[1:], batch)
     np.testing.assert_allclose(ours[0] @ model.mtp.head.astype(jnp.float32).T, expected, atol=1e-4)
 
 
@@ -106,10 +117,9 @@ def test_selections_keep_k_visible_positions(model):
             assert mask[..., 0].all() and mask[0, -1, 1 - config.index_topk :].all()
 
 
-def test_oracle_keeps_at_least_the_attention_mass_of_any_other(model, ids):
+def test_oracle_keeps_at_least_the_attention_mass_of_any_other(logits_of):
     """The loss in likelihood orders the selections the same way here: dense, oracle, then random."""
-    far = {name: np.abs(logits(model, ids, Run(name)) - logits(model, ids, Run("dense"))).mean() for name in
-           ("oracle", "random", "recent")}  # fmt: skip
+    far = {name: np.abs(logits_of(name) - logits_of("dense")).mean() for name in ("oracle", "random", "recent")}
     assert far["oracle"] < far["random"] and far["oracle"] < far["recent"]
 
 

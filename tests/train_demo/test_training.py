@@ -1,5 +1,6 @@
 """The stages train what they shall, resume exactly, and end in checkpoints that load."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from experiments.train_demo.sizes import SIZES, Stage
 from experiments.train_demo.stages import Training
 
 TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs share the programs of their stages: each run would compile the same ones again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "make_step", functools.cache(stages.make_step))
+        yield
 
 
 @pytest.fixture(scope="module")
