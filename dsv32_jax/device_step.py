@@ -7,6 +7,7 @@ step is one flat array, since a small transfer costs the host as much as a large
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -22,6 +23,9 @@ from dsv32_jax.speculation import After, draft
 __all__ = ["Drawing", "Drawn", "Draws", "Shape", "copy_blocks", "draft_step", "draw", "engine_step"]
 
 Flat = TypeVar("Flat", np.ndarray, Array)
+ALIGNED = 64
+"""Numbers: XLA gives a kernel a part of the flat array where it lies, and Mosaic takes none but at multiples of 256
+bytes."""
 
 
 class Shape(NamedTuple):
@@ -32,18 +36,8 @@ class Shape(NamedTuple):
     sequences: int
     rows: int
 
-    @property
-    def size(self) -> int:
-        """Numbers in the flat array."""
-        return 7 * self.tokens + self.sequences * self.width + 6 * self.rows
-
-    def parts(self, flat: Flat) -> dict[str, Flat]:
-        """Views of int32 [size] by name.
-
-        [T]: `ids`, `positions`, `slots`, `sequence` as in `Batch`; `feed`, the row of the step before that drew the
-        token, -1 for known ids; `after_ids` and `after_rows` as in `After`. [S, W]: `block_tables`. [R]: `logit_rows`
-        as in `Batch`; `seeds`, `numbers`, `places` as in `row_keys`; `temperature` and `top_p`, the bits of float32.
-        """
+    def layout(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Where each part of the flat array begins, and its shape."""
         names = [
             ((self.tokens,), ("ids", "positions", "slots", "sequence", "feed", "after_ids", "after_rows")),
             ((self.sequences, self.width), ("block_tables",)),
@@ -52,9 +46,26 @@ class Shape(NamedTuple):
         found, begin = {}, 0
         for shape, those in names:
             for name in those:
-                end = begin + int(np.prod(shape))
-                found[name] = flat[begin:end].reshape(shape)
-                begin = end
+                found[name] = begin, shape
+                begin += -(-math.prod(shape) // ALIGNED) * ALIGNED
+        return found
+
+    @property
+    def size(self) -> int:
+        """Numbers in the flat array."""
+        begin, shape = list(self.layout().values())[-1]
+        return begin + math.prod(shape)
+
+    def parts(self, flat: Flat) -> dict[str, Flat]:
+        """Views of int32 [size] by name.
+
+        [T]: `ids`, `positions`, `slots`, `sequence` as in `Batch`; `feed`, the row of the step before that drew the
+        token, -1 for known ids; `after_ids` and `after_rows` as in `After`. [S, W]: `block_tables`. [R]: `logit_rows`
+        as in `Batch`; `seeds`, `numbers`, `places` as in `row_keys`; `temperature` and `top_p`, the bits of float32.
+        """
+        found = {}
+        for name, (begin, shape) in self.layout().items():
+            found[name] = flat[begin : begin + math.prod(shape)].reshape(shape)
         return found
 
     def batch(self, flat: Array) -> Batch:

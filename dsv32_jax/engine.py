@@ -5,8 +5,8 @@ without the host having seen it. The host then reads what the earlier step drew.
 step late; what it computes in that step is dropped. An engine that speculates plans after the results instead; see
 `speculation`.
 
-Steps have few shapes: the tokens and the width of the block tables are powers of two, all else is fixed. `warmup`
-compiles all of them.
+Steps have few shapes: the tokens and the width of the block tables are a least number times powers of two or four, all
+else is fixed. `warmup` compiles all of them.
 """
 
 import itertools
@@ -38,12 +38,14 @@ from pallas_kernels.backend import KERNEL, resolve
 __all__ = ["Engine"]
 
 SMALLEST_STEP = 8
-"""Tokens that the smallest step is padded to."""
+"""Tokens that the smallest step is padded to; each larger one has twice as many."""
+LARGER_FOR_KERNELS = 4
+"""With kernels four times as many: a few hundred tokens take little longer than one, since weights are read for either,
+and each shape costs some ten seconds of compiling."""
 NARROWEST_TABLE = 4
 """Blocks of the narrowest block tables; each wider one is `WIDER` times as wide."""
 NARROWEST_FOR_KERNELS = 128
-"""The same with kernels: they stop at a token's position, where references compute on the whole width, and each width
-costs some ten seconds of compiling for each number of tokens."""
+"""The same with kernels: they stop at a token's position, where references compute on the whole width."""
 WIDER = 4
 
 
@@ -104,10 +106,10 @@ class Engine:
         self._leaves, self._structure = lm.flat_model()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
-        self._sizes = doubled(SMALLEST_STEP, max_tokens, 2)
         kernels = resolve(self.options.backend, "the engine", KERNEL) != "reference"
         narrowest = NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE
-        self._widths = doubled(min(narrowest, widest), widest, WIDER)
+        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if kernels else 2)
+        self._widths = multiplied(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
         self._row: dict[Sequence, int] = {}  # of a sequence's token in `_drawn`
@@ -377,7 +379,7 @@ def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int, l
     return BLOCK_SIZE * min(blocks, sequences * -(-lm.config.max_position_embeddings // BLOCK_SIZE))
 
 
-def doubled(first: int, last: int, factor: int) -> list[int]:
+def multiplied(first: int, last: int, factor: int) -> list[int]:
     """first, first * factor, ... up to the first that is not less than `last`, which then takes its place."""
     found = [first]
     while found[-1] < last:

@@ -5,6 +5,9 @@ with room for the longest, is decoded together until the longest has ended, and 
 same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
 both extremes, so that all its batches cost about the same, and one of them is measured. A step of the engine has room
 for six tokens for each that runs: prompts are four times as long as what follows them, so this is about what arrives.
+
+Both have cache for that many of the longest requests. The engine takes blocks for what is there instead, so that about
+twice as many fit: with --fill it runs once more with as many at a time.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
 from dsv32_jax.language_model import LanguageModel, _flat_step
 from dsv32_jax.loading import load
-from dsv32_jax.metrics import percentiles
+from dsv32_jax.metrics import Metrics, percentiles
 from dsv32_jax.model import Batch
 from dsv32_jax.request import SamplingParams
 from experiments.random_model import layers_that_fit, random_model
@@ -136,13 +139,16 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     }
 
 
-def compiled(lm: LanguageModel, batch: int, sizes: Sizes) -> None:
+def compiled(lm: LanguageModel, batch: int, sizes: Sizes, before: set[int]) -> None:
     """Every program of the baseline: all at once, as each takes most of a minute of one core at full width.
+
+    `before` holds the sizes of the prompts' pieces that are compiled, and takes those that are now.
 
     JAX finds what was compiled ahead again when the same shapes are called, as they are here, for other things to be
     made that a first call makes.
     """
-    pieces = [size for size in (512, 256, 128, 64, 32, 16) if size < 2 * sizes.prompt[1]]
+    pieces = [size for size in (512, 256, 128, 64, 32, 16) if size < 2 * sizes.prompt[1] and size not in before]
+    before.update(pieces)
     tables = lm._block_tables(batch, sizes.longest)
     cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
     decode = np.zeros(batch, np.int32)
@@ -156,7 +162,7 @@ def compiled(lm: LanguageModel, batch: int, sizes: Sizes) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, [*steps, (decode, tables, decode)]))
-    for size in pieces:
+    for size in pieces or [16]:
         length = min(size, sizes.prompt[1])
         rows = [[1] * length] + [[1]] * (batch - 1)
         for _ in itertools.islice(lm.stream(rows, sizes.longest - length, ignore_eos=True), 2 * batch):
@@ -179,31 +185,44 @@ def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, fl
 
 
 def measure(
-    lm: LanguageModel, row: dict[str, Any], rounds: int, sizes: Sizes, max_tokens: int, save: Callable[[str], None]
+    lm: LanguageModel, row: dict[str, Any], arguments: argparse.Namespace, before: set[int], save: Callable[[str], None]
 ) -> None:
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
-    vocabulary, concurrency = lm.config.vocab_size, row["concurrency"]
+    vocabulary, concurrency, sizes = lm.config.vocab_size, row["concurrency"], sizes_of(arguments)
     begun = time.monotonic()
-    compiled(lm, concurrency, sizes)
+    compiled(lm, concurrency, sizes, before)
     row["naive_compile_seconds"] = time.monotonic() - begun
     save("naive programs compiled")
     row["naive"] = naive(lm, workload(concurrency, concurrency, sizes, vocabulary, False))
     gc.collect()
     save("naive batch")
-    for name, shared in (("engine", False), ("engine_shared", True)):
-        work = workload(rounds * concurrency, concurrency, sizes, vocabulary, shared)
-        places = concurrency * (sizes.longest + BLOCK_SIZE)
-        engine = Engine(lm, cache_tokens=places, max_tokens=max_tokens, max_sequences=concurrency)
+    unshared, shared = (
+        workload(arguments.rounds * concurrency, concurrency, sizes, vocabulary, shares) for shares in (False, True)
+    )
+    runs = [(1, [("engine", unshared), ("engine_shared", shared)])]
+    if concurrency in arguments.fill:
+        runs.append((2, [("engine_filled", unshared)]))
+    for times, parts in runs:
+        sequences = times * concurrency
+        engine = Engine(
+            lm,
+            cache_tokens=concurrency * (sizes.longest + BLOCK_SIZE),
+            max_tokens=max(64, arguments.step_tokens * sequences),
+            max_sequences=sequences,
+        )
         begun = time.monotonic()
         shapes = engine.warmup()
-        row["warmup"] = {"shapes": shapes, "seconds": time.monotonic() - begun}
-        save(f"{shapes} shapes compiled")
-        row[name] = served(engine, work)
-        speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
-        for ratio, found in speeds.items():
-            row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
-        save(name)
-        if shared:
+        warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
+        save(f"{shapes} shapes of a step with {sequences} sequences compiled")
+        for name, work in parts:
+            engine.metrics = Metrics()
+            engine.pool.forget()
+            row[name] = {"warmup": warmup, **served(engine, work)}
+            speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
+            for ratio, found in speeds.items():
+                row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
+            save(name)
+        if times == 1:
             row["prefix"] = prefix_saving(engine, sizes, vocabulary)
         del engine
         gc.collect()
@@ -221,7 +240,12 @@ def line_of(row: dict[str, Any]) -> str:
         f"between tokens {between['p50'] * 1e3:.1f} ms, P99 {between['p99'] * 1e3:.1f} ms; cache "
         f"{engine['utilisation'] or 0:.1%} used, naive {base['utilisation']:.1%}; a prefix hit saves "
         f"{row['prefix']['saved']:.1%}"
-    )
+    ) + (f"; twice as many in the same cache {row['engine_filled']['ratio']:.2f}x" if "engine_filled" in row else "")
+
+
+def sizes_of(arguments: argparse.Namespace) -> Sizes:
+    """Of the requests."""
+    return Sizes(tuple(arguments.prompt), tuple(arguments.new))
 
 
 def main() -> None:
@@ -234,6 +258,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
     parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")
+    parser.add_argument("--fill", type=int, nargs="*", default=[32, 128], help="see above")
     parser.add_argument("--seconds", type=float, help="begin no further number of requests after this time")
     parser.add_argument("--out", type=Path, default=RESULT)
     run(parser.parse_args())
@@ -242,7 +267,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The measurement that the arguments ask for."""
     begun = time.monotonic()
-    sizes = Sizes(tuple(arguments.prompt), tuple(arguments.new))
+    sizes = sizes_of(arguments)
     if arguments.model:
         lm = load(arguments.model)
     else:
@@ -263,13 +288,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
 
     save(f"{content['model']}, {content['layers']} layers")
+    before: set[int] = set()
     for concurrency in arguments.concurrency:
         if arguments.seconds and time.monotonic() - begun > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
         row: dict[str, Any] = {"concurrency": concurrency}
         content["rows"].append(row)
-        measure(lm, row, arguments.rounds, sizes, max(64, arguments.step_tokens * concurrency), save)
+        measure(lm, row, arguments, before, save)
         print(line_of(row), flush=True)
 
 
