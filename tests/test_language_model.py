@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.tokenizer import Tokenizer
-from tests.harness import EXACT, golden_directory, load_golden, load_oracle
+from tests.harness import EXACT, golden_directory, load_golden, load_oracle, one_shape
 
 
 def golden(name):
@@ -28,17 +29,26 @@ def prompts(oracle):
     return [row[:length].tolist() for row, length in zip(oracle.ids, oracle.lengths, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """The golden tiny checkpoint: with a tokenizer, context 256."""
-    return golden("tiny")
+@pytest.fixture(scope="module", autouse=True)
+def programs_for_all_lengths():
+    """Prompts of all lengths here are one piece and share programs, those of one row and those of three."""
+    with one_shape(128):
+        yield
 
 
 @pytest.fixture(scope="module")
 def random():
     """Random weights large enough that tokens differ."""
     config = ModelConfig.tiny(initializer_range=0.3, quantization_config=None, num_nextn_predict_layers=0)
-    return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
+    return LanguageModel(jax.jit(lambda: DeepseekV32(config, nnx.Rngs(0)))(), config, options=EXACT)
+
+
+@pytest.fixture(scope="module")
+def spoken(random):
+    """The same with a tokenizer, that of the golden tiny checkpoint."""
+    tokenizer = Tokenizer(golden_directory("tiny") / "model")
+    assert tokenizer.vocab_size <= random.config.vocab_size
+    return LanguageModel(random.model, random.config, tokenizer, EXACT)
 
 
 def test_golden_logits():
@@ -94,11 +104,11 @@ def test_a_row_ends_at_eos_and_the_others_go_on(random):
     np.testing.assert_array_equal(several.generate(rows, 10).tokens, stopped.tokens)
 
 
-def test_stream_gives_what_generate_gives(tiny):
-    rows = ["The keeper", "灯塔 and the sea"]
-    whole = tiny.generate(rows, 8, ignore_eos=True)
-    tokens, texts = [[], []], ["", ""]
-    for piece in tiny.stream(rows, 8, ignore_eos=True):
+def test_stream_gives_what_generate_gives(spoken):
+    rows = ["The keeper", "灯塔 and the sea", "a"]
+    whole = spoken.generate(rows, 8, ignore_eos=True)
+    tokens, texts = [[], [], []], ["", "", ""]
+    for piece in spoken.stream(rows, 8, ignore_eos=True):
         tokens[piece.row].append(piece.token)
         texts[piece.row] += piece.text
     assert tokens == whole.tokens.tolist()
@@ -113,8 +123,9 @@ def test_generation_continues_what_a_full_forward_says(random):
 
 
 def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
-    ids = np.random.default_rng(0).integers(0, 512, (2, 90)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, 512, (3, 90)).astype(np.int32)
     ids[1, 85:] = -1
+    ids[2, 64:] = -1
     whole, tokens = random.logits(ids), random.generate(ids, 5, ignore_eos=True).tokens
     monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
     np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
@@ -152,12 +163,12 @@ def test_trace_is_of_the_same_forward(random):
     assert json.dumps(fidelity.compare(trace, trace)["kl"]) == "0.0"
 
 
-def test_forms_of_a_prompt(tiny):
-    ids = tiny.tokenizer.encode("The keeper", bos=True)
-    assert ids[0] == tiny.tokenizer.bos_id
-    expected = tiny.generate(ids, 3).tokens.tolist()
+def test_forms_of_a_prompt(spoken):
+    ids = spoken.tokenizer.encode("The keeper", bos=True)
+    assert ids[0] == spoken.tokenizer.bos_id
+    expected = spoken.generate(ids, 3).tokens.tolist()
     for form in ("The keeper", ["The keeper"], [ids], np.array(ids), np.array([ids], np.int32)):
-        assert tiny.generate(form, 3).tokens.tolist() == expected
+        assert spoken.generate(form, 3).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -199,9 +210,9 @@ def test_refused_settings(random, settings, message):
         random.generate([1, 2], **settings)
 
 
-def test_refused_text_and_single_tokens(tiny, random):
+def test_refused_text_and_single_tokens(spoken, random):
     with pytest.raises(UserError, match="prompt 0: empty"):
-        tiny.generate("")
+        spoken.generate("")
     with pytest.raises(UserError, match="row 0: 1 token"):
         random.score([3])
     with pytest.raises(UserError, match=r"out: float32 \[1, 2, 3\]; must be float32 \[1, 2, 512\]"):

@@ -1,10 +1,13 @@
 """Do the parity tests notice the mistakes that are easily made? Each bug is planted, and the named check must fail."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers import indexer, mla, moe
@@ -13,6 +16,7 @@ from pallas_kernels.indexer_logits import reference as indexer_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
 from pallas_kernels.quant_matmul import reference as matmul_reference
 from tests import test_golden
+from tests.harness import load_golden
 
 TINY, FP8 = "tiny", "tiny128_fp8"
 
@@ -154,9 +158,48 @@ BUGS: list[tuple[Callable, str, Callable]] = [
 ]
 
 
+DEPTH = {test_golden.check_topk: 1, test_golden.check_index_scores: 1}
+DEPTH |= {test_golden.check_experts: 3, test_golden.check_hidden: 3}
+"""How many of the four layers a check of `tiny` needs to see, the first or the first with experts: it compares them in
+order, so that a bug it finds in these it also finds in all. Logits need them all."""
+
+
+def first_layers(name: str, count: int):
+    model = jax.tree.map(lambda leaf: leaf, load_golden(name))  # another object, with the same arrays
+    dense = min(count, model.config.first_k_dense_replace)
+    model.config = model.config.replace(num_hidden_layers=count, first_k_dense_replace=dense)
+    model.layers = nnx.List(list(model.layers)[:count])
+    return model
+
+
+@functools.cache
+def broken(plant, name, depth):
+    """What is computed under a bug."""
+    with pytest.MonkeyPatch.context() as patch:
+        if depth is not None:
+            model = first_layers(name, depth)
+            patch.setattr(test_golden, "load_golden", lambda _: model)
+        plant(patch)
+        return test_golden.compute(name)
+
+
 @pytest.mark.parametrize(("plant", "name", "check"), BUGS, ids=lambda value: getattr(value, "__name__", value))
-def test_the_check_fails_under_the_bug_and_only_then(plant, name, check, monkeypatch):
+def test_the_check_fails_under_the_bug_and_only_then(plant, name, check):
     check(test_golden.computed(name), name)
-    plant(monkeypatch)
+    results = broken(plant, name, DEPTH.get(check))
     with pytest.raises(AssertionError):
-        check(test_golden.compute(name), name)
+        check(results, name)
+
+
+@pytest.mark.parametrize("depth", sorted(set(DEPTH.values())))
+def test_without_a_bug_the_first_layers_are_those_of_the_whole(depth):
+    found, whole = broken(lambda patch: None, TINY, depth), test_golden.computed(TINY)
+    for row, want in zip(found, whole, strict=True):
+        assert len(row.layers) == depth
+        for record, expected in zip(row.layers, want.layers[:depth], strict=True):
+            assert record.keys() == expected.keys()
+            for key, value in record.items():
+                if value.dtype == np.int32:
+                    np.testing.assert_array_equal(value, expected[key], err_msg=key)
+                else:
+                    np.testing.assert_allclose(value, expected[key], rtol=1e-4, atol=1e-4, err_msg=key)

@@ -1,6 +1,7 @@
 """Inputs, counts and references of the mixture-of-experts cases."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import dispatch, matmuls, moe_layer
-from experiments.bench.cases import keys
+from experiments.bench.cases import compiled, made
 from pallas_kernels.quant_matmul import dequantize_blocks, dequantize_int4, dequantize_int8
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.shapes import SHAPES, TINY, GroupedMatmul
@@ -25,13 +26,17 @@ def relative_error(found, expected):
 
 def test_rows_are_shared_evenly_by_the_experts_in_use():
     shape = GroupedMatmul(name="x", experts=5, used=3, rows=30, columns=64, depth=64)
-    plan = matmuls.plan_of(shape)
+    plan, used_tiles = jax.jit(lambda: (plan := matmuls.plan_of(shape), plan.used_tiles))()
     assert plan.tile == 8 and matmuls.written_rows(shape) == 3 * 16
-    assert int(plan.used_tiles) == 6
+    assert int(used_tiles) == 6
     experts = np.asarray(plan.tile_expert)[:6]
     assert len(set(experts.tolist())) == 3 and (experts[::2] == experts[1::2]).all()
-    assert int((plan.row_token >= 0).sum()) == 30 and int(plan.row_token[48:].max()) == -1
+    row_token = np.asarray(plan.row_token)
+    assert (row_token >= 0).sum() == 30 and row_token[48:].max() == -1
 
+
+product = functools.cache(lambda shape: matmuls.build(shape, "reference"))
+"""A case of `matmuls`, compiled once for all tests."""
 
 BITS = {"fp8_block": (8, 8), "bf16": (16, 16), "int8": (16, 8), "int4": (16, 4)}
 """Of an element of a row and of a weight."""
@@ -42,7 +47,7 @@ BITS = {"fp8_block": (8, 8), "bf16": (16, 16), "int8": (16, 8), "int4": (16, 4)}
 )
 def test_counts_are_those_of_the_peers(shape):
     """The peers' own file counts weights, rows and results, without scales."""
-    case = matmuls.build(shape, "reference")
+    case = product(shape)
     of_row, of_weight = BITS[shape.scheme]
     weights = shape.columns * shape.depth * getattr(shape, "used", 1)
     counted = (of_weight * weights + of_row * shape.tokens * shape.depth) // 8 + 2 * shape.tokens * shape.columns
@@ -53,15 +58,17 @@ def test_counts_are_those_of_the_peers(shape):
 
 @pytest.mark.parametrize("shape", TINY["grouped_matmul"], ids=lambda shape: shape.name)
 def test_grouped_products_are_those_of_each_expert(shape):
-    found = np.asarray(matmuls.build(shape, "reference").run(), np.float64)
-    plan = matmuls.plan_of(shape)
-    x, weights, *_ = matmuls.grouped_inputs(shape, keys(shape))
+    found = np.asarray(product(shape).run(), np.float64)
     exact = {"fp8_block": dequantize_blocks, "int8": dequantize_int8, "int4": dequantize_int4}
-    if shape.scheme == "fp8_block":
-        x = dequantize(*x)
-    if shape.scheme != "bf16":
-        weights = exact[shape.scheme](*weights)
-    expert = np.repeat(np.asarray(plan.tile_expert), plan.tile)
+
+    def dequantized(key):
+        x, weights, tile_expert, _ = matmuls.grouped_inputs(shape, key)
+        if shape.scheme == "fp8_block":
+            x = dequantize(*x)
+        return x, weights if shape.scheme == "bf16" else exact[shape.scheme](*weights), tile_expert
+
+    x, weights, tile_expert = made(dequantized)
+    expert = np.repeat(np.asarray(tile_expert), len(found) // len(tile_expert))
     x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
     for row in range(matmuls.written_rows(shape)):
         assert relative_error(found[row], weights[expert[row]] @ x[row]) < 0.02
@@ -97,34 +104,53 @@ def test_forms_of_quantisation():
         assert (powers == np.round(powers)).all() == (shape.form in ("ue8m0", "norm"))
 
 
+@pytest.fixture(scope="module")
+def layer_programs():
+    """Tests of one layer share its programs: those of its inputs, and of itself."""
+    moe_layer.layer_program.cache_clear()
+    yield {}
+    moe_layer.layer_program.cache_clear()
+
+
+@pytest.fixture
+def shared(layer_programs):
+    with compiled(layer_programs):
+        yield
+
+
+@pytest.mark.usefixtures("shared")
 def test_the_layer_computes_what_stands_beside_it():
     """With the same weights, up to the quantisation of rows."""
     shape = TINY["moe_layer"][0]
-    x, layer = moe_layer.layer_inputs(shape, keys(shape), True, shape.tokens)
-    ours = moe_layer.moe_layer(shape, x, layer, "reference")
+    ours, *others = (moe_layer.build(shape, "reference", form).run() for form in moe_layer.FORMS)
 
     def dense(weight):
         return dequantize_blocks(*weight).astype(jnp.bfloat16)
 
-    plain = layer._replace(
-        gate=dense(layer.gate).transpose(0, 2, 1),
-        up=dense(layer.up).transpose(0, 2, 1),
-        down=dense(layer.down).transpose(0, 2, 1),
-        shared_gate=dense(layer.shared_gate),
-        shared_up=dense(layer.shared_up),
-        shared_down=dense(layer.shared_down),
-    )
-    ragged, loop = (
-        moe_layer.in_bfloat16(dataclasses.replace(shape, beside=beside), x, plain) for beside in ("ragged_dot", "loop")
-    )
-    for form in moe_layer.FORMS:
-        same = jax.jit(moe_layer.moe_layer, static_argnums=(0, 3, 4))(shape, x, layer, "reference", form)
+    def beside(key):
+        x, layer = moe_layer.layer_inputs(shape, key, True, shape.tokens)  # the same as in a case
+        plain = layer._replace(
+            gate=dense(layer.gate).transpose(0, 2, 1),
+            up=dense(layer.up).transpose(0, 2, 1),
+            down=dense(layer.down).transpose(0, 2, 1),
+            shared_gate=dense(layer.shared_gate),
+            shared_up=dense(layer.shared_up),
+            shared_down=dense(layer.shared_down),
+        )
+        return [
+            moe_layer.in_bfloat16(dataclasses.replace(shape, beside=form), x, plain) for form in ("ragged_dot", "loop")
+        ]
+
+    ragged, loop = made(beside)
+    assert others
+    for same in others:
         assert relative_error(same, ours) < 1e-3
     assert relative_error(ragged, loop) < 0.01
     assert relative_error(ours, loop) < 0.06
-    assert 0.05 < float(jnp.std(ours.astype(jnp.float32))) < 20  # neither vanishes nor overflows
+    assert 0.05 < np.asarray(ours, np.float32).std() < 20  # neither vanishes nor overflows
 
 
+@pytest.mark.usefixtures("shared")
 def test_the_layer_s_bytes_count_the_experts_in_use():
     shape = named("moe_layer", "decode-1")
     one, nine = moe_layer.layer_bytes(shape, 1), moe_layer.layer_bytes(shape, 9)
@@ -132,22 +158,26 @@ def test_the_layer_s_bytes_count_the_experts_in_use():
     assert expert < (nine - one) / 8 < 1.001 * expert
     assert one < 2.1 * expert
     tiny = TINY["moe_layer"][0]
-    arguments = moe_layer.layer_inputs(tiny, keys(tiny), True, tiny.tokens)
-    logits = moe_layer.logits_of(arguments[0], arguments[1].router)
-    experts = moe_layer.routed(tiny, logits, arguments[1].bias, "reference")[0]
+
+    def inputs(key):
+        x, layer = moe_layer.layer_inputs(tiny, key, True, tiny.tokens)
+        return (x, layer), moe_layer.routed(tiny, moe_layer.logits_of(x, layer.router), layer.bias, "reference")[0]
+
+    arguments, experts = made(inputs)
     assert moe_layer.experts_used(tiny, *arguments) == len(set(np.asarray(experts).ravel().tolist()))
     assert moe_layer.build(tiny, "reference").bytes == moe_layer.layer_bytes(
         tiny, moe_layer.experts_used(tiny, *arguments)
     )
 
 
+@pytest.mark.usefixtures("shared")
 def test_layers_that_stand_beside_different_things_share_a_program(monkeypatch):
-    compiled = []
+    calls = []
     compile_ = moe_layer.compile_
-    monkeypatch.setattr(moe_layer, "compile_", lambda *x: compiled.append(1) or compile_(*x))
+    monkeypatch.setattr(moe_layer, "compile_", lambda *x: calls.append(1) or compile_(*x))
     moe_layer.layer_program.cache_clear()
     outputs = [moe_layer.build(shape, "reference").run() for shape in TINY["moe_layer"][:2]]
     moe_layer.layer_program.cache_clear()
-    assert len(compiled) == 1
+    assert len(calls) == 1
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in outputs))
     assert jax.tree.leaves(outputs)[0].dtype == jnp.bfloat16

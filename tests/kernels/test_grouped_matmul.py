@@ -1,5 +1,7 @@
 """Products of rows sorted by expert: the ops, and their kernels through them in the interpreter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from pallas_kernels.quantize import dequantize, quantize
 from tests.kernels.cases import many_rows_matmul as cases
 
 EXPERTS = [0, 2, 2]
+jitted_quantize = jax.jit(quantize)
 
 
 def arguments(tile: int, depth: int, fp8: bool):
@@ -27,11 +30,17 @@ def op(fp8: bool, **options):
     return lambda *arrays: grouped_dense_matmul(*arrays, **options)
 
 
+@functools.cache
+def interpreted(tile: int, depth: int, fp8: bool) -> np.ndarray:
+    """What the kernel gives for `arguments`; the interpreter takes seconds."""
+    return np.asarray(op(fp8, backend="interpret")(*arguments(tile, depth, fp8)))
+
+
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("tile", [8, 64])
 def test_reference(fp8, tile):
     x, *weights, experts = arguments(tile, 256, fp8)
-    rows, scales = (np.asarray(y) for y in quantize(x)) if fp8 else (np.asarray(x), None)
+    rows, scales = (np.asarray(y) for y in jitted_quantize(x)) if fp8 else (np.asarray(x), None)
     case = cases.Case(
         "grouped",
         rows,
@@ -41,20 +50,20 @@ def test_reference(fp8, tile):
         experts,
     )
     want = cases.expected(case)
-    got = np.asarray(op(fp8)(x, *weights, experts), np.float64)
+    got = np.asarray(jax.jit(op(fp8))(x, *weights, experts), np.float64)
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
     if fp8:
-        plain = grouped_quant_matmul(x, *weights, experts, quantize_input=False)
+        plain = jax.jit(functools.partial(grouped_quant_matmul, quantize_input=False))(x, *weights, experts)
         assert np.abs(np.asarray(plain, np.float64) - want).max() > 1e-3 * np.abs(want).max()
-        assert np.abs(np.asarray(dequantize(*quantize(x)) - x)).max() > 0
+        assert np.abs(np.asarray(jax.jit(lambda x: dequantize(*quantize(x)) - x)(x))).max() > 0
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(("fp8", "tile", "depth"), [(True, 8, 512), (True, 64, 128), (True, 128, 128), (False, 64, 64)])
 def test_kernel(fp8, tile, depth, capfd):
     arrays = arguments(tile, depth, fp8)
-    want = np.asarray(op(fp8, backend="reference")(*arrays), np.float64)
-    got = np.asarray(op(fp8, backend="interpret")(*arrays), np.float64)
+    want = np.asarray(jax.jit(op(fp8, backend="reference"))(*arrays), np.float64)
+    got = interpreted(tile, depth, fp8).astype(np.float64)
     np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-5 * np.abs(want).max())
     used = np.asarray(op(fp8, backend="interpret", used_tiles=jnp.int32(2))(*arrays), np.float64)
     np.testing.assert_array_equal(used[: 2 * tile], got[: 2 * tile])
@@ -66,18 +75,19 @@ def test_kernel(fp8, tile, depth, capfd):
 @pytest.mark.parametrize("by_group", [True, False])
 def test_rows_that_are_quantised_already(tile, depth, by_group, capfd):
     x, *others = arguments(tile, depth, True)
-    want = op(True, backend="reference")(x, *others)
-    rows, scales = quantize(x)
+    want = jax.jit(op(True, backend="reference"))(x, *others)
+    rows, scales = jitted_quantize(x)
     given = {"row_scales": scales.T if by_group else scales, "scales_by_group": by_group}
-    np.testing.assert_array_equal(op(True, backend="reference", **given)(rows, *others), want)
+    found = jax.jit(lambda *arrays: op(True, backend="reference", **given)(*arrays))(rows, *others)
+    np.testing.assert_array_equal(found, want)
     got = op(True, backend="interpret", **given)(rows, *others)
-    np.testing.assert_array_equal(got, op(True, backend="interpret")(x, *others))
+    np.testing.assert_array_equal(got, interpreted(tile, depth, True))
     assert got.dtype == jnp.bfloat16 and "RACE DETECTED" not in capfd.readouterr().out
 
 
 def test_row_scales_that_do_not_fit():
     x, *others = arguments(8, 512, True)
-    rows, scales = quantize(x)
+    rows, scales = jitted_quantize(x)
     with pytest.raises(ValueError, match=r"must be \(4, 24\)"):
         grouped_quant_matmul(rows, *others, quantize_input=True, row_scales=scales, scales_by_group=True)
     with pytest.raises(ValueError, match="come with row_scales"):

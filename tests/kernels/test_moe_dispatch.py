@@ -12,16 +12,21 @@ from pallas_kernels.moe_dispatch import combine, gather_rows, make_plan, route
 TOKENS, EXPERTS, GROUPS, KEPT, CHOSEN, FACTOR = 9, 16, 4, 2, 3, 2.5
 
 
-def routed(logits, bias):
-    experts, weights = route(
-        jnp.asarray(logits, jnp.float32),
-        jnp.asarray(bias, jnp.float32),
+@jax.jit
+def jitted_route(logits, bias):
+    return route(
+        logits,
+        bias,
         num_groups=GROUPS,
         groups_kept=KEPT,
         experts_per_token=CHOSEN,
         normalize=True,
         scaling_factor=FACTOR,
     )
+
+
+def routed(logits, bias):
+    experts, weights = jitted_route(np.asarray(logits, np.float32), np.asarray(bias, np.float32))
     return np.asarray(experts), np.asarray(weights)
 
 
@@ -71,6 +76,9 @@ def test_groups_are_ranked_by_their_two_best_not_by_the_best():
     assert set((experts // 4).ravel().tolist()) == {1, 2}
 
 
+jitted_plan = jax.jit(make_plan, static_argnums=(2, 3))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -82,7 +90,7 @@ def test_plan_sends_every_choice_to_its_expert_and_back(seed, tokens, tile, skew
     rng = np.random.default_rng(seed)
     experts = np.stack([rng.permutation(3 if skew else EXPERTS)[:CHOSEN] for _ in range(tokens)]).astype(np.int32)
     valid = rng.random(tokens) < 0.8
-    plan = make_plan(jnp.asarray(experts), jnp.asarray(valid), EXPERTS, tile)
+    plan = jitted_plan(experts, valid, EXPERTS, tile)
     row_token, token_row = np.asarray(plan.row_token), np.asarray(plan.token_row)
     row_expert = np.repeat(np.asarray(plan.tile_expert), plan.tile)
     assert (token_row[~valid] == -1).all()
@@ -99,14 +107,19 @@ def test_dispatched_products_equal_a_loop_over_experts():
     valid = np.arange(TOKENS) != 3
     kernels = rng.standard_normal((EXPERTS, 7, 5)).astype(np.float32)
     experts, weights = routed(rng.standard_normal((TOKENS, EXPERTS)), rng.standard_normal(EXPERTS))
-    plan = make_plan(jnp.asarray(experts), jnp.asarray(valid), EXPERTS)
-    products = grouped_matmul(
-        gather_rows(jnp.asarray(x), plan),
-        jnp.asarray(kernels),
-        plan.tile_expert,
-        lambda rows, w: jnp.matmul(rows, w.T, precision="highest"),
-    )
-    out = np.asarray(jax.jit(combine)(products, jnp.asarray(weights), plan))
+
+    @jax.jit
+    def dispatched(x, kernels, experts, valid, weights):
+        plan = make_plan(experts, valid, EXPERTS)
+        products = grouped_matmul(
+            gather_rows(x, plan),
+            kernels,
+            plan.tile_expert,
+            lambda rows, w: jnp.matmul(rows, w.T, precision="highest"),
+        )
+        return combine(products, weights, plan)
+
+    out = np.asarray(dispatched(x, kernels, experts, valid, weights))
     for t in np.nonzero(valid)[0]:
         expected = sum(w * kernels[e].astype(np.float64) @ x[t] for e, w in zip(experts[t], weights[t], strict=True))
         np.testing.assert_allclose(out[t], expected, rtol=2e-5, atol=2e-5)

@@ -1,8 +1,10 @@
 """The figures of the model card: what they count, on models small enough to know the answer."""
 
+import functools
 import json
 import lzma
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,7 +22,17 @@ from tests.harness import TEXT
 
 @pytest.fixture(scope="module")
 def model() -> DeepseekV32:
-    return DeepseekV32(ModelConfig.tiny(quantization_config=None, initializer_range=0.15), nnx.Rngs(3))
+    config = ModelConfig.tiny(quantization_config=None, initializer_range=0.15)
+    return jax.jit(lambda: DeepseekV32(config, nnx.Rngs(3)))()
+
+
+@pytest.fixture(scope="module")
+def scored(model):
+    """`scored(mode)`: random ids, and what the scorer says of them."""
+    ids = np.random.default_rng(0).integers(2, 512, (3, 60)).astype(np.int32)
+    return functools.cache(
+        lambda mode: (ids, *evaluate.scorer(model, mode, model.config.index_topk, "float32", False)(ids))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +41,21 @@ def texts(data) -> np.ndarray:
     return np.array([ids[:512], ids[:1] + ids[40:551]], np.int32)
 
 
-def test_score_is_that_of_the_language_model(model):
-    ids = np.random.default_rng(0).integers(2, 512, (3, 40)).astype(np.int32)
+def test_score_is_that_of_the_language_model(model, scored):
     for mode, attention in (("indexer", "sparse"), ("dense", "dense")):
+        ids, found, right = scored(mode)
         lm = LanguageModel(model, model.config, None, Options(attention=attention))
         expected = lm.score(ids).log_likelihoods
-        found, right = evaluate.scorer(model, mode, model.config.index_topk, "float32", False)(ids)
         np.testing.assert_allclose(found, expected, atol=1e-3)
         np.testing.assert_array_equal(right, lm.logits(ids)[:, :-1].argmax(-1) == ids[:, 1:])
 
 
-def test_planted_rope_changes_the_choice_and_is_gone_afterwards(model):
-    ids = np.random.default_rng(0).integers(2, 512, (1, 60)).astype(np.int32)
+def test_planted_rope_changes_the_choice_and_is_gone_afterwards(model, scored):
     k = model.config.index_topk
-    found = {
-        mode: evaluate.scorer(model, mode, k, "float32", False)(ids)[0][0]
-        for mode in ("indexer", "interleaved rope", "dense")
-    }
+    found = {mode: scored(mode)[1][0] for mode in ("indexer", "interleaved rope", "dense")}
     np.testing.assert_allclose(found["interleaved rope"][: k - 1], found["dense"][: k - 1], atol=1e-4)
     assert np.abs(found["interleaved rope"][k:] - found["indexer"][k:]).max() > 1e-3
-    again = evaluate.scorer(model, "indexer", k, "float32", False)(ids)[0][0]
+    again = evaluate.scorer(model, "indexer", k, "float32", False)(scored("indexer")[0])[0][0]
     np.testing.assert_array_equal(again, found["indexer"])
 
 

@@ -1,8 +1,10 @@
 """The stages train what they shall, resume exactly, and end in checkpoints that load."""
 
+import dataclasses
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,13 +16,36 @@ from experiments.train_demo.sizes import SIZES, Stage
 from experiments.train_demo.stages import Training
 
 TINY = SIZES["tiny"]
+SHARED = {"pretrain": {"batch": 2, "length": 128}, "chat": {"bias_speed": 0.001}}
+"""With these settings, those of the stages after and before them, the five stages have three different programs."""
+
+initial_params = functools.cache(training.initial_params)
+
+
+@functools.cache
+def make_step(config, stage, compute_dtype):
+    step = training.make_step(config, stage, compute_dtype)
+
+    def copied(params, state, *batch):
+        # Restored arrays, which are committed to a device, would compile the same program again. NumPy's are not.
+        return step(*jax.tree.map(np.array, (params, state)), *batch)
+
+    return copied
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs share the programs of their stages: each run would compile the same ones again."""
+    """Runs and stages share their programs: each run would compile the same ones again."""
+
+    def shared(config, stage, compute_dtype):
+        own = {"mtp_weight": stage.mtp_weight, "bias_speed": stage.bias_speed}
+        return make_step(config, Stage("", 0, 0, 0, stage.selection, stage.trains, 0.0, **own), compute_dtype)
+
+    stages_of_run = tuple(dataclasses.replace(stage, **SHARED.get(stage.name, {})) for stage in TINY.stages)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "make_step", functools.cache(stages.make_step))
+        patch.setitem(SIZES, "tiny", dataclasses.replace(TINY, stages=stages_of_run))
+        patch.setattr(stages, "make_step", shared)
+        patch.setattr(stages, "initial_params", initial_params)
         yield
 
 
@@ -65,7 +90,6 @@ def test_stages_change_what_they_train_and_nothing_else(whole):
 
 
 def test_interrupted_run_ends_in_the_same_numbers(whole, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "SAVE_SECONDS", 0.0)
     run = Training("tiny", tmp_path, data)
     saves = 0
 
@@ -77,8 +101,9 @@ def test_interrupted_run_ends_in_the_same_numbers(whole, data, tmp_path, monkeyp
             run.checkpoints.wait_until_finished()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "SAVE_SECONDS", 0.0)
+        patch.setattr(run, "save", save_and_stop)
         run.train(until="pretrain")
     again = Training("tiny", tmp_path, data)
     assert again.restore(again.checkpoints.latest_step())[:2] == (0, 7)
@@ -126,7 +151,7 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_stack_and_back():
-    params = training.initial_params(TINY.config.replace(quantization_config=None), 0)
+    params = initial_params(TINY.config.replace(quantization_config=None), 0)
     stacked = training.stack(params)
     assert stacked["attn.q_a"].shape == (3, 128, 128)
     assert stacked["ffn.experts.up"].shape == (2, 8, 128, 128)
