@@ -9,6 +9,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.loading import DEMO
 from dsv32_jax.memory import human
+from experiments.pages import table
 from experiments.results import RESULTS, read_result, write_json
 from experiments.train_demo.evaluate import MODES, NEEDLE_MODES
 
@@ -130,12 +131,6 @@ def device_of(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     environment = result["environment"]
     return environment["device"] + " CPU" * (environment["platform"] == "cpu")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def architecture(config: ModelConfig) -> str:

@@ -1,0 +1,103 @@
+"""The table of docs/serving.md from `experiments/results/serving_*.json`: `python -m experiments.serving_report`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.pages import between, table
+from experiments.results import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
+RUNS = {
+    "engine": "engine",
+    "engine_shared": "engine, shared prefixes",
+    "engine_filled": "engine, twice as many in the same cache",
+}
+
+
+def rows_of(row: dict[str, Any]) -> list[list[str]]:
+    """Of one number of requests at a time: the static batch, then what the engine did."""
+    base = row["naive"]
+    between_tokens = base["between_tokens_seconds"]
+    found = [
+        [
+            str(row["concurrency"]),
+            "static batches",
+            f"{base['requests_per_second']:.3f}",
+            "",
+            "",
+            f"{between_tokens['p50'] * 1e3:.1f} ms",
+            f"{between_tokens['p99'] * 1e3:.1f} ms",
+            f"{base['utilisation']:.1%}",
+            "",
+        ]
+    ]
+    for key, name in RUNS.items():
+        if key not in row:
+            continue
+        run = row[key]
+        between_tokens = run["summary"]["between_tokens_seconds"]
+        found.append(
+            [
+                str(row["concurrency"]),
+                name,
+                f"{run['requests_per_second']:.3f}",
+                f"{run['ratio']:.2f}x",
+                f"{run['steady_ratio']:.2f}x",
+                f"{between_tokens['p50'] * 1e3:.1f} ms",
+                f"{between_tokens['p99'] * 1e3:.1f} ms",
+                f"{run['utilisation']:.1%}" if run["utilisation"] else "",
+                f"{run['lost']} of {run['requests']}",
+            ]
+        )
+    return found
+
+
+def tables(results: Path = RESULTS) -> str:
+    """All results, in the order of their requests at a time."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("serving_*.json"))]
+    contents = sorted(contents, key=lambda content: content["rows"][0]["concurrency"])
+    said = {
+        f"{one['device']}, JAX {one['versions']['jax']}, {one['date']}; {one['model']}, {one['layers']} layers; "
+        f"prompts of {one['sizes']['prompt'][0]} to {one['sizes']['prompt'][1]} tokens, {one['sizes']['new'][0]} to "
+        f"{one['sizes']['new'][1]} new ones; {one['step_tokens']} tokens a step for each that runs."
+        for one in contents
+    }
+    head = [
+        "at a time",
+        "way",
+        "requests/s",
+        "ratio",
+        "while requests wait",
+        "between tokens",
+        "P99",
+        "cache used",
+        "lost",
+    ]
+    rows = [line for one in contents for row in one["rows"] for line in rows_of(row)]
+    saved = [
+        f"at {row['concurrency']} {row['prefix']['saved']:.1%}"
+        for one in contents
+        for row in one["rows"]
+        if "prefix" in row
+    ]
+    prefix = f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}."
+    ideal = [f"at {row['concurrency']} {without_idle_rows(row):.2f}x" for one in contents for row in one["rows"]]
+    bound = f"Static batches whose idle rows took no time would have these ratios: {', '.join(ideal)}."
+    return "\n\n".join([*sorted(said), table(head, rows), prefix, bound])
+
+
+def without_idle_rows(row: dict[str, Any]) -> float:
+    """How many times as fast static batches would be if a step, at its own time, always had a token for each row."""
+    base = row["naive"]
+    steps = base["generated_tokens_per_second"] * base["seconds"] / row["concurrency"]
+    return base["seconds"] / (base["first_token_seconds"] + steps * base["between_tokens_seconds"]["p50"])
+
+
+def main() -> None:
+    """The command."""
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "serving", tables()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
