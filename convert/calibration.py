@@ -8,23 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.names import LAYER
+from convert.names import is_linear
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import Batch, DeepseekV32, Options
 from dsv32_jax.observation import Observed, Statistics, observing
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import dense
-
-PLAIN = ("router", "head_weights", "norm", "bias")
-"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
-LINEARS = tuple(name for name in LAYER if not any(part in name for part in PLAIN))
-"""A layer's linears: what the released checkpoint has in FP8."""
-
-
-def is_linear(path: str) -> bool:
-    """Whether a parameter is one that schemes are for."""
-    return path.endswith(tuple(f".{name}" for name in LINEARS))
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:
@@ -62,3 +53,18 @@ def _observed(
     with observing() as found:
         model.states(batch, cache, options)
     return {path: one + total[path] if path in total else one for path, one in found.items()}
+
+
+def windows_of(lm: LanguageModel, text: str, length: int = 1024, most: int = 32) -> list[list[int]]:
+    """A text as ids for `calibrate`: whole windows of `length` tokens from its beginning, or one of all that it has.
+
+    Raises:
+      UserError: the text is empty, or the checkpoint has no tokenizer.
+    """
+    if lm.tokenizer is None:
+        raise UserError("calibration: the checkpoint has no tokenizer.json, which a text needs")
+    ids = lm.tokenizer.encode(text, bos=True)
+    length = min(length, lm.config.max_position_embeddings, len(ids))
+    if length < 2:
+        raise UserError("calibration: the text is empty")
+    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)][:most]

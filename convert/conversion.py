@@ -1,10 +1,11 @@
 """Checkpoints from one layout to the other, streamed layer by layer, resumable."""
 
+import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ def load_orbax(
     return replace_parameters(abstract_model(config), parameters)
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What becomes of a checkpoint on its way to another.
+
+    Attributes:
+      config: of the new one.
+      leaf: a parameter, by path and as it is read -> as it is written.
+      stored: the same of abstract parameters.
+      identity: JSON-able; an interrupted run goes on only where it is the same.
+    """
+
+    config: ModelConfig
+    leaf: Callable[[str, Any], Any]
+    stored: Callable[[str, Any], Any]
+    identity: dict[str, Any]
+
+
 def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], to: str = "orbax", dtype: str | None = None
 ) -> None:
@@ -101,36 +119,53 @@ def convert(
       source: a checkpoint directory.
       target: must not exist.
       to: "orbax" or "hf".
-      dtype: None keeps every value and type; "bf16" dequantises FP8 and makes all but the router's bias and the
-        indexer's key norm bfloat16.
+      dtype: None keeps every value and type; "bf16" dequantises and makes all but the router's bias and the indexer's
+        key norm bfloat16.
 
     Raises:
       UserError: bad arguments, a bad source, or a target that cannot be written.
     """
+    if dtype not in (None, "bf16", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: must be bf16 (or left out, to keep every type)")
+    rewrite(source, target, to, (lambda config: None) if dtype is None else to_bfloat16)
+
+
+def rewrite(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    change_of: Callable[[ModelConfig], Change | None],
+) -> None:
+    """`convert` with any change, made from the source's config; None: every value and file stays."""
     source, target = Path(source), Path(target)
     if to not in ("orbax", "hf"):
         raise UserError(f"--to {to}: must be orbax or hf")
-    if dtype not in (None, "bf16", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: must be bf16 (or left out, to keep every type)")
     if not source.is_dir():
         raise UserError(f"{source}: no such directory")
     kind = checkpoint_kind(source)
     config = ModelConfig.from_hf(source)
+    change = change_of(config)
     reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
     paths = list(named_parameters(abstract_model(config)))
-    leaves = {path: stored(reader, path, dtype) for path in paths}
-    new_config = config.replace(quantization_config=None) if dtype else config
-    with unfinished(target, identity(source, to, dtype)) as (work, done, finish_group):
+    leaves = {path: reader.describe(path) for path in paths}
+    new_config, asked = config, None
+    if change is not None:
+        leaves = {path: change.stored(path, leaf) for path, leaf in leaves.items()}
+        new_config, asked = change.config, change.identity
+    with unfinished(target, identity(source, to, asked)) as (work, done, finish_group):
         shards = shards_or_plan(reader.shards, new_config, leaves)
         writer: Any = (OrbaxWriter if to == "orbax" else HFWriter)(
-            *((work, leaves) if to == "orbax" else (work, new_config)), shards, None if dtype else reader.index_metadata
+            *((work, leaves) if to == "orbax" else (work, new_config)),
+            shards,
+            reader.index_metadata if change is None else None,
         )
         with progress_bar(f"converting {source.name}", sum(map(nbytes, leaves.values()))) as advance:
             for group, members in groups_of(paths).items():
                 size = sum(nbytes(leaves[path]) for path in members)
                 if group not in done:
                     whole = {} if kind == "hf" else reader.read_group(group)
-                    parameters = ((path, recast(whole.pop(path, None), reader, path, dtype)) for path in members)
+                    read = ((path, whole.pop(path) if path in whole else reader.read(path)) for path in members)
+                    parameters = ((path, leaf if change is None else change.leaf(path, leaf)) for path, leaf in read)
                     if to == "orbax":
                         writer.write_group(group, dict(parameters))
                     else:
@@ -138,7 +173,7 @@ def convert(
                             writer.write(path, leaf)
                     finish_group(group)
                 advance(size)
-        copy_files(source, work, new_config if dtype else None)
+        copy_files(source, work, None if change is None else new_config)
 
 
 def export_model(
@@ -169,26 +204,31 @@ def export_model(
         write_config(work, model.config)
 
 
-def recast(leaf: Any, reader: Any, path: str, dtype: str | None) -> Any:
-    """A parameter as it shall be written: given, or read now; changed to bfloat16 if asked."""
-    leaf = reader.read(path) if leaf is None else leaf
-    if dtype is None or path.endswith(KEPT_FLOAT32):
-        return leaf
-    if not isinstance(leaf, QTensor):
-        return np.asarray(leaf).astype(ml_dtypes.bfloat16)
-    out = np.empty(leaf.shape, ml_dtypes.bfloat16)
-    # One expert at a time: float32 in between takes four times the room.
-    for at in np.ndindex(leaf.shape[:-2]):
-        out[at] = QTensor(jnp.asarray(leaf.values[at]), jnp.asarray(leaf.scales[at])).dequantize(jnp.bfloat16)
-    return out
+def to_bfloat16(config: ModelConfig) -> Change:
+    """Everything in bfloat16 but `KEPT_FLOAT32`."""
+
+    def leaf(path: str, value: Any) -> Any:
+        if path.endswith(KEPT_FLOAT32):
+            return value
+        if not isinstance(value, QTensor):
+            return np.asarray(value).astype(ml_dtypes.bfloat16)
+        out = np.empty(value.shape, ml_dtypes.bfloat16)
+        for at in np.ndindex(value.shape[:-2]):
+            out[at] = matrix(value, at).dequantize(jnp.bfloat16)
+        return out
+
+    def stored(path: str, value: Any) -> Any:
+        return value if path.endswith(KEPT_FLOAT32) else jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
+
+    return Change(config.replace(quantization_config=None), leaf, stored, {"dtype": "bf16"})
 
 
-def stored(reader: Any, path: str, dtype: str | None) -> Any:
-    """What `recast` will give, as an abstract parameter."""
-    leaf = reader.describe(path)
-    if dtype is None or path.endswith(KEPT_FLOAT32):
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+def matrix(leaf: Any, at: tuple[int, ...]) -> Any:
+    """One matrix of a stacked weight, quantised or not.
+
+    One expert at a time: in float32 all of them take four times the room.
+    """
+    return jax.tree.map(lambda array: jnp.asarray(array[at]), leaf)
 
 
 def nbytes(leaf: Any) -> int:
@@ -201,12 +241,12 @@ def total_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def identity(source: Path, to: str, dtype: str | None) -> dict[str, Any]:
+def identity(source: Path, to: str, change: dict[str, Any] | None) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to go on: the source's files, and what is asked for."""
     # Not all that is below the source: the target may be there, and it changes.
     files = sorted(path for path in (*source.glob("*"), *(source / PARAMS).rglob("*")) if path.is_file())
     state = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return {"source": str(source.resolve()), "files": state, "to": to, "dtype": dtype}
+    return {"source": str(source.resolve()), "files": state, "to": to, "change": change}
 
 
 def refuse_unfinished(directory: Path) -> None:

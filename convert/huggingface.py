@@ -10,16 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.names import SCALE_SUFFIX, TensorSpec, hf_name, hf_tensors
+from convert.names import hf_name
+from convert.stored import OFFICIAL, TensorSpec, decode, encode, hf_tensors, stored_parameters, suffixes
 from convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor
+from dsv32_jax.quantization_config import CompressedTensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 FLOATS = ("F32", "BF16", "F16")
+SCALE_SUFFIX = OFFICIAL["scales"]
 LISTED = 20
 """How many problems of a checkpoint one error names."""
 
@@ -38,6 +41,7 @@ class HFReader:
     def __init__(self, directory: Path, config: ModelConfig):
         """Raises UserError: a missing, truncated or corrupt shard, or everything that does not fit the config."""
         self.directory, self.config = directory, config
+        self.stored = stored_parameters(config)
         self.index_metadata: dict[str, Any] | None = None
         self.shards: dict[str, Shard] = {}
         self.entries: dict[str, tuple[Path, Entry]] = {}
@@ -81,7 +85,7 @@ class HFReader:
         for name, spec in specs.items():
             if name not in self.entries:
                 weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
-                if spec.part != "scales":
+                if spec.part != "scales" or not self.official:
                     yield f"missing {name}"
                 elif weight is not None and weight[1].dtype == "F8_E4M3":
                     yield f"missing {name}, the scale of an F8_E4M3 weight"
@@ -89,14 +93,14 @@ class HFReader:
             entry = self.entries[name][1]
             if entry.shape != spec.shape:
                 yield f"{name} has shape {list(entry.shape)}, expected {list(spec.shape)}"
-            allowed = {"scales": ("F32",), "values": (*FLOATS, "F8_E4M3"), "array": FLOATS}[spec.part]
+            allowed = self.allowed(spec)
             if entry.dtype not in allowed:
                 hint = " (config.json has no quantization_config)" if self.config.quantization_config is None else ""
-                yield f"{name} is {entry.dtype}, expected {' or '.join(allowed)}{hint * (entry.dtype == 'F8_E4M3')}"
+                yield f"{name} is {entry.dtype}, expected {' or '.join(allowed)}{hint * (entry.dtype not in FLOATS)}"
         for name in self.entries:
             if name not in specs:
                 yield f"unexpected {name}"
-            elif specs[name].part == "scales":
+            elif specs[name].part == "scales" and self.official:
                 weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
                 if weight is not None and weight[1].dtype != "F8_E4M3":
                     yield f"unexpected {name}: its weight is {weight[1].dtype}, not F8_E4M3"
@@ -104,11 +108,25 @@ class HFReader:
             if len(dtypes) > 1:
                 yield f"{hf_name(path, self.config)} has mixed dtypes {', '.join(sorted(dtypes))}"
 
+    @property
+    def official(self) -> bool:
+        """The released form, in which a weight may be plain instead."""
+        return not isinstance(self.config.quantization_config, CompressedTensors)
+
+    def allowed(self, spec: TensorSpec) -> tuple[str, ...]:
+        """The types that a tensor may have."""
+        if spec.part == "array":
+            return FLOATS
+        if self.official:
+            return {"scales": ("F32",), "values": (*FLOATS, "F8_E4M3")}[spec.part]
+        exact = NAMES[spec.dtype]
+        return FLOATS if spec.part == "scales" and exact == "F32" else (exact,)
+
     def dtypes_of_stacks(self, specs: dict[str, TensorSpec]) -> dict[str, set[str]]:
         """The dtypes of each stacked parameter's tensors."""
         found: dict[str, set[str]] = {}
         for name, spec in specs.items():
-            if spec.expert is not None and spec.part != "scales" and name in self.entries:
+            if spec.expert is not None and spec.part in ("array", "values") and name in self.entries:
                 found.setdefault(spec.path, set()).add(self.entries[name][1].dtype)
         return found
 
@@ -116,6 +134,14 @@ class HFReader:
         """One parameter, stacked experts as one array, in the dtype of the file."""
         name = hf_name(path, self.config)
         experts = range(self.config.n_routed_experts) if "{expert}" in name else None
+        leaf = self.stored[path]
+        if isinstance(leaf, QTensor) and not self.official:
+            parts = suffixes(leaf, self.config)
+            read = [
+                decode(leaf.scheme, {part: self.stack(one + suffix, None) for part, suffix in parts.items()})
+                for one in ([name] if experts is None else [name.format(expert=expert) for expert in experts])
+            ]
+            return read[0] if experts is None else jax.tree.map(lambda *slices: np.stack(slices), *read)
         first = name.format(expert=0)
         values = self.stack(name, experts)
         if self.entries[first][1].dtype != "F8_E4M3":
@@ -124,6 +150,8 @@ class HFReader:
 
     def describe(self, path: str) -> Any:
         """One parameter as it is in the files, abstract: `jax.ShapeDtypeStruct` or a QTensor of two."""
+        if isinstance(self.stored[path], QTensor) and not self.official:
+            return self.stored[path]
         name = hf_name(path, self.config)
         lead = (self.config.n_routed_experts,) if "{expert}" in name else ()
         parts = []
@@ -167,13 +195,11 @@ class HFWriter:
     def write(self, path: str, leaf: Any) -> None:
         """One parameter into its tensors."""
         name = hf_name(path, self.config)
-        parts = {"": leaf.values, SCALE_SUFFIX: leaf.scales} if isinstance(leaf, QTensor) else {"": leaf}
-        for suffix, array in parts.items():
-            array = np.asarray(array)
-            slices = enumerate(array) if "{expert}" in name else [(None, array)]
-            for expert, one in slices:
+        for expert in range(leaf.shape[0]) if "{expert}" in name else (None,):
+            one = leaf if expert is None else jax.tree.map(lambda x, at=expert: x[at], leaf)
+            for suffix, array in encode(one, self.config).items():
                 own = name.format(expert=expert) + suffix
-                self.writers[self.file_of[own]].write(own, one)
+                self.writers[self.file_of[own]].write(own, array)
 
 
 def plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int = SHARD_BYTES) -> dict[str, Shard]:
@@ -184,8 +210,7 @@ def plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int = SHARD_
         leaf = leaves[spec.path]
         if spec.part == "scales" and not isinstance(leaf, QTensor):
             continue
-        array = (leaf.scales if spec.part == "scales" else leaf.values) if isinstance(leaf, QTensor) else leaf
-        dtype = NAMES[np.dtype(array.dtype).name]
+        dtype = NAMES[spec.dtype if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name]
         count = math.prod(spec.shape) * DTYPES[dtype].itemsize
         if size + count > limit and files[-1]:
             files.append({})

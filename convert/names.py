@@ -1,12 +1,6 @@
 """Hugging Face tensor names: the one table from the checkpoint's names to this model's parameters."""
 
-import dataclasses
-from typing import Any
-
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
 
 MODEL = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 
@@ -47,27 +41,15 @@ LAYER = {
     "ffn.experts.down": "mlp.experts.{expert}.down_proj.weight",
 }
 
-SCALE_SUFFIX = "_scale_inv"
-"""A quantised weight's scales have its own name and this; despite the name they are multipliers."""
+PLAIN = ("router", "head_weights", "norm", "bias")
+"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
+LINEARS = tuple(f".{name}" for name in LAYER if not any(part in name for part in PLAIN))
+"""How the paths of linears end: what the released checkpoint has in FP8."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """What one tensor of the checkpoint is.
-
-    Attributes:
-      path: of the parameter that it belongs to.
-      part: "array", or "values" or "scales" of a QTensor.
-      expert: which slice of a stacked parameter, or None.
-      shape: of the tensor in the file.
-      dtype: in the released checkpoint, as NumPy names it; other float types are accepted (see `convert.huggingface`).
-    """
-
-    path: str
-    part: str
-    expert: int | None
-    shape: tuple[int, ...]
-    dtype: str
+def is_linear(path: str) -> bool:
+    """Whether a parameter is one that schemes are for."""
+    return path.endswith(LINEARS)
 
 
 def hf_name(path: str, config: ModelConfig) -> str:
@@ -80,26 +62,6 @@ def hf_name(path: str, config: ModelConfig) -> str:
         return f"model.layers.{layer}.{LAYER[rest]}"
     prefix = f"model.layers.{config.num_hidden_layers}."
     return prefix + (LAYER[rest.removeprefix("layer.")] if rest.startswith("layer.") else MTP[rest])
-
-
-def hf_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint with this config by its HF name, in the order of the model's parameters.
-
-    92,425 tensors for the 671B model.
-    """
-    specs = {}
-    for path, leaf in named_parameters(abstract_model(config)).items():
-        name = hf_name(path, config)
-        parts: dict[str, Any] = (
-            {"values": leaf.values, "scales": leaf.scales} if isinstance(leaf, QTensor) else {"array": leaf}
-        )
-        stacked = "{expert}" in name
-        for expert in range(leaf.shape[0]) if stacked else (None,):
-            for part, array in parts.items():
-                own = name.format(expert=expert) + (SCALE_SUFFIX if part == "scales" else "")
-                shape = array.shape[1:] if stacked else array.shape
-                specs[own] = TensorSpec(path, part, expert, tuple(shape), array.dtype.name)
-    return specs
 
 
 def group_of(path: str) -> str:

@@ -11,11 +11,11 @@ import orbax.checkpoint as ocp
 
 from convert.huggingface import Shard, plan_shards
 from convert.names import group_of
+from convert.stored import stored_parameters
 from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
+from dsv32_jax.quant import QTensor, scheme_of
+from dsv32_jax.quantization_config import CompressedTensors
 
 DESCRIPTION = "dsv32_checkpoint.json"
 PARAMS = "params"
@@ -100,12 +100,19 @@ class OrbaxReader:
             file: Shard(shard["metadata"], {name: (dtype, tuple(shape)) for name, dtype, shape in shard["tensors"]})
             for file, shard in content["shards"].items()
         }
-        expected = named_parameters(abstract_model(config))
+        expected = stored_parameters(config)
         problems = [f"missing {path}" for path in expected if path not in self.parameters]
         problems += [f"unexpected {path}" for path in self.parameters if path not in expected]
+        plain = not isinstance(config.quantization_config, CompressedTensors)  # then any linear may be unquantised
         for path in expected:
-            if path in self.parameters and (found := abstract(self.parameters[path])).shape != expected[path].shape:
-                problems.append(f"{path} has shape {list(found.shape)}, expected {list(expected[path].shape)}")
+            if path not in self.parameters:
+                continue
+            found, wanted = abstract(self.parameters[path]), expected[path]
+            if found.shape != wanted.shape:
+                problems.append(f"{path} has shape {list(found.shape)}, expected {list(wanted.shape)}")
+            if scheme_of(found) != scheme_of(wanted) and not (plain and scheme_of(found) is None):
+                here, there = (scheme_of(leaf) or "not quantised" for leaf in (found, wanted))
+                problems.append(f"{path} is {here}, and by config.json's quantization_config {there}")
         for group in groups_of(list(self.parameters)):
             if not (directory / PARAMS / group).is_dir():
                 problems.append(f"missing {PARAMS}/{group}")

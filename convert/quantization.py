@@ -1,20 +1,38 @@
-"""A model with its linears in other schemes, in memory."""
+"""A model with its linears in other schemes: in memory, or from checkpoint to checkpoint.
 
-from collections.abc import Mapping
+The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding, head, router, norms and the indexer's
+head weights stay as they are: `convert.names.PLAIN`.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from convert.calibration import is_linear
-from convert.rounding import round_int4
+from convert.conversion import Change, matrix, rewrite
+from convert.names import is_linear
+from convert.rounding import round_int4, round_int8
+from convert.stored import quantization_config, quantized, stored_parameters
+from dsv32_jax import __version__
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import SCHEMES, dense, quantize_weight
+from dsv32_jax.quant import SCHEMES, dense, quantize_weight, scheme_of
 
 UNQUANTISED = "bf16"
 """Says of a linear that it becomes plain bfloat16."""
+ROUNDED = {"int4": round_int4, "int8": round_int8}
+"""Schemes whose rounding can know its inputs."""
+PROVENANCE = "dsv32_jax_quantization"
+"""The field of config.json that says how a quantised checkpoint came to be."""
 
 
 def quantize_model(
@@ -25,21 +43,33 @@ def quantize_model(
     Args:
       model: concrete.
       schemes: one of `SCHEMES` or "bf16" for each linear that shall have it, by path; see `uniform`. Others stay.
-      statistics: of the linears' inputs, from `calibrate`: four-bit weights are rounded for them. Without, or for what
-        they lack (the MTP layer), each weight counts alike.
+      statistics: of the linears' inputs, from `calibrate`: integers are rounded for them. For what they lack (the MTP
+        layer), and without them, to the nearest.
+
+    Returns:
+      A model whose config says the new schemes, so that `convert.export_model` writes it as it is.
 
     Raises:
       UserError: a path that is no linear, an unknown scheme, or a width that a scheme does not take.
     """
     parameters = named_parameters(model)
+    check_schemes(schemes, parameters)
+    statistics = statistics or {}
+    parameters |= {path: _as(path, parameters[path], scheme, statistics.get(path)) for path, scheme in schemes.items()}
+    changed = replace_parameters(model, parameters)
+    found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
+    changed.config = model.config.replace(quantization_config=quantization_config(found, model.config))
+    return changed
+
+
+def check_schemes(schemes: Mapping[str, str], paths: Iterable[str]) -> None:
+    """Raises UserError for a path that is no linear among `paths`, and for an unknown scheme."""
+    paths = set(paths)
     for path, scheme in schemes.items():
-        if path not in parameters or not is_linear(path):
+        if path not in paths or not is_linear(path):
             raise UserError(f"{path}: no linear of this model; schemes are for linears")
         if scheme not in (*SCHEMES, UNQUANTISED):
             raise UserError(f"{path}: scheme {scheme!r}; must be one of {', '.join(SCHEMES)}, {UNQUANTISED}")
-    statistics = statistics or {}
-    changed = {path: _as(path, parameters[path], scheme, statistics.get(path)) for path, scheme in schemes.items()}
-    return replace_parameters(model, parameters | changed)
 
 
 def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
@@ -47,13 +77,90 @@ def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
     return {path: scheme for path in named_parameters(model) if is_linear(path)}
 
 
+def mixed(model: DeepseekV32) -> dict[str, str]:
+    """Four bits where most of the bytes are, in the routed experts, eight elsewhere."""
+    return {path: "int4" if ".experts." in path else "int8" for path in uniform(model, "int8")}
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    schemes: Mapping[str, str],
+    *,
+    to: str = "hf",
+    statistics: Mapping[str, Statistics] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint with its linears in other schemes, one parameter after the other.
+
+    In the Hugging Face layout, all in "fp8_block" is the released checkpoint's own form; anything else is
+    compressed-tensors, which other programs read too; see `convert.stored`. An interrupted run leaves nothing that
+    loads, and goes on where it stopped when it is made again.
+
+    Args:
+      source: a checkpoint directory, of either layout.
+      target: must not exist.
+      schemes: as for `quantize_model`.
+      to: "hf" or "orbax".
+      statistics: as for `quantize_model`.
+      provenance: JSON-able; the new config.json has it, with this package's version and the number of linears in each
+        scheme, as the field `dsv32_jax_quantization`.
+
+    Raises:
+      UserError: what `convert.convert` and `quantize_model` raise it for.
+    """
+    rewrite(source, target, to, lambda config: _change(config, schemes, statistics or {}, provenance or {}))
+
+
+def _change(
+    config: ModelConfig,
+    schemes: Mapping[str, str],
+    statistics: Mapping[str, Statistics],
+    provenance: Mapping[str, Any],
+) -> Change:
+    stored = stored_parameters(config)
+    check_schemes(schemes, stored)
+    before = {path: scheme_of(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
+    after = {**before, **schemes}
+    note = {"version": __version__, "linears": dict(Counter(after.values())), **provenance}
+    fields = [(name, text) for name, text in config.unknown if name != PROVENANCE]
+    quantised = {path: scheme for path, scheme in after.items() if scheme != UNQUANTISED}
+    wanted = {**quantised, **schemes}  # in the released form a weight may be plain: not in another
+    new_config = config.replace(
+        quantization_config=quantization_config(quantised, config), unknown=(*fields, (PROVENANCE, json.dumps(note)))
+    )
+
+    def leaf(path: str, value: Any) -> Any:
+        scheme = wanted.get(path)
+        if scheme is None or scheme == scheme_of(value):
+            return value
+        found, lead = statistics.get(path), value.shape[:-2]
+        every = [
+            _as(path, matrix(value, at), scheme, None if found is None else jax.tree.map(itemgetter(at), found))
+            for at in np.ndindex(lead)
+        ]
+        return jax.tree.map(lambda *parts: np.stack(parts).reshape(*lead, *parts[0].shape), *every)
+
+    def abstract(path: str, value: Any) -> Any:
+        scheme = wanted.get(path)
+        if scheme is None or scheme == scheme_of(value):
+            return value
+        if scheme == UNQUANTISED:
+            return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
+        return quantized(value.shape, scheme)
+
+    return Change(new_config, leaf, abstract, {"schemes": after, "provenance": provenance})
+
+
 def _as(path: str, leaf, scheme: str, statistics: Statistics | None):
+    if scheme == scheme_of(leaf):
+        return leaf
     if scheme == UNQUANTISED:
         return dense(leaf, jnp.bfloat16)
     weight = dense(leaf, jnp.float32)
     try:
-        if scheme == "int4" and statistics is not None:
-            return round_int4(weight, statistics.moments)
+        if statistics is not None and scheme in ROUNDED:
+            return ROUNDED[scheme](weight, statistics.moments)
         return _quantize(weight, scheme)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -243,6 +244,7 @@ def info(
 
     Example: dsv32 info --config 671b --memory
     """
+    import convert
     from dsv32_jax import loading
     from dsv32_jax.config import PRESETS, ModelConfig
     from dsv32_jax.memory import (
@@ -265,7 +267,7 @@ def info(
         settings = ModelConfig.from_hf(Path(config))
     else:
         raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
-    count, by_dtype = parameter_counts(settings)
+    count, by_dtype = parameter_counts(convert.stored_parameters(settings))
     cache = cache_bytes_per_token(settings)
     total = sum(by_dtype.values())
     result: dict[str, Any] = {
@@ -327,6 +329,68 @@ def convert(
         converter.convert(source, target, to=to, dtype=dtype)
     if as_json:
         _print_json(source=str(source), target=str(target), to=to)
+    else:
+        typer.echo(f"wrote {target}")
+
+
+@app.command()
+def quantize(
+    target: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    scheme: Annotated[str, typer.Option("--scheme", help="fp8_block | int8 | int4 | mixed")],
+    model: Model = "demo",
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A UTF-8 text; int4 and int8 are rounded for what it shows.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help='With mixed: JSON, {"schemes": {path: scheme}}. Default: experts int4, rest int8.'),
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="hf | orbax")] = "hf",
+    window_tokens: Annotated[int, typer.Option("--window-tokens", min=2, help="The text is read in pieces.")] = 1024,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Pieces, at most.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint with its linears in another scheme, as `load` and `--model` take it.
+
+    Example: dsv32 quantize --model demo --scheme int4 --calibration text.txt --out demo-int4
+    """
+    from dsv32_jax.quant import SCHEMES
+
+    if scheme not in (*SCHEMES, "mixed"):
+        raise UserError(f"--scheme {scheme}: must be one of {', '.join(SCHEMES)}, mixed")
+    if plan is not None and scheme != "mixed":
+        raise UserError(f"--plan: goes with --scheme mixed, not {scheme}")
+    if to not in ("hf", "orbax"):
+        raise UserError(f"--to {to}: must be hf or orbax")
+    if target.exists():
+        raise UserError(f"--out {target}: exists; give a path that does not")
+    text = None if calibration is None else _read_text(calibration, "--calibration")
+    from convert.calibration import calibrate, windows_of
+    from convert.quantization import mixed, quantize_checkpoint, uniform
+    from dsv32_jax import loading
+    from dsv32_jax.config import ModelConfig, read_json
+    from dsv32_jax.model import abstract_model
+
+    source = loading.find(model)
+    abstract = abstract_model(ModelConfig.from_hf(source))
+    schemes = mixed(abstract) if scheme == "mixed" else uniform(abstract, scheme)
+    if plan is not None:
+        planned = read_json(plan).get("schemes")
+        if not isinstance(planned, dict) or not all(isinstance(one, str) for one in planned.values()):
+            raise UserError(f'--plan {plan}: must hold {{"schemes": {{path of a linear: scheme}}}}')
+        schemes = planned
+    provenance: dict[str, Any] = {"scheme": scheme, "source": model}
+    statistics = None
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if text is not None:
+            lm = loading.load(model)
+            pieces = windows_of(lm, text, window_tokens, windows)
+            statistics = calibrate(lm, pieces)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            provenance["calibration"] = {"sha256": digest, "windows": len(pieces), "tokens": len(pieces[0])}
+        quantize_checkpoint(source, target, schemes, to=to, statistics=statistics, provenance=provenance)
+    if as_json:
+        _print_json(target=str(target), to=to, **provenance)
     else:
         typer.echo(f"wrote {target}")
 

@@ -8,61 +8,19 @@ would run another model than the one the file describes.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.fields import check_keys, integer, near_miss, number, only
+from dsv32_jax.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
 
 # Fields that other tools write, that this model does not read, and that look like fields it does read.
 _HARMLESS = frozenset({"dtype", "head_dim", "qk_head_dim", "pad_token_id", "decoder_start_token_id", "rope_interleave"})
-# Below this similarity two names are taken to be different words (`n_group` for `num_group` scores 0.88).
-_NEAR_MISS = 0.86
-
-
-def _near_miss(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be, if any."""
-    plain = {k.lower().replace("_", "").replace("-", ""): k for k in known}
-    short = name.lower().replace("_", "").replace("-", "")
-    if short in plain:
-        return plain[short]
-    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=_NEAR_MISS)
-    return close[0] if close else None
-
-
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{name} is {value!r}; it must be a finite number above 0")
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} is {value!r}; it must be an integer of at least {least}")
-
-
-def _only(name: str, value: object, *supported: object) -> None:
-    # Types are compared too: JSON's 1 is not true, and 0.0 is not false.
-    if not any(type(value) is type(s) and value == s for s in supported):
-        words = " or ".join("absent" if s is None else json.dumps(s) for s in supported)
-        raise UserError(f"{name} is {value!r}; the only supported value is {words}")
-
-
-def _check_keys(where: str, raw: object, known: frozenset[str], required: frozenset[str]) -> Mapping[str, Any]:
-    """Refuse a nested block with a field that is missing or that nobody reads: it would change the arithmetic."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{where} is {raw!r}; it must be an object or absent")
-    for name in raw:
-        if name not in known:
-            meant = _near_miss(name, known)
-            hint = f"did you mean {where}.{meant}?" if meant else f"supported fields: {', '.join(sorted(known))}"
-            raise UserError(f"{where}.{name} is not a field this model knows; {hint}")
-    if missing := sorted(required - raw.keys()):
-        raise UserError(f"{where}.{missing[0]} is missing; the config must give it")
-    return raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +37,10 @@ class RopeScaling:
     type_keys: tuple[str, ...] = ("type",)  # how the file spells the type: "type", "rope_type" or both
 
     def __post_init__(self) -> None:
-        _only("rope_scaling.type", self.type, "yarn")
-        _integer("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
+        only("rope_scaling.type", self.type, "yarn")
+        integer("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
         for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            _number(f"rope_scaling.{name}", getattr(self, name))
+            number(f"rope_scaling.{name}", getattr(self, name))
         if self.factor < 1:
             raise UserError(f"rope_scaling.factor is {self.factor!r}; it must be at least 1")
         if self.beta_fast < self.beta_slow:
@@ -99,55 +57,18 @@ class RopeScaling:
     @classmethod
     def from_hf(cls, raw: object, where: str = "rope_scaling") -> RopeScaling:
         names = frozenset(f.name for f in dataclasses.fields(cls)) - {"type", "type_keys"}
-        block = dict(_check_keys(where, raw, names | {"type", "rope_type"}, names))
+        block = dict(check_keys(where, raw, names | {"type", "rope_type"}, names))
         spelled = tuple(key for key in ("type", "rope_type") if key in block)
         kinds = [block.pop(key) for key in spelled]
         if not kinds:
             raise UserError(f"{where}.type is missing; the only supported value is 'yarn'")
         for key, kind in zip(spelled, kinds, strict=True):
-            _only(f"{where}.{key}", kind, "yarn")
+            only(f"{where}.{key}", kind, "yarn")
         return cls(type="yarn", type_keys=spelled, **block)
 
     def to_hf(self) -> dict[str, Any]:
         block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("type", "type_keys")}
         return dict(sorted((block | dict.fromkeys(self.type_keys, self.type)).items()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationConfig:
-    """How the checkpoint's linears are stored: e4m3 values with one scale for each 128x128 block."""
-
-    quant_method: str = "fp8"
-    fmt: str = "e4m3"
-    activation_scheme: str = "dynamic"
-    weight_block_size: tuple[int, int] = (128, 128)
-    scale_fmt: str | None = "ue8m0"
-
-    def __post_init__(self) -> None:
-        _only("quantization_config.quant_method", self.quant_method, "fp8")
-        _only("quantization_config.fmt", self.fmt, "e4m3")
-        _only("quantization_config.activation_scheme", self.activation_scheme, "dynamic")
-        _only("quantization_config.scale_fmt", self.scale_fmt, "ue8m0", None)
-        size = self.weight_block_size
-        if not isinstance(size, tuple) or size != (128, 128):
-            shown = list(size) if isinstance(size, tuple) else size
-            raise UserError(
-                f"quantization_config.weight_block_size is {shown!r}; the only supported value is [128, 128]"
-            )
-
-    @classmethod
-    def from_hf(cls, raw: object) -> QuantizationConfig:
-        known = frozenset(f.name for f in dataclasses.fields(cls))
-        block = dict(_check_keys("quantization_config", raw, known, known - {"scale_fmt"}))
-        if isinstance(block["weight_block_size"], list):
-            block["weight_block_size"] = tuple(block["weight_block_size"])
-        return cls(**{"scale_fmt": None} | block)
-
-    def to_hf(self) -> dict[str, Any]:
-        block = dataclasses.asdict(self) | {"weight_block_size": list(self.weight_block_size)}
-        if self.scale_fmt is None:
-            del block["scale_fmt"]
-        return dict(sorted(block.items()))
 
 
 # Must be in the file: a default would silently be another model's size.
@@ -205,7 +126,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000
     rope_scaling: RopeScaling | None = RopeScaling()
-    quantization_config: QuantizationConfig | None = QuantizationConfig()
+    quantization_config: QuantizationConfig | CompressedTensors | None = QuantizationConfig()  # noqa: RUF009  (frozen)
     # One supported value each.
     attention_bias: bool = False
     hidden_act: str = "silu"
@@ -232,30 +153,33 @@ class ModelConfig:
         self._check_combinations()
 
     def _check_values(self) -> None:
-        _only("model_type", self.model_type, "deepseek_v32")
-        _only("scoring_func", self.scoring_func, "sigmoid")
-        _only("topk_method", self.topk_method, "noaux_tc")
-        _only("hidden_act", self.hidden_act, "silu")
-        _only("attention_bias", self.attention_bias, False)
-        _only("moe_layer_freq", self.moe_layer_freq, 1)
-        _only("tie_word_embeddings", self.tie_word_embeddings, False)
-        _only("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, 1)
-        _only("norm_topk_prob", self.norm_topk_prob, True, False)
+        only("model_type", self.model_type, "deepseek_v32")
+        only("scoring_func", self.scoring_func, "sigmoid")
+        only("topk_method", self.topk_method, "noaux_tc")
+        only("hidden_act", self.hidden_act, "silu")
+        only("attention_bias", self.attention_bias, False)
+        only("moe_layer_freq", self.moe_layer_freq, 1)
+        only("tie_word_embeddings", self.tie_word_embeddings, False)
+        only("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, 1)
+        only("norm_topk_prob", self.norm_topk_prob, True, False)
         for name in _SIZES:
-            _integer(name, getattr(self, name), 1)
-        _integer("first_k_dense_replace", self.first_k_dense_replace, 0)
+            integer(name, getattr(self, name), 1)
+        integer("first_k_dense_replace", self.first_k_dense_replace, 0)
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            _number(name, getattr(self, name))
+            number(name, getattr(self, name))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise UserError(f"rope_scaling is {self.rope_scaling!r}; it must be a RopeScaling or None")
-        if self.quantization_config is not None and not isinstance(self.quantization_config, QuantizationConfig):
+        if self.quantization_config is not None and not isinstance(
+            self.quantization_config, QuantizationConfig | CompressedTensors
+        ):
             raise UserError(
-                f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig or None"
+                f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig, "
+                "CompressedTensors or None"
             )
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, tuple) else () if value is None else (value,):
-                _integer(name, token, 0)
+                integer(name, token, 0)
                 if token >= self.vocab_size:
                     raise UserError(f"{name} {token} is outside vocab_size {self.vocab_size}")
 
@@ -294,10 +218,10 @@ class ModelConfig:
         if self.index_head_dim & (self.index_head_dim - 1):
             raise UserError(f"index_head_dim is {self.index_head_dim}; it must be a power of two (Hadamard transform)")
         if self.quantization_config is not None:
-            self._check_fp8_widths()
+            self._check_group_widths()
 
-    def _check_fp8_widths(self) -> None:
-        # Activations are quantised in groups of 128 along the input of every FP8 linear (arXiv 2412.19437, 3.3.2).
+    def _check_group_widths(self) -> None:
+        # FP8 inputs (arXiv 2412.19437, 3.3.2) and INT4 weights have groups of 128 along the input of a linear.
         widths = {
             "hidden_size": self.hidden_size,
             "q_lora_rank": self.q_lora_rank,
@@ -358,18 +282,18 @@ class ModelConfig:
             _unnest_rope(raw)
         unknown = []
         for name in [name for name in raw if name not in known]:
-            if name not in _HARMLESS and (meant := _near_miss(name, known | {"rope_parameters"})):
+            if name not in _HARMLESS and (meant := near_miss(name, known | {"rope_parameters"})):
                 raise UserError(f"{name} is not a field of this config; did you mean {meant}?")
             unknown.append((name, json.dumps(raw.pop(name), ensure_ascii=False)))
         if "model_type" in raw:  # first: of another model's config nothing else is worth reporting
-            _only("model_type", raw["model_type"], "deepseek_v32")
+            only("model_type", raw["model_type"], "deepseek_v32")
         if missing := sorted(_REQUIRED - raw.keys()):
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
         if raw.setdefault("rope_scaling", None) is not None:
             where = "rope_parameters" if rope_in_parameters else "rope_scaling"
             raw["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], where)
         if raw.setdefault("quantization_config", None) is not None:
-            raw["quantization_config"] = QuantizationConfig.from_hf(raw["quantization_config"])
+            raw["quantization_config"] = read_quantization_config(raw["quantization_config"])
         raw.setdefault("num_nextn_predict_layers", 0)
         for name, value in raw.items():
             if isinstance(value, list):

@@ -2,31 +2,32 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
 
 GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
 # Left to XLA's temporary buffers and the runtime when memory is planned.
 USABLE = 0.9
 
 
-def parameter_counts(config: ModelConfig) -> tuple[int, dict[str, int]]:
-    """(number of parameters, bytes of each dtype) of the whole model as it is stored; allocates nothing.
+def parameter_counts(parameters: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """(number of parameters, bytes of each dtype) of a model as it is stored; allocates nothing.
 
     The scales of quantised weights count as bytes but not as parameters.
+
+    Args:
+      parameters: by path, abstract or not; of a config, see `convert.stored_parameters`.
     """
     count, by_dtype = 0, Counter[str]()
-    for leaf in named_parameters(abstract_model(config)).values():
-        arrays = (leaf.values, leaf.scales) if isinstance(leaf, QTensor) else (leaf,)
-        count += math.prod(arrays[0].shape)
-        for array in arrays:
+    for leaf in parameters.values():
+        count += math.prod(leaf.shape)
+        for array in jax.tree.leaves(leaf):
             by_dtype[str(array.dtype)] += math.prod(array.shape) * array.dtype.itemsize
     return count, dict(by_dtype)
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.quant import is_qtensor, quantize_weight
+from dsv32_jax.quantization_config import QuantizationConfig
 
 
 def path_name(path: tuple) -> str:
@@ -37,7 +38,7 @@ class Init:
     """Random parameters of a model in the checkpoint's storage types (norms float32, matrices bfloat16 or FP8)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.fp8 = config.quantization_config is not None
+        self.fp8 = isinstance(config.quantization_config, QuantizationConfig)
         self.std = config.initializer_range
         self.rngs = rngs
 
@@ -50,7 +51,7 @@ class Init:
         return nnx.data(self.normal(shape))
 
     def linear(self, *shape: int):
-        """[..., N, K]: a QTensor where the checkpoint is FP8."""
+        """[..., N, K]: a QTensor where the checkpoint is in its own FP8; of other schemes see `convert.stored`."""
         weight = self.normal(shape)
         return nnx.data(quantize_weight(weight) if self.fp8 else weight)
 

@@ -6,6 +6,8 @@ room.
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,14 @@ from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import QTensor
+from dsv32_jax.quant import QTensor, Weight, quantize_weight
+from pallas_kernels.quant_matmul import BLOCK, pack_int4
 
 LARGEST = 64.0
 """Standard deviation of FP8 values: far from both ends of what the format holds."""
+INT8_SIZE, INT4_SIZE, INT4_ZERO = 73.6, 4.32, 8
+"""Root of the mean square of uniform int8 values, and of uniform four-bit ones from 1 to 15 less their zero: without a
+mean, which would make all tokens alike and send them to the same experts."""
 MOST_LAYERS = 61
 
 
@@ -35,32 +41,92 @@ def stored_bytes(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """A model whose matrices are normal with the config's standard deviation, and whose norms are 1."""
-    abstract = abstract_model(config)
-    keys = jax.random.split(jax.random.key(seed), len(named_parameters(abstract)))
+def random_model(config: ModelConfig, seed: int = 0, schemes: Mapping[str, str] | None = None) -> LanguageModel:
+    """A model whose matrices are normal with the config's standard deviation, and whose norms are 1.
 
-    def made(name: str, leaf: jax.ShapeDtypeStruct | QTensor, key: jax.Array) -> jax.Array | QTensor:
-        if isinstance(leaf, QTensor):
-            values = normal(key, leaf.shape, leaf.values.dtype, LARGEST)
-            scales = jnp.full(leaf.scales.shape, config.initializer_range / LARGEST, leaf.scales.dtype)
-            return QTensor(values, scales, leaf.scheme)
+    Args:
+      config: of the model.
+      seed: of the random numbers.
+      schemes: of `quant.SCHEMES`, or "bf16", by path of a linear; others are stored as the config says. Integers are
+        uniform instead of normal, with that standard deviation.
+
+    Raises:
+      KeyError: a path that is no parameter.
+      ValueError: an unknown scheme, or a width that it does not take.
+    """
+    abstract = in_schemes(abstract_model(config), schemes or {})
+    return LanguageModel(random_parameters(abstract, config.initializer_range, seed), config)
+
+
+def in_schemes[Module](abstract: Module, schemes: Mapping[str, str]) -> Module:
+    """An abstract module with some weights in other schemes, by path; takes no memory."""
+    parameters = named_parameters(abstract)
+    changed = {path: stored(parameters[path].shape, scheme) for path, scheme in schemes.items()}
+    return replace_parameters(abstract, parameters | changed)
+
+
+def stored(shape: tuple[int, ...], scheme: str) -> Any:
+    """A weight [..., N, K] in a scheme or in "bf16", abstract."""
+    plain = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return plain if scheme == "bf16" else jax.eval_shape(functools.partial(quantize_weight, scheme=scheme), plain)
+
+
+def random_parameters[Module](abstract: Module, size: float, seed: int = 0) -> Module:
+    """The module with matrices of this standard deviation, norms of 1 and biases of 0."""
+    parameters = named_parameters(abstract)
+    keys = jax.random.split(jax.random.key(seed), len(parameters))
+
+    def made(name: str, leaf: Any, key: jax.Array) -> Weight:
         if len(leaf.shape) == 1:
             return jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, leaf.dtype)
-        return normal(key, leaf.shape, leaf.dtype, config.initializer_range)
+        return random_weight(key, leaf, size)
 
-    leaves = {
-        name: made(name, leaf, key) for (name, leaf), key in zip(named_parameters(abstract).items(), keys, strict=True)
-    }
-    return LanguageModel(replace_parameters(abstract, leaves), config)
+    leaves = {name: made(name, leaf, key) for (name, leaf), key in zip(parameters.items(), keys, strict=True)}
+    return replace_parameters(abstract, leaves)
+
+
+def random_weight(key: jax.Array, leaf: Any, size: float) -> Weight:
+    """An abstract weight [..., N, K], see `stored`, made in the type that it is stored in."""
+    if not isinstance(leaf, QTensor):
+        return normal(key, leaf.shape, leaf.dtype, size)
+    if leaf.scheme == "fp8_block":
+        values, scale = normal(key, leaf.shape, leaf.values.dtype, LARGEST), jnp.float32(size / LARGEST)
+    else:
+        values = integers(key, leaf.values.shape, leaf.values.dtype)
+        scale = jnp.float32(size / INT8_SIZE) if leaf.scheme == "int8" else int4_word(size / INT4_SIZE)
+    return QTensor(values, jnp.full(leaf.scales.shape, scale, leaf.scales.dtype), leaf.scheme)
+
+
+def int4_word(scale: float) -> jax.Array:
+    """uint32 []: what the groups of a four-bit weight have beside them, for this scale and `INT4_ZERO`."""
+    values, zeros = jnp.zeros((1, BLOCK), jnp.uint8), jnp.full((1, 1), INT4_ZERO, jnp.uint8)
+    return pack_int4(values, jnp.full((1, 1), scale, jnp.bfloat16), zeros)[1][0, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, size: float) -> jax.Array:
-    """Normal values; of stacked matrices one after another, since random numbers of all would need several times the
-    room."""
+    """Normal values."""
 
     def matrix(key: jax.Array) -> jax.Array:
         return (size * jax.random.normal(key, shape[-2:], jnp.bfloat16)).astype(dtype)
 
+    return one_by_one(matrix, key, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def integers(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Uniform values without a mean: int8 from -127, or uint8 with two four-bit ones from 1 in each."""
+
+    def matrix(key: jax.Array) -> jax.Array:
+        if dtype == jnp.int8:
+            return jnp.maximum(jax.lax.bitcast_convert_type(jax.random.bits(key, shape[-2:], jnp.uint8), dtype), -127)
+        pairs = jax.random.randint(key, (2, *shape[-2:]), 1, 16).astype(dtype)
+        return pairs[0] | (pairs[1] << 4)
+
+    return one_by_one(matrix, key, shape)
+
+
+def one_by_one(matrix: Callable[[jax.Array], jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`matrix(key)` of stacked matrices one after another, since random numbers of all would need several times the
+    room."""
     return jax.lax.map(matrix, jax.random.split(key, math.prod(shape[:-2]))).reshape(shape)

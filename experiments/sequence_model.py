@@ -42,6 +42,7 @@ class Run:
       index_topk: positions kept; the config's where None.
       compute_dtype: of activations.
       act_quant: FP8 activations, index keys and latents, as in `dsv32_jax.context.Options`.
+      index_quant: FP8 index queries and keys (and the inputs of the indexer's linears); as `act_quant` where None.
       index_loss: compute the indexer's loss (KL of its softmax from the attention) in every layer.
       remat: recompute each layer in the backward pass instead of keeping its scores.
     """
@@ -50,6 +51,7 @@ class Run:
     index_topk: int | None = None
     compute_dtype: str = "float32"
     act_quant: bool = False
+    index_quant: bool | None = None
     index_loss: bool = False
     remat: bool = False
 
@@ -154,6 +156,8 @@ def top_k_mask(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
 def index_scores(attn: MLA, x: jax.Array, q_latent: jax.Array, seqs: Sequences) -> jax.Array:
     """The indexer's scores, float32 [B, T, T], of every pair (not masked)."""
     indexer, config, numerics = attn.indexer, seqs.config, seqs.numerics
+    if seqs.run.index_quant is not None:
+        numerics = dataclasses.replace(numerics, act_quant=seqs.run.index_quant)
     queries, weights = indexer.queries(x, q_latent, seqs.angles, config, numerics)
     keys = indexer.keys(x, seqs.angles, numerics)
     if numerics.act_quant:

@@ -1,5 +1,6 @@
 """The command line, in process: what the verbs print and write, and one line and exit code 2 for every wrong input."""
 
+import functools
 import io
 import json
 import math
@@ -8,12 +9,20 @@ import shutil
 import numpy as np
 import pytest
 
+import convert
 import dsv32_jax
 from dsv32_jax import loading
 from dsv32_jax.cli import main
-from tests.harness import golden_directory, load_oracle
+from tests.harness import golden_directory, load_oracle, one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_for_all_lengths():
+    """Commands share the programs of a model, however long their prompts are."""
+    with one_shape():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +168,8 @@ def test_score_text(dsv32, tiny, tmp_path):
 # ---- info, fidelity ----
 
 
-def test_info_of_the_full_model(dsv32):
+def test_info_of_the_full_model(dsv32, monkeypatch):
+    monkeypatch.setattr(convert, "stored_parameters", functools.cache(convert.stored_parameters))
     code, out, _ = dsv32("info", "--config", "671b", "--memory", "--json")
     result = json.loads(out)
     assert code == 0

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.calibration import calibrate, is_linear
+from convert.calibration import calibrate
+from convert.names import is_linear
 from convert.quantization import quantize_model, uniform
 from convert.rounding import round_int4
 from dsv32_jax.errors import UserError

@@ -1,0 +1,1 @@
+"""What quantising the shipped demo model costs, layer by layer and as a whole."""
