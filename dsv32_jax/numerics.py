@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from dsv32_jax.observation import Observed, see, see_experts
 from dsv32_jax.quant import QTensor, Weight, dense, is_qtensor, scheme_of
+from pallas_kernels import moe_dispatch
+from pallas_kernels.backend import KERNEL, resolve
 from pallas_kernels.grouped_matmul import (
     grouped_dense_matmul,
     grouped_matmul,
@@ -24,6 +26,8 @@ from pallas_kernels.quant_matmul import (
     int8_matmul,
     quant_matmul,
 )
+
+FEWEST_PLAIN_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,15 @@ class Numerics:
             hidden: Any = grouped_swiglu(x, gate.values, up.values, None, **scales, backend=self.backend)
             return hidden
         return swiglu(self.matmul(x, gate), self.matmul(x, up))
+
+    def tile_rows(self, choices: int, weight: Weight) -> int | None:
+        """Rows of a routing plan's tiles for `experts`, of so many choices; None: the plan's own default.
+
+        The kernels of plain weights [E, N, K] take no fewer than 64; smaller tiles would go to a loop.
+        """
+        if scheme_of(weight) is not None or resolve(self.backend, "experts", KERNEL) == "reference":
+            return None
+        return max(FEWEST_PLAIN_ROWS, moe_dispatch.tile_rows(choices, weight.shape[0]))
 
     def experts(self, x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
         """The chosen experts of every token.

@@ -5,10 +5,6 @@ bits, all other linears in int8. (Single products: `dsv32 bench quant_matmul`.) 
 stored, and those of one scheme are in memory at a time. Beside each time stand the bytes that must be read, the time
 that the device needs for them at the bandwidth measured in the same run, and the time in bfloat16 at the same shape
 over this one.
-
-A decode step gives an expert few rows. The model then makes tiles of 8 to 32, for which bfloat16 has no kernel but a
-loop of XLA's over the tiles: that is "bf16_loop". "bf16", with which all are compared, is the same with tiles of 64
-rows, which the kernel of bfloat16 takes: each weight in use is read once, as by the other schemes.
 """
 
 import argparse
@@ -47,7 +43,6 @@ from experiments.random_model import in_schemes, random_parameters, stored_bytes
 from experiments.results import RESULTS, environment, write_json
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
-from pallas_kernels.moe_dispatch import combine, make_plan
 
 RESULT = RESULTS / "quantization_speed.json"
 
@@ -58,12 +53,10 @@ class Form(NamedTuple):
     Attributes:
       experts: scheme of the experts.
       others: of all other linears.
-      tile: rows of the experts' tiles; the model's own where None.
     """
 
     experts: str
     others: str
-    tile: int | None = None
 
     def scheme(self, path: str) -> str:
         """Of the linear at this path."""
@@ -71,16 +64,13 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "bf16": Form("bf16", "bf16", tile=64),
+    "bf16": Form("bf16", "bf16"),
     "fp8_block": Form("fp8_block", "fp8_block"),
     "int8": Form("int8", "int8"),
     "int4": Form("int4", "int4"),
     "mixed": Form("int4", "int8"),
-    "bf16_loop": Form("bf16", "bf16"),
 }
 """The first is what others are compared with."""
-SLOW = "bf16_loop"
-"""Stands at the end, and is a step of the fewest sequences alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,23 +170,20 @@ def experts_used(chosen: jax.Array) -> list[int]:
 # ---- what is called --------------------------------------------------------------------------------------------
 
 
-class PlannedMoE(MoE):
-    """A layer of the model that tells which experts its tokens chose, and whose plan has tiles of a given size."""
+class ToldMoE(MoE):
+    """A layer of the model that tells which experts its tokens chose."""
 
-    def __init__(self, layer: MoE, tile: int | None, tell: Callable[[jax.Array], None]):
+    def __init__(self, layer: MoE, tell: Callable[[jax.Array], None]):
         self.router, self.router_bias = nnx.data(layer.router), nnx.data(layer.router_bias)
-        self.experts, self.shared = layer.experts, layer.shared
-        self.tile, self.tell = tile, tell
+        self.experts, self.shared, self.tell = layer.experts, layer.shared, tell
 
     def __call__(
         self, x: jax.Array, valid: jax.Array, config: ModelConfig, numerics: Numerics, record: dict | None = None
     ) -> jax.Array:
-        del record
-        experts, weights = self.route(x, config, numerics.backend)
-        self.tell(experts)
-        plan = make_plan(experts, valid, config.n_routed_experts, self.tile, backend=numerics.backend)
-        routed = combine(self.experts(x, plan, numerics), weights, plan, backend=numerics.backend)
-        return (routed + self.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
+        record = {} if record is None else record
+        result = super().__call__(x, valid, config, numerics, record)
+        self.tell(record["experts"])
+        return result
 
 
 def model_in(config: ModelConfig, form: Form) -> DeepseekV32:
@@ -222,7 +209,7 @@ def numerics_of(backend: str) -> Numerics:
     return Numerics(act_quant=True, scale_fmt="ue8m0", backend=backend)
 
 
-def step_call(structure: Any, tile: int | None, options: Options) -> Callable[..., Any]:
+def step_call(structure: Any, options: Options) -> Callable[..., Any]:
     """`call(leaves of a model, batch, cache)`: logits, the chosen experts int32 [layers, S, K], and the cache."""
 
     def decode(leaves: list[Any], batch: Batch, cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
@@ -230,22 +217,20 @@ def step_call(structure: Any, tile: int | None, options: Options) -> Callable[..
         chosen: list[jax.Array] = []
         for layer in model.layers:
             if isinstance(layer.ffn, MoE):
-                layer.ffn = PlannedMoE(layer.ffn, tile, chosen.append)
+                layer.ffn = ToldMoE(layer.ffn, chosen.append)
         logits, cache = model(batch, cache, options)
         return logits, jnp.stack(chosen), cache
 
     return decode
 
 
-def layer_call(
-    structure: Any, tile: int | None, config: ModelConfig, backend: str
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def layer_call(structure: Any, config: ModelConfig, backend: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`call(leaves of a layer, x [T, D])`: its result [T, D] and the chosen experts int32 [1, T, K]."""
 
     def layer(leaves: list[Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen: list[jax.Array] = []
-        planned = PlannedMoE(jax.tree.unflatten(structure, leaves), tile, chosen.append)
-        return planned(x, jnp.ones(x.shape[0], bool), config, numerics_of(backend)), jnp.stack(chosen)
+        told = ToldMoE(jax.tree.unflatten(structure, leaves), chosen.append)
+        return told(x, jnp.ones(x.shape[0], bool), config, numerics_of(backend)), jnp.stack(chosen)
 
     return layer
 
@@ -365,14 +350,13 @@ def measure_steps(run: Run) -> None:
 
     def program(name: str, sequences: int) -> Program:
         leaves, structure = jax.tree.flatten(models[name])
-        call = step_call(structure, FORMS[name].tile, options)
+        call = step_call(structure, options)
         return compile_(call, leaves, batches[sequences], cache_shape, donate=(2,))
 
-    wanted = {name: sizes.sequences[: 1 if name == SLOW else None] for name in run.forms}
-    programs = run.compiled({(n, s): functools.partial(program, n, s) for n in run.forms for s in wanted[n]})
+    programs = run.compiled({(n, s): functools.partial(program, n, s) for n in run.forms for s in sizes.sequences})
     for name, abstract in models.items():
         held: list[Any] = []
-        for sequences in wanted[name]:
+        for sequences in sizes.sequences:
             if run.late():
                 break
             with run.row("step", name, {"sequences": sequences, "context": sizes.context}) as row:
@@ -404,7 +388,7 @@ def measure_layers(run: Run) -> None:
 
     def program(name: str, tokens: int) -> Program:
         leaves, structure = jax.tree.flatten(layers[name])
-        return compile_(layer_call(structure, FORMS[name].tile, config, run.backend), leaves, rows[tokens])
+        return compile_(layer_call(structure, config, run.backend), leaves, rows[tokens])
 
     programs = run.compiled({(n, t): functools.partial(program, n, t) for n in run.forms for t in sizes.tokens})
     for name, abstract in layers.items():

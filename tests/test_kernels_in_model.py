@@ -42,6 +42,20 @@ def test_all_layers_share_each_kernel(tokens, sequences, monkeypatch):
     assert len(many) == len(few)
 
 
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_plain_experts_have_kernels_too(tokens):
+    """A named backend refuses what its kernels do not take: tiles of fewer than 64 rows, for these."""
+    config = ModelConfig.tiny(hidden_size=512, moe_intermediate_size=512, quantization_config=None)
+    moe = jax.eval_shape(lambda: MoE(config, Init(config, nnx.Rngs(0))))
+    rows, valid = jax.ShapeDtypeStruct((tokens, 512), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), bool)
+
+    def experts(moe, x, valid):
+        numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend="mosaic_gpu")
+        return moe(x, valid, config, numerics)
+
+    assert "mosaic_gpu" in jax.jit(experts).trace(moe, rows, valid).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.interpret
 def test_experts_by_kernels_equal_the_reference(capfd):
     """The whole layer: routing, plan, gather, the products of all experts and of the shared one, and the sum."""

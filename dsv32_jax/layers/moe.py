@@ -54,7 +54,8 @@ class MoE(nnx.Module):
         experts, weights = self.route(x, config, numerics.backend)
         if record is not None:
             record.update(experts=experts, expert_weights=weights)
-        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts, backend=numerics.backend)
+        tile = numerics.tile_rows(experts.size, self.experts.gate)
+        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts, tile, backend=numerics.backend)
         rows = self.experts(x, plan, numerics)
         routed = moe_dispatch.combine(rows, weights, plan, backend=numerics.backend)
         return (routed + self.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic, quantize, tuning
 from pallas_kernels.backend import KERNEL, resolve, without_gradient
 from pallas_kernels.moe_dispatch import mosaic_gpu, planning, reference, routing, rows
-from pallas_kernels.moe_dispatch.reference import RoutingPlan
+from pallas_kernels.moe_dispatch.reference import RoutingPlan, tile_rows
 from pallas_kernels.quantize.reference import GROUP
 
-__all__ = ["RoutingPlan", "combine", "gather_rows", "gather_rows_fp8", "make_plan", "route"]
+__all__ = ["RoutingPlan", "combine", "gather_rows", "gather_rows_fp8", "make_plan", "route", "tile_rows"]
 
 
 def chosen_backend(backend: str, op: str, unsupported: str | None, tokens: int) -> tuple[str, Any]:
@@ -81,7 +81,7 @@ def make_plan(
     chosen, interpret = chosen_backend(backend, "moe_dispatch.make_plan", unsupported, experts.size)
     if chosen == "reference":
         return reference.make_plan(experts, valid, num_experts, tile)
-    tile, config = tile or reference.tile_rows(experts.size, num_experts), tuning.moe_plan(experts.size)
+    tile, config = tile or tile_rows(experts.size, num_experts), tuning.moe_plan(experts.size)
     arrays = mosaic_gpu.make_plan(
         experts, valid, num_experts=num_experts, tile=tile, config=config, interpret=interpret
     )
