@@ -156,8 +156,8 @@ def _as(path: str, leaf, scheme: str, statistics: Statistics | None):
     if scheme == scheme_of(leaf):
         return leaf
     if scheme == UNQUANTISED:
-        return dense(leaf, jnp.bfloat16)
-    weight = dense(leaf, jnp.float32)
+        return _dense(leaf, jnp.bfloat16)
+    weight = _dense(leaf, jnp.float32)
     try:
         if statistics is not None and scheme in ROUNDED:
             return ROUNDED[scheme](weight, statistics.moments)
@@ -166,4 +166,4 @@ def _as(path: str, leaf, scheme: str, statistics: Statistics | None):
         raise UserError(f"{path}: {error}") from error
 
 
-_quantize = jax.jit(quantize_weight, static_argnames="scheme")
+_dense, _quantize = jax.jit(dense, static_argnames="dtype"), jax.jit(quantize_weight, static_argnames="scheme")

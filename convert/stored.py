@@ -135,7 +135,7 @@ def encode(leaf: Any, config: ModelConfig) -> dict[str, np.ndarray]:
         return {names["array"]: np.asarray(leaf)}
     values, scales = np.asarray(leaf.values), np.asarray(leaf.scales)
     if leaf.scheme == "int4":
-        numbers, steps, zeros = map(np.asarray, unpack_int4(leaf.values, leaf.scales))
+        numbers, steps, zeros = map(np.asarray, _unpack(leaf.values, leaf.scales))
         parts = {
             "packed": in_words(numbers),
             "scales": steps,
@@ -151,10 +151,13 @@ def decode(scheme: str, parts: Mapping[str, np.ndarray]) -> QTensor:
     """The inverse of `encode`, from the tensors by part."""
     if scheme == "int4":
         zeros = from_words(np.ascontiguousarray(parts["zero_point"].T)).T[: len(parts["packed"])]
-        packed = pack_int4(*map(jnp.asarray, (from_words(parts["packed"]), parts["scales"], zeros)))
+        packed = _pack(from_words(parts["packed"]), parts["scales"], zeros)
         return QTensor(*map(np.asarray, packed), scheme)  # type: ignore[arg-type]
     scales = parts["scales"].astype(np.float32)
     return QTensor(parts["values"], scales[:, 0] if scheme == "int8" else scales, scheme)  # type: ignore[arg-type]
+
+
+_pack, _unpack = jax.jit(pack_int4), jax.jit(unpack_int4)
 
 
 def in_words(numbers: np.ndarray) -> np.ndarray:

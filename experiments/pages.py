@@ -1,6 +1,9 @@
-"""Tables in Markdown, and pages whose parts between markers are made from results."""
+"""What is made from results: tables in Markdown, pages with parts between markers, figures."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from dsv32_jax.errors import UserError
 
@@ -17,3 +20,20 @@ def between(page: str, name: str, content: str) -> str:
     if not marked.search(page):
         raise UserError(f"page: no markers of {name!r}; there must be <!-- {name} --> and <!-- /{name} -->")
     return marked.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", page)
+
+
+def drawing(directory: Path) -> tuple[Any, Callable[[Any, str], Path]]:
+    """matplotlib's pyplot without a screen, and `save(figure, name)`, which returns the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure: Any, name: str) -> Path:
+        file = directory / f"{name}.png"
+        figure.tight_layout()
+        figure.savefig(file, dpi=100)
+        plt.close(figure)
+        return file
+
+    return plt, save

@@ -318,12 +318,11 @@ class Run:
         program: Program,
         run: Callable[[], Any],
         bytes_: dict[str, int],
-        work: dict[str, int],
     ) -> None:
-        """Times a call that has run before; `bytes_` are read in it by what they are, and `work` are operations."""
+        """Times a call that has run before; `bytes_` are read in it, by what they are."""
         row["seconds"] = timing.summary(timing.seconds(self.timer, run))
         row |= {"backend": program.backend, "memory": program.memory, "bytes": bytes_}
-        bound = roofline.bound(work, sum(bytes_.values()), self.content["ceilings"])
+        bound = roofline.bound({}, sum(bytes_.values()), self.content["ceilings"])
         if bound is not None:
             row["bound"] = {"seconds": bound[0], "by": bound[1], "of_time": bound[0] / row["seconds"]["median"]}
 
@@ -374,7 +373,7 @@ def measure_steps(run: Run) -> None:
                 row["finite"] = bool(jnp.isfinite(logits).all())
                 row["experts_used"] = experts_used(chosen)
                 bytes_ = step_bytes(abstract, row["experts_used"], sequences, sizes.context)
-                run.measure(row, ready, call, bytes_, {})
+                run.measure(row, ready, call, bytes_)
                 del logits, chosen
         held.clear()
         gc.collect()
@@ -405,7 +404,7 @@ def measure_layers(run: Run) -> None:
                 row["finite"] = bool(jnp.isfinite(result).all())
                 row["experts_used"] = experts_used(chosen)
                 bytes_ = weight_bytes(abstract, row["experts_used"]) | {"rows": 2 * x.nbytes}
-                run.measure(row, ready, call, bytes_, {})
+                run.measure(row, ready, call, bytes_)
                 del call, result, chosen
         leaves.clear()
         gc.collect()

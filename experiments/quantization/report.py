@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pages import between, table
+from experiments.pages import between, drawing, table
 from experiments.quantization.sensitivity import FAMILIES
 from experiments.results import RESULTS, read_result
 
@@ -263,18 +263,7 @@ def additivity(plan: dict[str, Any]) -> str:
 
 def draw(directory: Path = RESULTS) -> list[Path]:
     """Heat map of the sensitivities, and KL by size of the plans; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def save(figure: Any, name: str) -> Path:
-        file = directory / f"{name}.png"
-        figure.tight_layout()
-        figure.savefig(file, dpi=100)
-        plt.close(figure)
-        return file
-
+    plt, save = drawing(directory)
     found, plan = read_result("quantization_sensitivity"), read_result("quantization_plan")
     schemes = list(dict.fromkeys(row["scheme"] for row in found["rows"]))
     layers = 1 + max(row["layer"] for row in found["rows"])

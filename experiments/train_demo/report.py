@@ -9,7 +9,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.loading import DEMO
 from dsv32_jax.memory import human
-from experiments.pages import table
+from experiments.pages import drawing, table
 from experiments.results import RESULTS, read_result, write_json
 from experiments.train_demo.evaluate import MODES, NEEDLE_MODES
 
@@ -49,18 +49,7 @@ def collect(run: Path) -> None:
 
 def draw(directory: Path = RESULTS) -> list[Path]:
     """Loss curves, needles by distance, attention mass by layer; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def save(figure: Any, name: str) -> Path:
-        file = directory / f"{name}.png"
-        figure.tight_layout()
-        figure.savefig(file, dpi=100)
-        plt.close(figure)
-        return file
-
+    plt, save = drawing(directory)
     training, model = read_result(TRAINING), read_result(MODEL)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     before = 0
