@@ -184,7 +184,8 @@ def quantization_config(
     if not used:
         return None
     if used == {"fp8_block"} and set(schemes) == linears:
-        return QuantizationConfig()
+        had = config.quantization_config
+        return had if isinstance(had, QuantizationConfig) else QuantizationConfig()
     families: dict[str, dict[str, list[int]]] = {}  # module pattern -> scheme -> layers
     for path in sorted(linears):
         module = hf_name(path, config).removesuffix(".weight")

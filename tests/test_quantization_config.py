@@ -123,3 +123,5 @@ def test_all_in_fp8_is_the_released_form_and_nothing_quantised_is_none():
     config = ModelConfig.tiny()
     assert quantization_config(uniform(abstract_model(config), "fp8_block"), config) == QuantizationConfig()
     assert quantization_config({}, config) is None
+    own = config.replace(quantization_config=QuantizationConfig(scale_fmt=None))
+    assert quantization_config(uniform(abstract_model(own), "fp8_block"), own) == own.quantization_config
