@@ -232,7 +232,7 @@ def matrix(leaf: Any, at: tuple[int, ...]) -> Any:
 
 
 def nbytes(leaf: Any) -> int:
-    """Bytes of a parameter, concrete or abstract."""
+    """Bytes of a parameter or of a whole model, concrete or abstract."""
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
 
 

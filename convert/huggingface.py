@@ -11,12 +11,11 @@ import jax
 import numpy as np
 
 from convert.names import hf_name
-from convert.stored import OFFICIAL, TensorSpec, decode, encode, hf_tensors, stored_parameters, suffixes
+from convert.stored import OFFICIAL, TensorSpec, decode, encode, hf_tensors, may_be_plain, stored_parameters, suffixes
 from convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor
-from dsv32_jax.quantization_config import CompressedTensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,7 +56,7 @@ class HFReader:
                 problems += [
                     f"{name} is not in {file}, where the index has it" for name in sorted(expected - set(entries))
                 ]
-        problems += self.mismatches(hf_tensors(config))
+        problems += self.mismatches(hf_tensors(config, self.stored))
         if problems:
             more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
             raise UserError(f"{directory} does not fit its config.json: {'; '.join(problems[:LISTED])}{more}")
@@ -111,7 +110,7 @@ class HFReader:
     @property
     def official(self) -> bool:
         """The released form, in which a weight may be plain instead."""
-        return not isinstance(self.config.quantization_config, CompressedTensors)
+        return may_be_plain(self.config)
 
     def allowed(self, spec: TensorSpec) -> tuple[str, ...]:
         """The types that a tensor may have."""

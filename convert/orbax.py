@@ -11,11 +11,10 @@ import orbax.checkpoint as ocp
 
 from convert.huggingface import Shard, plan_shards
 from convert.names import group_of
-from convert.stored import stored_parameters
+from convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor, scheme_of
-from dsv32_jax.quantization_config import CompressedTensors
 
 DESCRIPTION = "dsv32_checkpoint.json"
 PARAMS = "params"
@@ -103,7 +102,7 @@ class OrbaxReader:
         expected = stored_parameters(config)
         problems = [f"missing {path}" for path in expected if path not in self.parameters]
         problems += [f"unexpected {path}" for path in self.parameters if path not in expected]
-        plain = not isinstance(config.quantization_config, CompressedTensors)  # then any linear may be unquantised
+        plain = may_be_plain(config)
         for path in expected:
             if path not in self.parameters:
                 continue

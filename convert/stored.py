@@ -80,6 +80,11 @@ def stored_parameters(config: ModelConfig) -> dict[str, Any]:
     return parameters
 
 
+def may_be_plain(config: ModelConfig) -> bool:
+    """Whether linears may be unquantised although the config has a scheme for them: in the released form."""
+    return not isinstance(config.quantization_config, CompressedTensors)
+
+
 @functools.cache
 def quantized(shape: tuple[int, ...], scheme: str) -> QTensor:
     """A weight in a scheme, abstract."""
@@ -94,13 +99,14 @@ def suffixes(leaf: Any, config: ModelConfig) -> dict[str, str]:
     return OFFICIAL if isinstance(config.quantization_config, QuantizationConfig) else COMPRESSED[leaf.scheme]
 
 
-def hf_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+def hf_tensors(config: ModelConfig, stored: Mapping[str, Any] | None = None) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint with this config by its HF name, in the order of the model's parameters.
 
-    92,425 tensors for the 671B model.
+    92,425 tensors for the 671B model. `stored` is `stored_parameters(config)`, which takes seconds, where the caller has
+    it.
     """
     specs = {}
-    for path, leaf in stored_parameters(config).items():
+    for path, leaf in (stored_parameters(config) if stored is None else stored).items():
         name = hf_name(path, config)
         stacked = "{expert}" in name
         for expert in range(leaf.shape[0]) if stacked else (None,):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.conversion import nbytes
 from convert.names import is_linear
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
@@ -127,11 +128,6 @@ def row_bytes(config: ModelConfig) -> tuple[int, int]:
     return latent, index_block_bytes(config.index_head_dim) // BLOCK_SIZE
 
 
-def stored_size(leaf: Any) -> int:
-    """Bytes of a parameter, scales and all."""
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
-
-
 def weight_bytes(module: Any, used: Sequence[int]) -> dict[str, int]:
     """Bytes of parameters that a call reads: `experts`, and all `others` but the embedding, of which it reads rows.
 
@@ -144,9 +140,9 @@ def weight_bytes(module: Any, used: Sequence[int]) -> dict[str, int]:
     of_layer = dict(zip(layers, used, strict=True))
     for path, leaf in parameters.items():
         if "experts." in path:
-            found["experts"] += stored_size(leaf) // leaf.shape[0] * of_layer[path.rpartition("experts.")[0]]
+            found["experts"] += nbytes(leaf) // leaf.shape[0] * of_layer[path.rpartition("experts.")[0]]
         elif path != "embed":
-            found["others"] += stored_size(leaf)
+            found["others"] += nbytes(leaf)
     return found
 
 
@@ -156,7 +152,7 @@ def step_bytes(model: Any, used: Sequence[int], sequences: int, context: int) ->
     That is every index key, and as many latent rows as a token attends to.
     """
     config, found = model.config, weight_bytes(model, used)
-    found["others"] += sequences * stored_size(model.embed) // config.vocab_size
+    found["others"] += sequences * nbytes(model.embed) // config.vocab_size
     latent, index = row_bytes(config)
     tokens = config.num_hidden_layers * sequences
     return found | {"latents": tokens * min(config.index_topk, context) * latent, "index": tokens * context * index}

@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convert.conversion import nbytes
+from convert.quantization import UNQUANTISED
+from convert.stored import quantized
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import QTensor, Weight, quantize_weight
+from dsv32_jax.quant import QTensor, Weight
 from pallas_kernels.quant_matmul import BLOCK, pack_int4
 
 LARGEST = 64.0
@@ -37,8 +40,7 @@ def layers_that_fit(share: float) -> int:
 
 def stored_bytes(config: ModelConfig) -> int:
     """Bytes of all parameters."""
-    leaves = jax.tree.leaves(abstract_model(config))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return nbytes(abstract_model(config))
 
 
 def random_model(config: ModelConfig, seed: int = 0, schemes: Mapping[str, str] | None = None) -> LanguageModel:
@@ -67,8 +69,7 @@ def in_schemes[Module](abstract: Module, schemes: Mapping[str, str]) -> Module:
 
 def stored(shape: tuple[int, ...], scheme: str) -> Any:
     """A weight [..., N, K] in a scheme or in "bf16", abstract."""
-    plain = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return plain if scheme == "bf16" else jax.eval_shape(functools.partial(quantize_weight, scheme=scheme), plain)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16) if scheme == UNQUANTISED else quantized(shape, scheme)
 
 
 def random_parameters[Module](abstract: Module, size: float, seed: int = 0) -> Module:

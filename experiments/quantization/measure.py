@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.conversion import nbytes
 from convert.names import is_linear
 from dsv32_jax import fidelity
 from dsv32_jax.config import ModelConfig
@@ -44,8 +45,7 @@ def megabytes(model: DeepseekV32) -> dict[str, float]:
     """10^6 bytes of the model's linears and of everything else, the MTP module included."""
     sizes = {"linears": 0, "rest": 0}
     for path, leaf in named_parameters(model).items():
-        arrays = jax.tree.leaves(leaf)
-        sizes["linears" if is_linear(path) else "rest"] += sum(array.size * array.dtype.itemsize for array in arrays)
+        sizes["linears" if is_linear(path) else "rest"] += nbytes(leaf)
     found = {name: size / 1e6 for name, size in sizes.items()}
     return found | {"total": found["linears"] + found["rest"]}
 

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert import planning
+from convert.conversion import nbytes
 from convert.names import is_linear
+from convert.stored import quantized
 from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import quantize_weight
 from experiments.quantization import sensitivity
 from experiments.quantization.measure import Ruler, dequantised, megabytes
 from experiments.quantization.table import PLAN
@@ -43,10 +43,7 @@ def bytes_in(model: DeepseekV32, schemes: tuple[str, ...]) -> dict[str, dict[str
     found: dict[str, dict[str, int]] = {}
     for path, leaf in named_parameters(model).items():
         if is_linear(path):
-            shape = jax.ShapeDtypeStruct(leaf.shape, np.float32)
-            for scheme in schemes:
-                parts = jax.tree.leaves(jax.eval_shape(lambda w, s=scheme: quantize_weight(w, s), shape))
-                found.setdefault(path, {})[scheme] = sum(part.size * part.dtype.itemsize for part in parts)
+            found[path] = {scheme: nbytes(quantized(leaf.shape, scheme)) for scheme in schemes}
     return found
 
 

@@ -28,6 +28,15 @@ ROUTER = "model.layers.1.mlp.gate.weight"
 SCALE = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
 
 
+def arrays(path):
+    """A file's tensors by name."""
+    held = {}
+    for name, entry in read_header(path)[0].items():
+        held[name] = np.empty(entry.shape, DTYPES[entry.dtype])
+        read_into(held[name], path, entry)
+    return held
+
+
 def tensors(directory):
     """name -> (shard, dtype, shape, bytes) of a whole checkpoint."""
     found = {}
@@ -55,10 +64,7 @@ def fp8(golden, tmp_path):
 def spoil(directory, change):
     """Rewrites the shard that holds the tensors `change` is about: change(dict of NumPy tensors)."""
     for path in directory.glob("*.safetensors"):
-        held = {}
-        for name, entry in read_header(path)[0].items():
-            held[name] = np.empty(entry.shape, DTYPES[entry.dtype])
-            read_into(held[name], path, entry)
+        held = arrays(path)
         if change(held) is not False:
             save_file(held, path)
             return

@@ -11,7 +11,6 @@ import convert
 from convert import conversion, quantization
 from convert.quantization import PROVENANCE, UNQUANTISED, mixed, quantize_checkpoint, quantize_model, uniform
 from convert.stored import from_words, hf_tensors, in_words
-from convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax import cli
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
@@ -20,7 +19,7 @@ from dsv32_jax.memory import parameter_counts
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor, scheme_of
-from tests.convert.test_conversion import equal_models, tensors
+from tests.convert.test_conversion import arrays, equal_models, tensors
 from tests.harness import EXACT, golden_directory
 
 
@@ -264,12 +263,3 @@ def test_bad_flags(source, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):
         cli.main(["quantize", "--model", str(source), "--out", str(tmp_path / "out"), *arguments])
     assert message in capsys.readouterr().err
-
-
-def arrays(path):
-    """A file's tensors by name."""
-    held = {}
-    for name, entry in read_header(path)[0].items():
-        held[name] = np.empty(entry.shape, DTYPES[entry.dtype])
-        read_into(held[name], path, entry)
-    return held
