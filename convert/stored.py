@@ -102,8 +102,8 @@ def suffixes(leaf: Any, config: ModelConfig) -> dict[str, str]:
 def hf_tensors(config: ModelConfig, stored: Mapping[str, Any] | None = None) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint with this config by its HF name, in the order of the model's parameters.
 
-    92,425 tensors for the 671B model. `stored` is `stored_parameters(config)`, which takes seconds, where the caller has
-    it.
+    92,425 tensors for the 671B model. `stored` is `stored_parameters(config)` where the caller has it; that takes
+    seconds.
     """
     specs = {}
     for path, leaf in (stored_parameters(config) if stored is None else stored).items():
