@@ -29,7 +29,7 @@ def row_keys(seeds: Array | int, rows: Array, positions: Array) -> Array:
 @partial(jax.jit, static_argnames=("greedy", "nucleus"))
 def sample(
     logits: Array,
-    keys: Array,
+    keys: Array | None,
     temperature: Array | float,
     top_p: Array | float,
     *,
@@ -40,7 +40,7 @@ def sample(
 
     Args:
       logits: [B, V], any float dtype; computed in float32.
-      keys: PRNG keys [B] (`row_keys`).
+      keys: PRNG keys [B] (`row_keys`); None only if greedy.
       temperature: scalar or [B]. 0 means greedy: the largest logit, ties to the lowest id.
       top_p: scalar or [B] in (0, 1]. Only the nucleus is drawn from: the shortest run of tokens, by falling probability
         (ties by id), whose probability reaches `top_p`. 1 keeps every token.
@@ -58,6 +58,8 @@ def sample(
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
         return likeliest
+    if keys is None:
+        raise ValueError("keys: None; drawing needs one key a row")
     scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
     if nucleus:
         scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)

@@ -3,11 +3,15 @@
 The naive way is `LanguageModel.generate`: a batch of requests is read one prompt after another into a contiguous cache
 with room for the longest, is decoded together until the longest has ended, and shares nothing. The engine takes the
 same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
-both extremes, so that all its batches cost about the same, and one of them is measured. A step of the engine has room
-for six tokens for each that runs: prompts are four times as long as what follows them, so this is about what arrives.
+one that is longest in both, so that all its batches cost about the same, and one of them is measured. A step of the
+engine has room for six tokens for each that runs: prompts are four times as long as what follows them, so this is about
+what arrives.
 
 Both have cache for that many of the longest requests. The engine takes blocks for what is there instead, so that about
 twice as many fit: with --fill it runs once more with as many at a time.
+
+Prompts are random tokens; those of a checkpoint with a tokenizer are windows of the held-out text, so that with
+--speculate its MTP layer has something to go on.
 """
 
 import argparse
@@ -23,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
-from dsv32_jax.language_model import LanguageModel, _flat_step
+from dsv32_jax.language_model import LanguageModel, _chunks, _flat_step
 from dsv32_jax.loading import load
 from dsv32_jax.metrics import Metrics, percentiles
 from dsv32_jax.model import Batch
 from dsv32_jax.request import SamplingParams
+from experiments import held_out
 from experiments.random_model import layers_that_fit, random_model
 from experiments.results import RESULTS, environment, write_json
 
@@ -65,18 +69,37 @@ class Sizes:
         return self.prompt[1] + self.new[1]
 
 
-def workload(count: int, batch: int, sizes: Sizes, vocabulary: int, shared: bool, seed: int = 0) -> list[Work]:
-    """Requests; the first of each `batch` is the longest, where there is more than one."""
+class Prompts:
+    """Tokens to ask with: windows of a text, or without one random."""
+
+    def __init__(self, lm: LanguageModel):
+        self.vocabulary, self.text = lm.config.vocab_size, []
+        if lm.tokenizer:
+            for document in held_out.documents():
+                self.text += lm.tokenizer.encode(document["text"], bos=True)
+
+    def draw(self, rng: np.random.Generator, length: int) -> list[int]:
+        """That many tokens."""
+        if not self.text:
+            return rng.integers(0, self.vocabulary, length).tolist()
+        start = int(rng.integers(0, len(self.text) - length))
+        return self.text[start : start + length]
+
+
+def workload(count: int, batch: int, sizes: Sizes, prompts: Prompts, shared: bool, seed: int = 0) -> list[Work]:
+    """Requests; the first of each `batch` is the longest. With one at a time all have the middle lengths."""
     rng = np.random.default_rng(seed)
     prefix: list[int] = []
     found = []
     for i in range(count):
         if i % GROUP == 0:
-            prefix = rng.integers(0, vocabulary, sizes.prompt[1]).tolist()
+            prefix = prompts.draw(rng, sizes.prompt[1])
         length, new = (int(rng.integers(low, high + 1)) for low, high in (sizes.prompt, sizes.new))
-        if batch > 1 and i % batch == 0:
+        if batch == 1:
+            length, new = sum(sizes.prompt) // 2, sum(sizes.new) // 2
+        elif i % batch == 0:
             length, new = sizes.prompt[1], sizes.new[1]
-        own = rng.integers(0, vocabulary, length).tolist()
+        own = prompts.draw(rng, length)
         kept = int(SHARED * length) if shared else 0
         found.append(Work(prefix[:kept] + own[kept:], new))
     return found
@@ -113,9 +136,12 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
         mean = statistics.fmean(one.new for one in work)
         steady["requests_per_second"] = steady["generated_tokens"] / steady["seconds"] / mean
     lost = sum(len(r.completions[0].tokens) != one.new for r, one in zip(requests, work, strict=True))
+    times = [request.completions[0].times for request in requests]
     return {
         **rates(work, seconds),
         "lost": lost,
+        "between_tokens_seconds": percentiles(np.concatenate([np.diff(one) for one in times])),
+        "per_output_token_seconds": percentiles([(one[-1] - one[0]) / (len(one) - 1) for one in times if len(one) > 1]),
         "while_requests_wait": steady,
         "utilisation": statistics.fmean(used) if used else None,
         "summary": engine.summary(),
@@ -139,43 +165,45 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     }
 
 
-def compiled(lm: LanguageModel, batch: int, sizes: Sizes, before: set[int]) -> None:
-    """Every program of the baseline: all at once, as each takes most of a minute of one core at full width.
-
-    `before` holds the sizes of the prompts' pieces that are compiled, and takes those that are now.
+def compiled(lm: LanguageModel, work: list[Work]) -> None:
+    """Every program of the baseline for a batch: all at once, as each takes most of a minute of one core at full width.
 
     JAX finds what was compiled ahead again when the same shapes are called, as they are here, for other things to be
     made that a first call makes.
     """
-    pieces = [size for size in (512, 256, 128, 64, 32, 16) if size < 2 * sizes.prompt[1] and size not in before]
-    before.update(pieces)
-    tables = lm._block_tables(batch, sizes.longest)
+    longest, batch = max(len(one.prompt) for one in work) + max(one.new for one in work), len(work)
+    pieces = {size: length for one in work for length, size in pieces_of(len(one.prompt))}
+    tables = lm._block_tables(batch, longest)
     cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
     decode = np.zeros(batch, np.int32)
     steps = [(np.zeros(size, np.int32), tables[:1], np.zeros(1, np.int32)) for size in pieces]
 
     def compile_one(step: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        ids, table, wanted = (jnp.asarray(x, jnp.int32) for x in step)
+        ids, table, wanted = step
         leaves, structure = lm.flat_model()
         given = Batch(ids, ids, ids, ids, table, wanted)
         _flat_step.lower(leaves, structure, given, cache, lm.options).compile()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, [*steps, (decode, tables, decode)]))
-    for size in pieces or [16]:
-        length = min(size, sizes.prompt[1])
-        rows = [[1] * length] + [[1]] * (batch - 1)
-        for _ in itertools.islice(lm.stream(rows, sizes.longest - length, ignore_eos=True), 2 * batch):
+    for length in pieces.values():
+        rows = [[1] * length] + [[1] * min(pieces.values())] * (batch - 1)
+        for _ in itertools.islice(lm.stream(rows, longest - length, ignore_eos=True), 2 * batch):
             pass
 
 
-def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, float]:
+def pieces_of(length: int) -> list[tuple[int, int]]:
+    """(length, padded size) of the pieces that the baseline reads a prompt in."""
+    return [(stop - start, size) for start, stop, size in _chunks(length)]
+
+
+def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, float]:
     """Seconds to the first token of a long prompt, and of another with the same beginning."""
     rng = np.random.default_rng(7)
-    prefix = rng.integers(0, vocabulary, sizes.prompt[1] - BLOCK_SIZE).tolist()
+    prefix = prompts.draw(rng, sizes.prompt[1] - BLOCK_SIZE)
 
     def first_token(beginning: list[int]) -> float:
-        prompt = beginning + rng.integers(0, vocabulary, BLOCK_SIZE).tolist()
+        prompt = beginning + prompts.draw(rng, BLOCK_SIZE)
         begun = time.monotonic()
         engine.generate([prompt], SamplingParams(1, ignore_eos=True))
         return time.monotonic() - begun
@@ -184,31 +212,33 @@ def prefix_saving(engine: Engine, sizes: Sizes, vocabulary: int) -> dict[str, fl
     return {"cold": cold, "hit": hit, "own_part_alone": own, "saved": (cold - hit) / (cold - own)}
 
 
-def measure(
-    lm: LanguageModel, row: dict[str, Any], arguments: argparse.Namespace, before: set[int], save: Callable[[str], None]
-) -> None:
+def measure(lm: LanguageModel, row: dict[str, Any], arguments: argparse.Namespace, save: Callable[[str], None]) -> None:
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
-    vocabulary, concurrency, sizes = lm.config.vocab_size, row["concurrency"], sizes_of(arguments)
+    prompts, concurrency, sizes = Prompts(lm), row["concurrency"], sizes_of(arguments)
     begun = time.monotonic()
-    compiled(lm, concurrency, sizes, before)
+    batch = workload(concurrency, concurrency, sizes, prompts, False)
+    compiled(lm, batch)
     row["naive_compile_seconds"] = time.monotonic() - begun
     save("naive programs compiled")
-    row["naive"] = naive(lm, workload(concurrency, concurrency, sizes, vocabulary, False))
+    row["naive"] = naive(lm, batch)
     gc.collect()
     save("naive batch")
     unshared, shared = (
-        workload(arguments.rounds * concurrency, concurrency, sizes, vocabulary, shares) for shares in (False, True)
+        workload(arguments.rounds * concurrency, concurrency, sizes, prompts, shares) for shares in (False, True)
     )
-    runs = [(1, [("engine", unshared), ("engine_shared", shared)])]
+    runs = [(1, False, [("engine", unshared), ("engine_shared", shared)])]
     if concurrency in arguments.fill:
-        runs.append((2, [("engine_filled", unshared)]))
-    for times, parts in runs:
+        runs.append((2, False, [("engine_filled", unshared), ("engine_filled_shared", shared)]))
+    if arguments.speculate:
+        runs.append((1, True, [("engine_speculating", unshared)]))
+    for times, speculate, parts in runs:
         sequences = times * concurrency
         engine = Engine(
             lm,
             cache_tokens=concurrency * (sizes.longest + BLOCK_SIZE),
             max_tokens=max(64, arguments.step_tokens * sequences),
             max_sequences=sequences,
+            speculate=speculate,
         )
         begun = time.monotonic()
         shapes = engine.warmup()
@@ -222,8 +252,8 @@ def measure(
             for ratio, found in speeds.items():
                 row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
             save(name)
-        if times == 1:
-            row["prefix"] = prefix_saving(engine, sizes, vocabulary)
+        if "prefix" not in row:
+            row["prefix"] = prefix_saving(engine, sizes, prompts)
             save("a prefix that is cached")
         del engine
         gc.collect()
@@ -232,7 +262,16 @@ def measure(
 def line_of(row: dict[str, Any]) -> str:
     """A row on one line."""
     base, engine, shared = row["naive"], row["engine"], row["engine_shared"]
-    between = engine["summary"]["between_tokens_seconds"] or {"p50": 0.0, "p99": 0.0}
+    between = engine["between_tokens_seconds"]
+    others = [
+        f"; {words} {row[key]['ratio']:.2f}x"
+        for key, words in (
+            ("engine_filled", "twice as many in the same cache"),
+            ("engine_filled_shared", "the same with shared prefixes"),
+            ("engine_speculating", "speculating"),
+        )
+        if key in row
+    ]
     return (
         f"{row['concurrency']:>4} at a time: naive {base['requests_per_second']:.3f} requests/s, engine "
         f"{engine['requests_per_second']:.3f} ({engine['ratio']:.2f}x, {engine['steady_ratio']:.2f}x while requests "
@@ -241,7 +280,7 @@ def line_of(row: dict[str, Any]) -> str:
         f"between tokens {between['p50'] * 1e3:.1f} ms, P99 {between['p99'] * 1e3:.1f} ms; cache "
         f"{engine['utilisation'] or 0:.1%} used, naive {base['utilisation']:.1%}; a prefix hit saves "
         f"{row['prefix']['saved']:.1%}"
-    ) + (f"; twice as many in the same cache {row['engine_filled']['ratio']:.2f}x" if "engine_filled" in row else "")
+    ) + "".join(others)
 
 
 def sizes_of(arguments: argparse.Namespace) -> Sizes:
@@ -260,6 +299,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
     parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")
     parser.add_argument("--fill", type=int, nargs="*", default=[32, 128], help="see above")
+    parser.add_argument(
+        "--speculate", action="store_true", help="run once more, trying a token of the MTP layer a step"
+    )
     parser.add_argument("--seconds", type=float, help="begin no further number of requests after this time")
     parser.add_argument("--out", type=Path, default=RESULT)
     run(parser.parse_args())
@@ -289,14 +331,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
 
     save(f"{content['model']}, {content['layers']} layers")
-    before: set[int] = set()
     for concurrency in arguments.concurrency:
         if arguments.seconds and time.monotonic() - begun > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
         row: dict[str, Any] = {"concurrency": concurrency}
         content["rows"].append(row)
-        measure(lm, row, arguments, before, save)
+        measure(lm, row, arguments, save)
         print(line_of(row), flush=True)
 
 

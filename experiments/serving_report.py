@@ -12,7 +12,10 @@ RUNS = {
     "engine": "engine",
     "engine_shared": "engine, shared prefixes",
     "engine_filled": "engine, twice as many in the same cache",
+    "engine_filled_shared": "engine, twice as many in the same cache, shared prefixes",
+    "engine_speculating": "engine, speculating",
 }
+HEAD = ["at a time", "way", "requests/s", "ratio", "while requests wait", "between tokens", "P99", "cache used", "lost"]
 
 
 def rows_of(row: dict[str, Any]) -> list[list[str]]:
@@ -36,7 +39,8 @@ def rows_of(row: dict[str, Any]) -> list[list[str]]:
         if key not in row:
             continue
         run = row[key]
-        between_tokens = run["summary"]["between_tokens_seconds"]
+        # The summary has the latest 100,000; results before 2026-11-27 have nothing else.
+        between_tokens = run.get("between_tokens_seconds") or run["summary"]["between_tokens_seconds"]
         found.append(
             [
                 str(row["concurrency"]),
@@ -54,37 +58,33 @@ def rows_of(row: dict[str, Any]) -> list[list[str]]:
 
 
 def tables(results: Path = RESULTS) -> str:
-    """All results, in the order of their requests at a time."""
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("serving_*.json"))]
-    contents = sorted(contents, key=lambda content: content["rows"][0]["concurrency"])
-    said = {
-        f"{one['device']}, JAX {one['versions']['jax']}, {one['date']}; {one['model']}, {one['layers']} layers; "
-        f"prompts of {one['sizes']['prompt'][0]} to {one['sizes']['prompt'][1]} tokens, {one['sizes']['new'][0]} to "
-        f"{one['sizes']['new'][1]} new ones; {one['step_tokens']} tokens a step for each that runs."
-        for one in contents
-    }
-    head = [
-        "at a time",
-        "way",
-        "requests/s",
-        "ratio",
-        "while requests wait",
-        "between tokens",
-        "P99",
-        "cache used",
-        "lost",
-    ]
-    rows = [line for one in contents for row in one["rows"] for line in rows_of(row)]
-    saved = [
-        f"at {row['concurrency']} {row['prefix']['saved']:.1%}"
-        for one in contents
-        for row in one["rows"]
-        if "prefix" in row
-    ]
-    prefix = f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}."
-    ideal = [f"at {row['concurrency']} {without_idle_rows(row):.2f}x" for one in contents for row in one["rows"]]
-    bound = f"Static batches whose idle rows took no time would have these ratios: {', '.join(ideal)}."
-    return "\n\n".join([*sorted(said), table(head, rows), prefix, bound])
+    """All results: a table for each setting, in the order of their requests at a time."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("serving_*.json")]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for content in sorted(contents, key=lambda one: (one["model"] == "demo", -one["layers"], one["date"])):
+        rows.setdefault(said_of(content), []).extend(content["rows"])
+    parts = []
+    for said, of_setting in rows.items():
+        of_setting.sort(key=lambda row: row["concurrency"])
+        saved = [f"at {row['concurrency']} {row['prefix']['saved']:.1%}" for row in of_setting if "prefix" in row]
+        ideal = [f"at {row['concurrency']} {without_idle_rows(row):.2f}x" for row in of_setting]
+        parts += [
+            said,
+            table(HEAD, [line for row in of_setting for line in rows_of(row)]),
+            f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}. "
+            f"Static batches whose idle rows took no time would have these ratios: {', '.join(ideal)}.",
+        ]
+    return "\n\n".join(parts)
+
+
+def said_of(content: dict[str, Any]) -> str:
+    """The setting of a result."""
+    prompt, new = (" to ".join(map(str, content["sizes"][key])) for key in ("prompt", "new"))
+    return (
+        f"{content['device']}, JAX {content['versions']['jax']}, {content['date']}; {content['model']}, "
+        f"{content['layers']} layers; prompts of {prompt} tokens, {new} new ones; "
+        f"{content['step_tokens']} tokens a step for each that runs."
+    )
 
 
 def without_idle_rows(row: dict[str, Any]) -> float:

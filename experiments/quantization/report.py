@@ -13,8 +13,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
 MOST_SENSITIVE = 12
 """Rows of the ranking that are shown for each scheme."""
 
-ONE_SET = 8
-"""Experts of one token: a step of many in which no more are used says nothing of a real one."""
 SMALLEST_KL = 1e-9
 """Nats that float32 still tells from nothing, about: what is below is drawn as this."""
 
@@ -58,20 +56,18 @@ def speed_tables(found: dict[str, Any]) -> str:
                 continue
             time = row["seconds"]["median"]
             spread = (row["seconds"]["max"] - row["seconds"]["min"]) / time
-            one_set = part == "step" and max(row["experts_used"]) <= ONE_SET
             rows.append(
                 [
                     row["form"],
                     str(row["shape"][size]),
                     f"{time * 1e6:.0f} µs",
                     f"{spread:.1%}",
-                    "" if one_set else f"{row['times_bf16']:.2f}x",
+                    f"{row['times_bf16']:.2f}x",
                     f"{sum(row['bytes'].values()) / 1e9:.2f} GB",
                     f"{row['bound']['of_time']:.0%}",
-                    "all tokens chose the same experts: no comparison" if one_set else "",
                 ]
             )
-        texts.append(table([title, size, "time", "spread", "against bf16", "read", "of the byte bound", ""], rows))
+        texts.append(table([title, size, "time", "spread", "against bf16", "read", "of the byte bound"], rows))
     return "\n\n".join(texts)
 
 
