@@ -1,6 +1,7 @@
 """Statistics of what goes into each linear of a model, over a text."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ from convert.names import is_linear
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.model import Batch, DeepseekV32, Options
 from dsv32_jax.observation import Observed, Statistics, observing
 from dsv32_jax.params import named_parameters, replace_parameters
@@ -26,11 +28,23 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
     Args:
       lm: whose weights are dequantised for it; in memory, all at once.
       windows: ids of one length; each is a text of its own.
+
+    Raises:
+      UserError: there is no memory for it.
     """
-    parameters = {
-        path: Observed(dense(leaf, jnp.float32), path) if is_linear(path) and path.startswith("layers.") else leaf
-        for path, leaf in named_parameters(lm.model).items()
-    }
+    parameters = named_parameters(lm.model)
+    linears = {path: leaf for path, leaf in parameters.items() if is_linear(path) and path.startswith("layers.")}
+    # In float32, and twice the moments: what a window adds, and the sum.
+    needed = sum(
+        4 * math.prod(one.shape) + 8 * math.prod(one.shape[:-2]) * one.shape[-1] ** 2 for one in linears.values()
+    )
+    free, where = available_bytes()
+    if needed > free:
+        raise UserError(
+            f"calibration: linears in float32 and the second moments of their inputs take {human(needed)}, and there "
+            f"are {human(free)} of {where}; quantise without it, or use a machine with more"
+        )
+    parameters |= {path: Observed(dense(leaf, jnp.float32), path) for path, leaf in linears.items()}
     model = replace_parameters(lm.model, parameters)
     exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
     options = dataclasses.replace(lm.options, **exact)

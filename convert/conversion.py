@@ -199,9 +199,10 @@ def export_model(
         writer = HFWriter(work, model.config, plan_shards(model.config, leaves, shard_bytes), None)
         for path, leaf in leaves.items():
             writer.write(path, leaf)
-        if tokenizer_files is not None:
-            copy_files(Path(tokenizer_files), work, None)
-        write_config(work, model.config)
+        if tokenizer_files is None:
+            write_config(work, model.config)
+        else:
+            copy_files(Path(tokenizer_files), work, model.config)
 
 
 def to_bfloat16(config: ModelConfig) -> Change:

@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.conversion import Change, matrix, rewrite
 from convert.names import is_linear
+from convert.ranges import RANGES
 from convert.rounding import round_int4, round_int8
 from convert.stored import quantization_config, quantized, stored_parameters
 from dsv32_jax import __version__
@@ -36,26 +37,33 @@ PROVENANCE = "dsv32_jax_quantization"
 
 
 def quantize_model(
-    model: DeepseekV32, schemes: Mapping[str, str], statistics: Mapping[str, Statistics] | None = None
+    model: DeepseekV32,
+    schemes: Mapping[str, str],
+    statistics: Mapping[str, Statistics] | None = None,
+    ranges: str | None = None,
 ) -> DeepseekV32:
     """The model with some linears in other schemes; weights that have one are dequantised first.
 
     Args:
       model: concrete.
       schemes: one of `SCHEMES` or "bf16" for each linear that shall have it, by path; see `uniform`. Others stay.
-      statistics: of the linears' inputs, from `calibrate`: integers are rounded for them. For what they lack (the MTP
-        layer), and without them, to the nearest.
+      statistics: of the linears' inputs, from `calibrate`: integers are rounded for them.
+      ranges: how integers' ranges are found, one of `convert.ranges.RANGES`. None: "mse" where there are statistics;
+        else (the MTP layer has none) "min-max".
 
     Returns:
       A model whose config says the new schemes, so that `convert.export_model` writes it as it is.
 
     Raises:
-      UserError: a path that is no linear, an unknown scheme, or a width that a scheme does not take.
+      UserError: a path that is no linear, an unknown scheme or kind of range, or a width that a scheme does not take.
     """
     parameters = named_parameters(model)
     check_schemes(schemes, parameters)
+    check_ranges(ranges)
     statistics = statistics or {}
-    parameters |= {path: _as(path, parameters[path], scheme, statistics.get(path)) for path, scheme in schemes.items()}
+    parameters |= {
+        path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()
+    }
     changed = replace_parameters(model, parameters)
     found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
     changed.config = model.config.replace(quantization_config=quantization_config(found, model.config))
@@ -70,6 +78,12 @@ def check_schemes(schemes: Mapping[str, str], paths: Iterable[str]) -> None:
             raise UserError(f"{path}: no linear of this model; schemes are for linears")
         if scheme not in (*SCHEMES, UNQUANTISED):
             raise UserError(f"{path}: scheme {scheme!r}; must be one of {', '.join(SCHEMES)}, {UNQUANTISED}")
+
+
+def check_ranges(ranges: str | None) -> None:
+    """Raises UserError for an unknown kind."""
+    if ranges not in (None, *RANGES):
+        raise UserError(f"ranges: {ranges!r}; must be one of {', '.join(RANGES)}")
 
 
 def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
@@ -89,6 +103,8 @@ def quantize_checkpoint(
     *,
     to: str = "hf",
     statistics: Mapping[str, Statistics] | None = None,
+    ranges: str | None = None,
+    weights: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint with its linears in other schemes, one parameter after the other.
@@ -102,20 +118,30 @@ def quantize_checkpoint(
       target: must not exist.
       schemes: as for `quantize_model`.
       to: "hf" or "orbax".
-      statistics: as for `quantize_model`.
+      statistics, ranges: as for `quantize_model`.
+      weights: parameters to take instead of the source's, by path: those of a model that `migrate` changed. They get
+        the scheme that the source's have, where `schemes` says no other.
       provenance: JSON-able; the new config.json has it, with this package's version and the number of linears in each
         scheme, as the field `dsv32_jax_quantization`.
 
     Raises:
       UserError: what `convert.convert` and `quantize_model` raise it for.
     """
-    rewrite(source, target, to, lambda config: _change(config, schemes, statistics or {}, provenance or {}))
+    check_ranges(ranges)
+    rewrite(
+        source,
+        target,
+        to,
+        lambda config: _change(config, schemes, statistics or {}, ranges, weights or {}, provenance or {}),
+    )
 
 
 def _change(
     config: ModelConfig,
     schemes: Mapping[str, str],
     statistics: Mapping[str, Statistics],
+    ranges: str | None,
+    weights: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> Change:
     stored = stored_parameters(config)
@@ -126,17 +152,19 @@ def _change(
     fields = [(name, text) for name, text in config.unknown if name != PROVENANCE]
     quantised = {path: scheme for path, scheme in after.items() if scheme != UNQUANTISED}
     wanted = {**quantised, **schemes}  # in the released form a weight may be plain: not in another
+    wanted |= {path: after[path] for path in weights if path in after}
     new_config = config.replace(
         quantization_config=quantization_config(quantised, config), unknown=(*fields, (PROVENANCE, json.dumps(note)))
     )
 
     def leaf(path: str, value: Any) -> Any:
+        value = weights.get(path, value)
         scheme = wanted.get(path)
         if scheme is None or scheme == scheme_of(value):
             return value
         found, lead = statistics.get(path), value.shape[:-2]
         every = [
-            _as(path, matrix(value, at), scheme, None if found is None else jax.tree.map(itemgetter(at), found))
+            _as(path, matrix(value, at), scheme, found and jax.tree.map(itemgetter(at), found), ranges)
             for at in np.ndindex(lead)
         ]
         return jax.tree.map(lambda *parts: np.stack(parts).reshape(*lead, *parts[0].shape), *every)
@@ -149,18 +177,18 @@ def _change(
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
         return quantized(value.shape, scheme)
 
-    return Change(new_config, leaf, abstract, {"schemes": after, "provenance": provenance})
+    return Change(new_config, leaf, abstract, {"schemes": after, "ranges": ranges, "provenance": provenance})
 
 
-def _as(path: str, leaf, scheme: str, statistics: Statistics | None):
+def _as(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):
     if scheme == scheme_of(leaf):
         return leaf
     if scheme == UNQUANTISED:
         return _dense(leaf, jnp.bfloat16)
     weight = _dense(leaf, jnp.float32)
     try:
-        if statistics is not None and scheme in ROUNDED:
-            return ROUNDED[scheme](weight, statistics.moments)
+        if scheme in ROUNDED and (statistics is not None or ranges is not None):
+            return ROUNDED[scheme](weight, None if statistics is None else statistics.moments, ranges or "mse")
         return _quantize(weight, scheme)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -6,43 +6,66 @@ other, and what is lost with one is made good by those that are still to come, a
 than from its smallest to its largest value often loses less. In eight bits only the range of each row is searched for.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv32_jax.quant import QTensor, quantize_weight
+from convert.ranges import int4_range, int4_values, int8_scales, int8_values
+from dsv32_jax.quant import QTensor
 from pallas_kernels.quant_matmul import pack_int4
 from pallas_kernels.quant_matmul.int4 import GROUP
-from pallas_kernels.quantize.reference import INT8_MAX, divide
 
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it: directions that the calibration hardly saw count for little."""
-SHARES = tuple(1 - 0.04 * step for step in range(13))
-"""Of a group's whole range, which are tried."""
-INT8_SHARES = tuple(1 - 0.02 * step for step in range(26))
-"""Of a row's largest magnitude. With 127 steps to it, little is gained by a much narrower range, so these are finer."""
 
 
-@jax.jit
-def round_int4(weight: jax.Array, moments: jax.Array) -> QTensor:
+@partial(jax.jit, static_argnames="ranges")
+def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
     """A weight in four bits that changes its products the least.
 
     Args:
       weight: float [..., N, K], K a multiple of 128.
-      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none: plain rounding then,
-        with the range that is best for the weight alone.
+      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Plain rounding for
+        those and for None, with the range that is best for the weight alone.
+      ranges: how the range of each group is found, one of `convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int4".
     """
     lead = weight.shape[:-2]
     flat = weight.astype(jnp.float32).reshape(-1, *weight.shape[-2:])
-    values, scales, zeros = lax.map(lambda pair: _round(*pair), (flat, moments.reshape(-1, *moments.shape[-2:])))
+    if moments is None:
+        values, scales, zeros = lax.map(partial(_round_alone, ranges=ranges), flat)
+    else:
+        seen = moments.reshape(-1, *moments.shape[-2:])
+        values, scales, zeros = lax.map(lambda pair: _round(*pair, ranges), (flat, seen))
     packed, words = pack_int4(values, scales, zeros)
     return QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), "int4")
 
 
-def _round(weight: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _ranges(weight: jax.Array, importance: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array]:
+    """Scales bfloat16 [K / 128, N] and zeros float32 [K / 128, N] of the groups of a weight [N, K]."""
+    rows, depth = weight.shape
+    return lax.map(
+        lambda group: int4_range(
+            lax.dynamic_slice(weight, (0, group * GROUP), (rows, GROUP)),
+            lax.dynamic_slice(importance, (group * GROUP,), (GROUP,)),
+            ranges,
+        ),
+        jnp.arange(depth // GROUP),
+    )
+
+
+def _round_alone(weight: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_round` without inputs."""
+    scales, zeros = _ranges(weight, jnp.ones(weight.shape[1]), ranges)
+    step, zero = (jnp.repeat(of.T.astype(jnp.float32), GROUP, axis=1) for of in (scales, zeros))
+    return int4_values(weight, step, zero).astype(jnp.uint8), scales.T, zeros.T.astype(jnp.uint8)
+
+
+def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of one weight [N, K]: values uint8 [N, K], scales bfloat16 [N, K / 128], zeros uint8 [N, K / 128].
 
     Columns are taken by falling mean square of their inputs, whichever group they are of: what comes first has most
@@ -54,13 +77,7 @@ def _round(weight: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array,
     seen = jnp.where(mean > 0, moments / jnp.where(mean > 0, mean, 1), jnp.eye(depth)) + DAMPING * jnp.eye(depth)
     importance = jnp.diagonal(seen)
     groups = jnp.arange(depth) // GROUP
-    scales, zeros = lax.map(
-        lambda group: _range(
-            lax.dynamic_slice(weight, (0, group * GROUP), (rows, GROUP)),
-            lax.dynamic_slice(importance, (group * GROUP,), (GROUP,)),
-        ),
-        jnp.arange(depth // GROUP),
-    )  # [K / 128, N]
+    scales, zeros = _ranges(weight, importance, ranges)
     order = jnp.argsort(-importance, stable=True)
     seen, weight, group_of = seen[order][:, order], weight[:, order], groups[order]
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(seen), True), jnp.eye(depth))
@@ -77,7 +94,7 @@ def _round(weight: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array,
         def one_column(j: jax.Array, inner: tuple) -> tuple:
             block, lost, chosen = inner
             step, zero = scales[of_groups[j]].astype(jnp.float32), zeros[of_groups[j]]
-            value = jnp.clip(jnp.round(block[:, j] / step) + zero, 0, 15)
+            value = int4_values(block[:, j], step, zero)
             error = (block[:, j] - (value - zero) * step) / within[j, j]
             return block - error[:, None] * within[j], lost.at[:, j].set(error), chosen.at[:, j].set(value)
 
@@ -91,56 +108,33 @@ def _round(weight: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array,
     return values[:, jnp.argsort(order)], scales.T, zeros.T.astype(jnp.uint8)
 
 
-def _range(block: jax.Array, importance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scales bfloat16 [N] and zeros float32 [N] of a group [N, 128] with the least weighted square error."""
-    low, high = jnp.minimum(block.min(-1), 0), jnp.maximum(block.max(-1), 0)
-
-    def of_share(share: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale = jnp.maximum(share * (high - low) / 15, 1e-8).astype(jnp.bfloat16)
-        step = scale.astype(jnp.float32)
-        zero = jnp.clip(jnp.round(-share * low / step), 0, 15)
-        value = jnp.clip(jnp.round(block / step[:, None]) + zero[:, None], 0, 15)
-        error = block - (value - zero[:, None]) * step[:, None]
-        return (error**2 * importance).sum(-1), scale, zero
-
-    errors, scales, zeros = lax.map(of_share, jnp.asarray(SHARES))
-    best = jnp.argmin(errors, 0)[None]
-    return jnp.take_along_axis(scales, best, 0)[0], jnp.take_along_axis(zeros, best, 0)[0]
-
-
-@jax.jit
-def round_int8(weight: jax.Array, moments: jax.Array) -> QTensor:
-    """A weight in eight bits, each row with the range that loses the least; never more than by its largest value.
+@partial(jax.jit, static_argnames="ranges")
+def round_int8(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
+    """A weight in eight bits, each row with a range of its own, by default the one that loses the least.
 
     An error counts as much as its column's input has mean square, to which `DAMPING` of the mean of all is added.
 
     Args:
       weight: float [..., N, K].
-      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none: columns count alike.
+      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Columns count alike
+        for those and for None.
+      ranges: how the range of each row is found, one of `convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int8".
     """
-    lead = weight.shape[:-2]
+    lead, depth = weight.shape[:-2], weight.shape[-1]
     flat = weight.astype(jnp.float32).reshape(-1, *weight.shape[-2:])
-    diagonals = jnp.diagonal(moments, axis1=-2, axis2=-1).reshape(-1, weight.shape[-1])
-    values, scales = lax.map(lambda pair: _round_rows(*pair), (flat, diagonals))
+    diagonals = jnp.zeros((len(flat), depth))
+    if moments is not None:
+        diagonals = jnp.diagonal(moments, axis1=-2, axis2=-1).reshape(-1, depth)
+
+    def rounded(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, diagonal = pair
+        mean = diagonal.mean()
+        importance = jnp.where(mean > 0, diagonal / jnp.where(mean > 0, mean, 1), 1) + DAMPING
+        scales = int8_scales(rows, importance, ranges)
+        return int8_values(rows, scales).astype(jnp.int8), scales
+
+    values, scales = lax.map(rounded, (flat, diagonals))
     return QTensor(values.reshape(weight.shape), scales.reshape(*lead, -1), "int8")
-
-
-def _round_rows(weight: jax.Array, diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of one weight [N, K]: values int8 [N, K] and scales float32 [N]."""
-    mean = diagonal.mean()
-    importance = jnp.where(mean > 0, diagonal / jnp.where(mean > 0, mean, 1), 1) + DAMPING
-    widest = quantize_weight(weight, "int8").scales
-
-    def rounded(scales: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(divide(weight, scales)), -INT8_MAX, INT8_MAX)
-
-    def of_share(share: jax.Array) -> jax.Array:
-        scales = share * widest
-        return ((weight - rounded(scales) * scales[:, None]) ** 2 * importance).sum(-1)
-
-    shares = jnp.asarray(INT8_SHARES)
-    scales = shares[jnp.argmin(lax.map(of_share, shares), 0)] * widest
-    return rounded(scales).astype(jnp.int8), scales

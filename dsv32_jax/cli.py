@@ -348,6 +348,16 @@ def quantize(
     to: Annotated[str, typer.Option("--to", help="hf | orbax")] = "hf",
     window_tokens: Annotated[int, typer.Option("--window-tokens", min=2, help="The text is read in pieces.")] = 1024,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Pieces, at most.")] = 32,
+    ranges: Annotated[
+        str | None,
+        typer.Option("--ranges", help="Of integers: mse | percentile | min-max. Default: mse with --calibration."),
+    ] = None,
+    migration: Annotated[
+        float | None,
+        typer.Option(
+            "--migrate", min=0, max=1, help="Move outliers of inputs into the weights, this strongly; for int8."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint with its linears in another scheme, as `load` and `--model` take it.
@@ -364,12 +374,16 @@ def quantize(
         raise UserError(f"--to {to}: must be hf or orbax")
     if target.exists():
         raise UserError(f"--out {target}: exists; give a path that does not")
+    if migration is not None and calibration is None:
+        raise UserError("--migrate: needs a text to see outliers in; give --calibration too")
     text = None if calibration is None else _read_text(calibration, "--calibration")
     from convert.calibration import calibrate, windows_of
+    from convert.migration import migrate
     from convert.quantization import mixed, quantize_checkpoint, uniform
     from dsv32_jax import loading
     from dsv32_jax.config import ModelConfig, read_json
     from dsv32_jax.model import abstract_model
+    from dsv32_jax.params import named_parameters
 
     source = loading.find(model)
     abstract = abstract_model(ModelConfig.from_hf(source))
@@ -380,7 +394,8 @@ def quantize(
             raise UserError(f'--plan {plan}: must hold {{"schemes": {{path of a linear: scheme}}}}')
         schemes = planned
     provenance: dict[str, Any] = {"scheme": scheme, "source": model}
-    statistics = None
+    provenance |= {} if ranges is None else {"ranges": ranges}
+    statistics, changed = None, None
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         if text is not None:
             lm = loading.load(model)
@@ -388,7 +403,12 @@ def quantize(
             statistics = calibrate(lm, pieces)
             digest = hashlib.sha256(text.encode()).hexdigest()
             provenance["calibration"] = {"sha256": digest, "windows": len(pieces), "tokens": len(pieces[0])}
-        quantize_checkpoint(source, target, schemes, to=to, statistics=statistics, provenance=provenance)
+            if migration is not None:
+                migrated, statistics = migrate(lm.model, statistics, migration)
+                changed = named_parameters(migrated)
+                provenance["migration"] = migration
+        how = {"to": to, "statistics": statistics, "ranges": ranges, "weights": changed, "provenance": provenance}
+        quantize_checkpoint(source, target, schemes, **how)
     if as_json:
         _print_json(target=str(target), to=to, **provenance)
     else:

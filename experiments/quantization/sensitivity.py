@@ -13,7 +13,7 @@ from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import quantize_weight
 from experiments.quantization.measure import Ruler, dequantised
-from experiments.quantization.variants import Setting, nearest
+from experiments.quantization.variants import Setting, alone
 from experiments.results import RESULTS, environment, write_json
 
 RESULT = RESULTS / "quantization_sensitivity.json"
@@ -105,7 +105,7 @@ def sensitivity(setting: Setting, out: Path = RESULT, report: Callable[[str], No
         report(f"layer {unit.layer}, {unit.family}, {scheme}: KL {row['kl']:.2e}")
 
     for scheme in SCHEMES:
-        model = setting.calibrated_int4 if scheme == "int4" else nearest(scheme)(setting)
+        model = setting.calibrated_int4 if scheme == "int4" else alone(scheme)(setting)
         leaves = named_parameters(dequantised(model))
         for unit in units(setting.base, FAMILIES):
             assert unit.layer is not None and all(map(is_linear, unit.paths))

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from convert.migration import migrate
 from convert.names import is_linear
 from convert.quantization import UNQUANTISED, quantize_model, uniform
@@ -85,14 +83,6 @@ def migrated_int8(setting: Setting) -> DeepseekV32:
     return quantize_model(model, uniform(model, "int8"), found)
 
 
-def range_searched_int4(setting: Setting) -> DeepseekV32:
-    """Four bits with the range that is best for the weight alone: what `round_int4` does without inputs."""
-    nothing = {
-        path: dataclasses.replace(own, moments=jnp.zeros_like(own.moments)) for path, own in setting.statistics.items()
-    }
-    return quantize_model(setting.base, uniform(setting.base, "int4"), nothing)
-
-
 def indexer_int4(setting: Setting) -> DeepseekV32:
     """The indexer's linears calibrated in four bits, all else the base: it decides where attention looks."""
     base, four = named_parameters(setting.base), named_parameters(setting.calibrated_int4)
@@ -101,20 +91,29 @@ def indexer_int4(setting: Setting) -> DeepseekV32:
     )
 
 
-def nearest(scheme: str) -> Callable[[Setting], DeepseekV32]:
-    """Every linear in a scheme, each weight rounded by itself."""
-    return lambda setting: quantize_model(setting.base, uniform(setting.base, scheme))
+def alone(scheme: str, ranges: str | None = None) -> Callable[[Setting], DeepseekV32]:
+    """Every linear in a scheme, each weight rounded by itself, in ranges of a kind."""
+    return lambda setting: quantize_model(setting.base, uniform(setting.base, scheme), ranges=ranges)
+
+
+def calibrated(scheme: str, ranges: str) -> Callable[[Setting], DeepseekV32]:
+    """Every linear in a scheme, rounded for its inputs, in ranges of a kind."""
+    return lambda setting: quantize_model(setting.base, uniform(setting.base, scheme), setting.statistics, ranges)
 
 
 VARIANTS: dict[str, tuple[Callable[[Setting], DeepseekV32], bool]] = {
     "bf16": (lambda setting: setting.base, False),
     "fp8_block": (lambda setting: setting.lm.model, False),
     "fp8_block, activations": (lambda setting: setting.lm.model, True),
-    "int8": (nearest("int8"), False),
-    "int8, activations": (nearest("int8"), True),
+    "int8": (alone("int8"), False),
+    "int8 ranges by percentile": (alone("int8", "percentile"), False),
+    "int8 range searched": (calibrated("int8", "mse"), False),
+    "int8, activations": (alone("int8"), True),
     "int8 migrated, activations": (migrated_int8, True),
-    "int4": (nearest("int4"), False),
-    "int4 range searched": (range_searched_int4, False),
+    "int4": (alone("int4"), False),
+    "int4 ranges by percentile": (alone("int4", "percentile"), False),
+    "int4 range searched": (alone("int4", "mse"), False),
+    "int4 calibrated, ranges by percentile": (calibrated("int4", "percentile"), False),
     "int4 calibrated": (lambda setting: setting.calibrated_int4, False),
     "int4 calibrated, indexer alone": (indexer_int4, False),
 }

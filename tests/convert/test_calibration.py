@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import calibration
 from convert.calibration import calibrate
 from convert.names import is_linear
 from convert.quantization import quantize_model, uniform
@@ -32,6 +33,12 @@ def windows(lm):
 @pytest.fixture(scope="module")
 def statistics(lm, windows):
     return calibrate(lm, windows)
+
+
+def test_no_memory_for_it(lm, windows, monkeypatch):
+    monkeypatch.setattr(calibration, "available_bytes", lambda: (1e6, "host memory"))
+    with pytest.raises(UserError, match=r"calibration: linears in float32 .* of host memory; quantise without"):
+        calibrate(lm, windows)
 
 
 def test_statistics_of_rows():

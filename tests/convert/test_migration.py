@@ -1,4 +1,4 @@
-"""Outliers of inputs moved into weights, and eight-bit rows with the best range."""
+"""Outliers of inputs moved into weights."""
 
 import dataclasses
 
@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 from convert.calibration import calibrate, is_linear
 from convert.migration import FOLDS, migrate
-from convert.quantization import quantize_model, uniform
-from convert.rounding import DAMPING, round_int8
+from convert.quantization import quantize_checkpoint, quantize_model, uniform
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import abstract_model, step
 from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import dense, is_qtensor, quantize_weight
+from dsv32_jax.quant import dense, is_qtensor
+from tests.convert.test_conversion import equal_models
 from tests.harness import EXACT, Piece, flat_batch, load_golden, tables_of
 
 OUTLIER = 64
@@ -190,47 +191,20 @@ def test_eight_bits_lose_less(plain, planted, migrated):
     assert after < 0.4 * before, (after, before)
 
 
+def test_a_migrated_checkpoint(in_fp8, statistics, tmp_path):
+    """What no scheme is asked for gets the one that it had."""
+    convert.export_model(in_fp8, tmp_path / "source")
+    model, found = migrate(in_fp8, statistics)
+    asked = {path: "int8" for path in uniform(model, "int8") if ".attn." in path}
+    weights = named_parameters(model)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", asked, statistics=found, weights=weights)
+    expected = quantize_model(model, uniform(model, "fp8_block") | asked, found)
+    assert equal_models(convert.load_hf(tmp_path / "out"), expected)
+
+
 def test_refused_migrations(planted, statistics):
     with pytest.raises(UserError, match=r"strength: 1\.5; must be from 0 to 1"):
         migrate(planted, statistics, 1.5)
     without = {path: of for path, of in statistics.items() if path != "layers.1.ffn.shared.down"}
     with pytest.raises(UserError, match=r"layers\.1\.ffn\.shared\.down: no statistics"):
         migrate(planted, without)
-
-
-# ---- eight-bit rows ------------------------------------------------------------------------------------------------
-
-
-def lost_by_rows(weight, found, importance):
-    """float64 [..., N], square errors of rows by the importance [..., K] of their columns."""
-    error = np.asarray(found.dequantize(), np.float64) - weight
-    return (error**2 * importance[..., None, :]).sum(-1)
-
-
-def test_rows_never_lose_more_than_by_their_largest_value():
-    """And less where tails are heavy and meet inputs of which some are small."""
-    heavy = RNG.standard_t(3, (3, 64, 512)).astype(np.float32)
-    heavy[0, 0] = 0
-    x = (RNG.standard_normal((3, 600, 512)) * np.exp(RNG.standard_normal((3, 1, 512)))).astype(np.float32)
-    moments = np.einsum("erk,erl->ekl", x, x)
-    moments[2] = 0  # an expert that the calibration did not reach
-    mean_square = np.einsum("ekk->ek", moments).astype(np.float64)
-    mean = mean_square.mean(-1, keepdims=True)
-    importance = np.where(mean > 0, mean_square / np.where(mean > 0, mean, 1), 1) + DAMPING
-    found, nearest = round_int8(heavy, moments), quantize_weight(jnp.asarray(heavy), "int8")
-    assert found.scheme == "int8" and found.values.dtype == jnp.int8 and found.scales.shape == (3, 64)
-    after, before = (lost_by_rows(heavy, of, importance) for of in (found, nearest))
-    assert (after <= before * (1 + 1e-5)).all()
-    assert (after[:2].sum(-1) < 0.95 * before[:2].sum(-1)).all(), after.sum(-1) / before.sum(-1)
-    assert (after < 0.999 * before).mean(-1)[:2].min() > 0.25
-    alone = round_int8(heavy[1], moments[1])
-    np.testing.assert_array_equal(alone.values, found.values[1])
-    np.testing.assert_array_equal(alone.scales, found.scales[1])
-
-
-def test_what_eight_bits_can_say_stays_as_it_is():
-    steps = RNG.integers(-127, 128, (16, 256))
-    steps[:, 0] = 127
-    weight = (0.5 * steps).astype(np.float32)
-    for moments in (np.zeros((256, 256), np.float32), np.eye(256, dtype=np.float32)):
-        np.testing.assert_allclose(round_int8(weight, moments).dequantize(), weight, rtol=1e-6)

@@ -6,16 +6,20 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import convert
 from convert import conversion, quantization
+from convert.calibration import calibrate, windows_of
+from convert.migration import migrate
 from convert.quantization import PROVENANCE, UNQUANTISED, mixed, quantize_checkpoint, quantize_model, uniform
 from convert.stored import from_words, hf_tensors, in_words
-from dsv32_jax import cli
+from dsv32_jax import cli, loading
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import parameter_counts
+from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor, scheme_of
@@ -250,6 +254,29 @@ def test_the_command(source, tmp_path, capsys):
     assert note["linears"]["int4"] == 1 and note["scheme"] == "mixed" and note["version"]
 
 
+def test_the_command_with_a_text(tmp_path, capsys):
+    """Calibrated, migrated and in ranges of a kind: the same as in Python, and the checkpoint says all of it."""
+    tokenizer_files = loading.find("demo")
+    vocabulary = ModelConfig.from_hf(tokenizer_files).vocab_size
+    made = DeepseekV32(ModelConfig.tiny(num_hidden_layers=2, vocab_size=vocabulary), nnx.Rngs(0))
+    convert.export_model(made, tmp_path / "source", tokenizer_files=tokenizer_files)
+    text = tmp_path / "text.txt"
+    text.write_text("Use pip to install the package, and then some more of it.")
+    arguments = ["--calibration", str(text), "--window-tokens", "8", "--migrate", "0.5", "--ranges", "percentile"]
+    source, target = str(tmp_path / "source"), str(tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize", "--model", source, "--out", target, "--scheme", "int8", "--json", *arguments])
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ranges"] == "percentile" and told["migration"] == 0.5 and told["calibration"]["tokens"] == 8
+    note = json.loads((tmp_path / "out" / "config.json").read_text())[PROVENANCE]
+    assert note["calibration"] == told["calibration"] and note["migration"] == 0.5 and note["ranges"] == "percentile"
+    lm = loading.load(source)
+    migrated, statistics = migrate(lm.model, calibrate(lm, windows_of(lm, text.read_text(), 8)), 0.5)
+    expected = quantize_model(migrated, uniform(migrated, "int8"), statistics, "percentile")
+    assert equal_models(convert.load_hf(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -257,6 +284,9 @@ def test_the_command(source, tmp_path, capsys):
         (["--scheme", "int8", "--plan", "x.json"], "--plan: goes with"),
         (["--scheme", "int8", "--to", "gguf"], "--to gguf"),
         (["--scheme", "int4", "--calibration", "none.txt"], "none.txt"),
+        (["--scheme", "int8", "--migrate", "0.5"], "--migrate: needs a text"),
+        (["--scheme", "int8", "--migrate", "2"], "--migrate"),
+        (["--scheme", "int8", "--ranges", "max"], "ranges: 'max'"),
     ],
 )
 def test_bad_flags(source, tmp_path, capsys, arguments, message):
