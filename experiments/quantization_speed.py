@@ -38,6 +38,7 @@ from experiments.bench import roofline
 from experiments.bench import timer as timing
 from experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
 from experiments.bench.cases import normal as standard_normal
+from experiments.bench.layer_profile import by_name, profiled
 from experiments.bench.peers import Peers
 from experiments.bench.run import REST_SECONDS
 from experiments.random_model import in_schemes, random_parameters, stored_bytes
@@ -267,6 +268,7 @@ class Run:
       forms: of `FORMS`, those that are measured.
       ends: when nothing further is begun, by `time.monotonic`.
       rest: seconds between measurements, see `REST_SECONDS`.
+      profile: whether the kernels of each step are recorded.
     """
 
     sizes: Sizes
@@ -277,6 +279,7 @@ class Run:
     forms: Mapping[str, Form]
     ends: float
     rest: float
+    profile: bool = False
 
     def late(self) -> bool:
         """Whether nothing further is begun."""
@@ -370,6 +373,8 @@ def measure_steps(run: Run) -> None:
                 row["experts_used"] = experts_used(chosen)
                 bytes_ = step_bytes(abstract, row["experts_used"], sequences, sizes.context)
                 run.measure(row, ready, call, bytes_)
+                if run.profile:
+                    row["kernels"] = by_name(profiled(call))
                 del logits, chosen
         held.clear()
         gc.collect()
@@ -419,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="of the model of the steps; default: 5, or 4 if those do not fit")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing further after this time")
+    parser.add_argument("--profile", action="store_true", help="record the kernels of each step")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for tests")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
@@ -444,7 +450,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     rest = 0.0 if arguments.tiny else REST_SECONDS
     forms = {name: FORMS[name] for name in arguments.forms}
-    run = Run(sizes, arguments.backend, arguments.out, content, timer, forms, begun + arguments.seconds, rest)
+    ends = begun + arguments.seconds
+    run = Run(sizes, arguments.backend, arguments.out, content, timer, forms, ends, rest, arguments.profile)
     bandwidth = (ceilings["ceilings"]["copy"] or 0) / 1e12
     say(f"{timer.name}; {sizes.config.num_hidden_layers} layers; {bandwidth:.2f} TB/s")
     for part, measure in PARTS.items():

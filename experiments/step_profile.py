@@ -6,7 +6,6 @@ phase: milliseconds from step to step, how much of them the device worked, and i
 """
 
 import argparse
-import collections
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
 from dsv32_jax.request import SamplingParams
-from experiments.bench.layer_profile import overlap, profiled
+from experiments.bench.layer_profile import by_name, overlap, profiled
 from experiments.random_model import random_model
 from experiments.results import RESULTS, environment, write_json
 
@@ -43,18 +42,11 @@ def of_steps(engine: Engine) -> dict[str, Any]:
         return engine.cache
 
     kernels = profiled(several)
-    took: dict[str, list[float]] = collections.defaultdict(list)
-    for kernel in kernels:
-        took[kernel["name"]].append(kernel["us"])
-    by_time = sorted(took.items(), key=lambda item: -sum(item[1]))
     return {
         "tokens": tokens,
         "milliseconds": 1e3 * seconds,
         "device": {name: us / PROFILED for name, us in overlap(kernels).items()},
-        "kernels": [
-            {"name": name, "a_step": len(us) / PROFILED, "us_a_step": sum(us) / PROFILED, "longest_us": max(us)}
-            for name, us in by_time
-        ],
+        "kernels": by_name(kernels, PROFILED),
     }
 
 
@@ -88,7 +80,7 @@ def main() -> None:
         write_json(arguments.out, content)
         print(f"{phase}: {found['tokens']:g} tokens a step, {found['milliseconds']:.2f} ms, {found['device']}")
         for kernel in found["kernels"][:40]:
-            print(f"  {kernel['us_a_step']:9.1f} us, {kernel['a_step']:6g} times: {kernel['name']}", flush=True)
+            print(f"  {kernel['us']:9.1f} us, {kernel['times']:6g} times: {kernel['name']}", flush=True)
 
 
 if __name__ == "__main__":

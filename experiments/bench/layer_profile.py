@@ -62,6 +62,17 @@ def kernels_of(profile: Any) -> list[dict[str, Any]]:
     ]
 
 
+def by_name(kernels: list[dict[str, Any]], calls: int = 1) -> list[dict[str, Any]]:
+    """What each name took of one of so many equal calls, most of the time first."""
+    took: dict[str, list[float]] = {}
+    for kernel in kernels:
+        took.setdefault(kernel["name"], []).append(kernel["us"])
+    return [
+        {"name": name, "times": len(us) / calls, "us": sum(us) / calls, "longest_us": max(us)}
+        for name, us in sorted(took.items(), key=lambda item: -sum(item[1]))
+    ]
+
+
 def overlap(kernels: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds from the first start to the last end, with any kernel at work, and with more than one."""
     events = sorted((at, step) for k in kernels for at, step in ((k["start_us"], 1), (k["start_us"] + k["us"], -1)))

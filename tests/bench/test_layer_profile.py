@@ -15,3 +15,11 @@ def test_overlap():
 
 def test_kernels_one_after_another_do_not_overlap():
     assert layer_profile.overlap([kernel(0, 3), kernel(3, 2)])["overlapping_us"] == 0
+
+
+def test_kernels_are_added_up_by_name():
+    several = [kernel(0, 3) | {"name": "a"}, kernel(3, 9) | {"name": "b"}, kernel(12, 5) | {"name": "a"}]
+    assert layer_profile.by_name(several, calls=2) == [
+        {"name": "b", "times": 0.5, "us": 4.5, "longest_us": 9},
+        {"name": "a", "times": 1.0, "us": 4.0, "longest_us": 5},
+    ]
