@@ -1,8 +1,11 @@
 """Settings of every test run, made before JAX is imported, and the golden files."""
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +19,15 @@ elif "DSV32_GPU_TESTS" not in os.environ:
     os.environ["JAX_PLATFORMS"] = "cpu"
 # A warpgroup that waits in the GPU interpreter holds a thread of XLA's pool; there must be more than warpgroups.
 os.environ.setdefault("NPROC", "8")
-# A test must not pass because of a program that an earlier version of the code compiled.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-if "DSV32_GPU_TESTS" not in os.environ:
+if "DSV32_GPU_TESTS" in os.environ:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+else:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # Workers share what they compile, within this run alone: a test must not pass because of a program that an
+        # earlier version of the code compiled.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsv32-tests-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     # Most of a test is compiling programs that run once; without optimisation that takes a third less.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
