@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv32_jax.config import ModelConfig
 from experiments.pages import between, drawing, table
 from experiments.quantization.sensitivity import FAMILIES
 from experiments.results import RESULTS, read_result
@@ -68,7 +69,31 @@ def speed_tables(found: dict[str, Any]) -> str:
                 ]
             )
         texts.append(table([title, size, "time", "spread", "against bf16", "read", "of the byte bound"], rows))
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, beside_experts(found)])
+
+
+def beside_experts(found: dict[str, Any]) -> str:
+    """What a step takes without its layers of experts, and the least time of attention's products in it."""
+    rows = {(row["part"], row["form"], *row["shape"].values()): row for row in found["rows"]}
+    expert_layers = found["layers"] - found["dense_layers"]
+    config = ModelConfig.full_width(found["layers"])
+    said = []
+    for (part, form, sequences, *_), row in rows.items():
+        layer = rows.get(("layer", form, sequences))
+        if part != "step" or layer is None:
+            continue
+        time = row["seconds"]["median"] - expert_layers * layer["seconds"]["median"]
+        read = sum(row["bytes"].values()) - expert_layers * sum(layer["bytes"].values())
+        said.append(f"{form} at {sequences} {time * 1e3:.2f} ms ({read / found['ceilings']['copy'] / time:.0%})")
+    most = max(row["shape"]["sequences"] for row in found["rows"] if row["part"] == "step")
+    wide = 2 * config.kv_lora_rank + config.qk_rope_head_dim  # queries with rows, probabilities with latents
+    operations = 2 * most * config.index_topk * config.num_attention_heads * wide * found["layers"]
+    return (
+        f"A step without its {expert_layers} layers of experts, and its share of the byte bound: {', '.join(said)}. "
+        f"The products of sparse attention alone, {operations / 1e9:.0f} GFLOP at {most} sequences, take "
+        f"{operations / found['ceilings']['bf16'] * 1e3:.2f} ms at the {found['ceilings']['bf16'] / 1e12:.0f} TFLOP/s "
+        "that a large product in bfloat16 reaches."
+    )
 
 
 def settings_of(found: dict[str, Any]) -> str:

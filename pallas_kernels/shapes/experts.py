@@ -190,7 +190,7 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
             target=Target(2.5, 3.5, of="reference") if scheme == "int4" else None,
         )
         for scheme in ("int8", "int4")
-        for tokens in (1, 16)
+        for tokens in (1, 16, 128)
         for columns, depth in ((7168, 16384), (4096, 7168))
     ]
     return (*fp8, int8, *integers)
