@@ -16,13 +16,34 @@ KEPT = 100_000
 """Latencies of each kind that are kept, the latest."""
 
 
-def _latencies() -> deque[float]:
-    return deque(maxlen=KEPT)
+@dataclasses.dataclass
+class Latencies:
+    """Of one kind, in seconds.
+
+    Attributes:
+      count, total: how many since the start, and their sum.
+      latest: the latest `KEPT` of them.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    latest: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT))
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.count += 1
+        self.total += seconds
+        self.latest.append(seconds)
+
+    def summary(self) -> dict[str, float] | None:
+        """`percentiles` of the latest, and `count` and `sum` of all; None of nothing."""
+        found = percentiles(self.latest)
+        return found and found | {"count": self.count, "sum": self.total}
 
 
 @dataclasses.dataclass
 class Metrics:
-    """Counts since the start, and the latest latencies, all in seconds.
+    """Counts since the start, and latencies.
 
     Attributes:
       steps, step_tokens: of the model so far; what they computed.
@@ -46,24 +67,24 @@ class Metrics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     finished: Counter[str] = dataclasses.field(default_factory=Counter)
-    queued: deque[float] = dataclasses.field(default_factory=_latencies)
-    first_token: deque[float] = dataclasses.field(default_factory=_latencies)
-    between_tokens: deque[float] = dataclasses.field(default_factory=_latencies)
+    queued: Latencies = dataclasses.field(default_factory=Latencies)
+    first_token: Latencies = dataclasses.field(default_factory=Latencies)
+    between_tokens: Latencies = dataclasses.field(default_factory=Latencies)
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     def begin(self, request: Request, cached: int) -> None:
         """A request's prompt goes into its first step."""
         self.prompt_tokens += len(request.prompt)
         self.cached_tokens += cached
-        self.queued.append(time.monotonic() - request.came)
+        self.queued.add(time.monotonic() - request.came)
 
     def token(self, times: list[float]) -> None:
         """A completion, whose tokens came at these times after its request, has got one more."""
         self.generated_tokens += 1
         if len(times) == 1:
-            self.first_token.append(times[0])
+            self.first_token.add(times[0])
         else:
-            self.between_tokens.append(times[-1] - times[-2])
+            self.between_tokens.add(times[-1] - times[-2])
 
     @property
     def acceptance_rate(self) -> float:
@@ -93,9 +114,9 @@ class Metrics:
             "finished": dict(self.finished),
             "running": running,
             "waiting": waiting,
-            "queued_seconds": percentiles(self.queued),
-            "first_token_seconds": percentiles(self.first_token),
-            "between_tokens_seconds": percentiles(self.between_tokens),
+            "queued_seconds": self.queued.summary(),
+            "first_token_seconds": self.first_token.summary(),
+            "between_tokens_seconds": self.between_tokens.summary(),
             "cache": {**dataclasses.asdict(cache), "hit_rate": cache.hit_rate},
         }
 

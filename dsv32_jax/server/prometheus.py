@@ -82,9 +82,11 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("dsv32_cache_internal_fragmentation", empty, value=cache["internal_fragmentation"])
         for key, (name, words) in LATENCIES.items():
             family = SummaryMetricFamily(f"dsv32_{name}", f"{words} Quantiles of the latest.")
+            found = self.summary[key] or {"count": 0, "sum": 0.0}
             for quantile, label in QUANTILES.items():
-                if self.summary[key] is not None:
-                    family.add_sample(family.name, {"quantile": label}, self.summary[key][quantile])
+                if quantile in found:
+                    family.add_sample(family.name, {"quantile": label}, found[quantile])
+            family.add_metric([], found["count"], found["sum"])
             yield family
 
 

@@ -36,6 +36,10 @@ def test_metrics_are_the_engines_summary(engine):
     ):
         for quantile, percentile in (("0.5", "p50"), ("0.9", "p90"), ("0.99", "p99")):
             assert values[f"dsv32_{name}_seconds", (("quantile", quantile),)] == summary[key][percentile]
+        for field in ("count", "sum"):
+            assert values[f"dsv32_{name}_seconds_{field}", ()] == summary[key][field]
+    counts = [summary[key]["count"] for key in ("first_token_seconds", "between_tokens_seconds")]
+    assert sum(counts) == summary["generated_tokens"] and counts[0] >= 3
     assert values["dsv32_completions_finished_total", (("reason", "length"),)] == summary["finished"]["length"]
     for state in ("in_use", "cached", "free"):
         assert values["dsv32_cache_blocks", (("state", state),)] == summary["cache"][state]
@@ -60,6 +64,7 @@ def test_an_engine_that_has_done_nothing(engine, monkeypatch):
     )
     assert values["dsv32_ready", ()] == 0 and values["dsv32_failed_steps_total", ()] == 3
     assert ("dsv32_time_to_first_token_seconds", (("quantile", "0.5"),)) not in values
+    assert values["dsv32_time_to_first_token_seconds_count", ()] == 0
 
 
 def test_the_metrics_log(engine, tmp_path):
