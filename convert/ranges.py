@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv32_jax.quant import quantize_weight
+from pallas_kernels.quant_matmul.int4 import SMALLEST_SCALE, int4_scales, int4_values
 from pallas_kernels.quantize.reference import INT8_MAX, divide
 
 RANGES = ("mse", "percentile", "min-max")
@@ -35,7 +36,8 @@ def int8_scales(weight: jax.Array, importance: jax.Array, ranges: str = "mse") -
     if ranges == "min-max":
         return widest
     if ranges == "percentile":
-        return jnp.maximum(jnp.percentile(jnp.abs(weight), INT8_PERCENTILE, axis=-1, method="lower") / INT8_MAX, _TINY)
+        largest = jnp.percentile(jnp.abs(weight), INT8_PERCENTILE, axis=-1, method="lower")
+        return jnp.maximum(largest / INT8_MAX, SMALLEST_SCALE)
 
     def lost(share: jax.Array) -> jax.Array:
         scales = share * widest
@@ -65,24 +67,15 @@ def int4_range(block: jax.Array, importance: jax.Array, ranges: str = "mse") -> 
         high = jnp.percentile(block, 100 - outside, axis=-1, method="lower")
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
 
-    def of_share(share: jax.Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale = jnp.maximum(share * (high - low) / 15, _TINY).astype(jnp.bfloat16)
-        step = scale.astype(jnp.float32)
-        zero = jnp.clip(jnp.round(-share * low / step), 0, 15)
-        error = block - (int4_values(block, step[:, None], zero[:, None]) - zero[:, None]) * step[:, None]
+    if ranges != "mse":
+        return int4_scales(low, high)
+
+    def of_share(share: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale, zero = int4_scales(low, high, share)
+        step, zeros = scale.astype(jnp.float32)[:, None], zero[:, None]
+        error = block - (int4_values(block, step, zeros) - zeros) * step
         return (error**2 * importance).sum(-1), scale, zero
 
-    if ranges != "mse":
-        return of_share(1.0)[1:]
     errors, scales, zeros = lax.map(of_share, jnp.asarray(INT4_SHARES))
     best = jnp.argmin(errors, 0)[None]
     return jnp.take_along_axis(scales, best, 0)[0], jnp.take_along_axis(zeros, best, 0)[0]
-
-
-def int4_values(weight: jax.Array, step: jax.Array, zero: jax.Array) -> jax.Array:
-    """Whole numbers of 0 to 15, as float32."""
-    return jnp.clip(jnp.round(weight / step) + zero, 0, 15)
-
-
-_TINY = 1e-8
-"""Of a scale, so that a row of zeros has one."""

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.ranges import int4_range, int4_values, int8_scales, int8_values
+from convert.ranges import int4_range, int8_scales, int8_values
 from dsv32_jax.quant import QTensor
 from pallas_kernels.quant_matmul import pack_int4
-from pallas_kernels.quant_matmul.int4 import GROUP
+from pallas_kernels.quant_matmul.int4 import GROUP, int4_values
 
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it: directions that the calibration hardly saw count for little."""

@@ -379,12 +379,13 @@ def quantize(
     text = None if calibration is None else _read_text(calibration, "--calibration")
     from convert.calibration import calibrate, windows_of
     from convert.migration import migrate
-    from convert.quantization import mixed, quantize_checkpoint, uniform
+    from convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
     from dsv32_jax import loading
     from dsv32_jax.config import ModelConfig, read_json
     from dsv32_jax.model import abstract_model
     from dsv32_jax.params import named_parameters
 
+    check_ranges(ranges)  # before a calibration of minutes
     source = loading.find(model)
     abstract = abstract_model(ModelConfig.from_hf(source))
     schemes = mixed(abstract) if scheme == "mixed" else uniform(abstract, scheme)

@@ -172,7 +172,7 @@ def compiled(lm: LanguageModel, work: list[Work]) -> None:
     made that a first call makes.
     """
     longest, batch = max(len(one.prompt) for one in work) + max(one.new for one in work), len(work)
-    pieces = {size: length for one in work for length, size in pieces_of(len(one.prompt))}
+    pieces = {size: stop - start for one in work for start, stop, size in _chunks(len(one.prompt))}
     tables = lm._block_tables(batch, longest)
     cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
     decode = np.zeros(batch, np.int32)
@@ -192,11 +192,6 @@ def compiled(lm: LanguageModel, work: list[Work]) -> None:
             pass
 
 
-def pieces_of(length: int) -> list[tuple[int, int]]:
-    """(length, padded size) of the pieces that the baseline reads a prompt in."""
-    return [(stop - start, size) for start, stop, size in _chunks(length)]
-
-
 def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, float]:
     """Seconds to the first token of a long prompt, and of another with the same beginning."""
     rng = np.random.default_rng(7)
@@ -212,9 +207,11 @@ def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, f
     return {"cold": cold, "hit": hit, "own_part_alone": own, "saved": (cold - hit) / (cold - own)}
 
 
-def measure(lm: LanguageModel, row: dict[str, Any], arguments: argparse.Namespace, save: Callable[[str], None]) -> None:
+def measure(
+    lm: LanguageModel, prompts: Prompts, row: dict[str, Any], arguments: argparse.Namespace, save: Callable[[str], None]
+) -> None:
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
-    prompts, concurrency, sizes = Prompts(lm), row["concurrency"], sizes_of(arguments)
+    concurrency, sizes = row["concurrency"], sizes_of(arguments)
     begun = time.monotonic()
     batch = workload(concurrency, concurrency, sizes, prompts, False)
     compiled(lm, batch)
@@ -331,13 +328,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
 
     save(f"{content['model']}, {content['layers']} layers")
+    prompts = Prompts(lm)
     for concurrency in arguments.concurrency:
         if arguments.seconds and time.monotonic() - begun > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
         row: dict[str, Any] = {"concurrency": concurrency}
         content["rows"].append(row)
-        measure(lm, row, arguments, save)
+        measure(lm, prompts, row, arguments, save)
         print(line_of(row), flush=True)
 
 

@@ -16,6 +16,8 @@ GROUP = 128
 """Values along K that share a scale and a zero."""
 BIASED = 0x4300
 """128 as bfloat16, whose lowest seven bits count ones."""
+SMALLEST_SCALE = 1e-8
+"""That of values which are all 0."""
 
 
 def pack_int4(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,11 +68,20 @@ def quantize_weight_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, GROUP)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
-    scales = jnp.maximum((high - low) / 15, 1e-8).astype(jnp.bfloat16)
-    steps = scales.astype(jnp.float32)
-    zeros = jnp.clip(jnp.round(-low / steps), 0, 15)
-    values = jnp.clip(jnp.round(groups / steps[..., None]) + zeros[..., None], 0, 15).astype(jnp.uint8)
+    scales, zeros = int4_scales(low, high)
+    values = int4_values(groups, scales[..., None], zeros[..., None]).astype(jnp.uint8)
     return pack_int4(values.reshape(weight.shape), scales, zeros.astype(jnp.uint8))
+
+
+def int4_scales(low: jax.Array, high: jax.Array, share: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Scales bfloat16 and zeros float32 of ranges from `low` (at most 0) to `high` (at least 0), or a share of them."""
+    scales = jnp.maximum(share * (high - low) / 15, SMALLEST_SCALE).astype(jnp.bfloat16)
+    return scales, jnp.clip(jnp.round(-share * low / scales.astype(jnp.float32)), 0, 15)
+
+
+def int4_values(weight: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
+    """The nearest values, as float32, for scales and zeros that broadcast."""
+    return jnp.clip(jnp.round(weight / scales.astype(jnp.float32)) + zeros, 0, 15)
 
 
 def dequantize_int4(packed: jax.Array, words: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
