@@ -469,7 +469,9 @@ def serve(
         typer.Option("--api-key", help="Asked for on every route. Default: $DSV32_API_KEY, which `ps` does not show."),
     ] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", help="That run at a time.")] = 32,
-    max_step_tokens: Annotated[int, typer.Option("--max-step-tokens", help="Of one step of the model.")] = 256,
+    max_step_tokens: Annotated[
+        int | None, typer.Option("--max-step-tokens", help="Of one step of the model. Default: 256, with kernels 512.")
+    ] = None,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Up to two tokens a step, by the model's MTP layer; the same tokens.")
     ] = False,

@@ -33,7 +33,6 @@ from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Reques
 from dsv32_jax.sampling import log_probabilities
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
 from dsv32_jax.speculation import set_after, take
-from pallas_kernels.backend import KERNEL, resolve
 
 __all__ = ["Engine"]
 
@@ -58,7 +57,8 @@ class Engine:
         2^15, whichever is less.
       memory_fraction: instead, of the memory that is free now, how much the cache takes; no more than all sequences
         together can fill.
-      max_tokens: of a step.
+      max_tokens: of a step. Default: 256, or 512 with kernels: a step of them takes little longer than one of fewer,
+        since weights are read for either.
       max_sequences: that run at a time.
       sharing: find cached prefixes again.
       speculate: try a token of the model's MTP layer in each step of a sequence: up to two tokens a step, and the same
@@ -77,11 +77,13 @@ class Engine:
         *,
         cache_tokens: int | None = None,
         memory_fraction: float | None = None,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         max_sequences: int = 32,
         sharing: bool = True,
         speculate: bool = False,
     ):
+        if max_tokens is None:
+            max_tokens = 512 if lm.runs_kernels else 256
         try:
             limits = Limits(max_tokens, max_sequences)
         except ValueError as error:
@@ -106,9 +108,8 @@ class Engine:
         self._leaves, self._structure = lm.flat_model()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
-        kernels = resolve(self.options.backend, "the engine", KERNEL) != "reference"
-        narrowest = NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE
-        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if kernels else 2)
+        narrowest = NARROWEST_FOR_KERNELS if lm.runs_kernels else NARROWEST_TABLE
+        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if lm.runs_kernels else 2)
         self._widths = multiplied(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}

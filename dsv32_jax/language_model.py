@@ -16,13 +16,15 @@ from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
-from dsv32_jax.model import Batch, DeepseekV32, Options, run_layer, step, step_with_trace
+from dsv32_jax.model import Batch, DeepseekV32, Options, run_layer, step, step_with_trace, with_dense_kv_b
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
-from pallas_kernels.backend import BackendError
+from pallas_kernels.backend import KERNEL, BackendError, resolve
 
 # A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
+SMALLEST_CHUNK_FOR_KERNELS = 128
+"""With kernels a shorter piece saves little time, since weights are read for it all the same, and must be compiled."""
 
 Prompts = str | Sequence[Any] | np.ndarray | Array
 
@@ -85,14 +87,21 @@ class LanguageModel:
         self.generation_config = generation_config or {}
         eos = self.generation_config.get("eos_token_id", config.eos_token_id)
         self.eos_ids: tuple[int, ...] = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+        self._flattened: tuple[Any, ...] | None = None
 
     # Passing a module to a jitted function costs the host some microseconds a leaf at every call; a flat list costs far
-    # less. Replacing `self.model` flattens anew.
+    # less. Replacing `self.model` or `self.options` flattens anew.
     def flat_model(self) -> tuple[list[Any], Any]:
-        """The model's leaves and their structure, for jitted functions that are called often."""
-        if getattr(self, "_flattened", (None,))[0] is not self.model:
-            self._flattened = (self.model, *jax.tree.flatten(self.model))
-        return self._flattened[1:]
+        """The model's leaves and their structure, for jitted functions that are called often.
+
+        With kernels those are the leaves of `with_dense_kv_b`, if attention is in the absorbed form.
+        """
+        model, options = self.model, self.options
+        if self._flattened is None or self._flattened[0] is not model or self._flattened[1] != options:
+            self._flattened = None  # there may be no room for two
+            prepared = with_dense_kv_b(model, options.compute_dtype) if options.absorb and self.runs_kernels else model
+            self._flattened = (model, options, *jax.tree.flatten(prepared))
+        return self._flattened[2:]
 
     def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
         leaves, structure = self.flat_model()
@@ -154,7 +163,7 @@ class LanguageModel:
         if len(rows) != 1:
             raise UserError(f"trace: {len(rows)} sequences; give one")
         (row,) = rows
-        size = _padded(len(row))
+        size = _padded(len(row), SMALLEST_CHUNK)
         tables = self._block_tables(1, len(row))
         cache = KVCache.create(self.config, tables.size, self.options)
         batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
@@ -274,7 +283,7 @@ class LanguageModel:
         cache = KVCache.create(self.config, tables.size, self.options)
         last = []
         for row, table in zip(rows, tables, strict=True):
-            for start, stop, size in _chunks(len(row)):
+            for start, stop, size in self._chunks(len(row)):
                 # Only the logits after the last prompt token are wanted; -1 asks for none and keeps the shape.
                 wanted = np.array([stop - start - 1 if stop == len(row) else -1], np.int32)
                 logits, cache = self._step(_prompt_batch(row, start, stop, size, table, wanted), cache)
@@ -313,6 +322,19 @@ class LanguageModel:
 
     # ---- helpers ----
 
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether ops run kernels, on a GPU."""
+        with _user_error():
+            return resolve(self.options.backend, "the model", KERNEL) == "mosaic_gpu"
+
+    def _chunks(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
+        least = SMALLEST_CHUNK_FOR_KERNELS if self.runs_kernels else SMALLEST_CHUNK
+        for start in range(0, length, LARGEST_CHUNK):
+            stop = min(start + LARGEST_CHUNK, length)
+            yield start, stop, _padded(stop - start, least)
+
     def _forward(self, rows: list[list[int]]) -> Iterator[tuple[int, int, int, Array]]:
         """(row, start, stop, logits [T >= stop - start, V]) for each chunk of each row, one row after the other.
 
@@ -322,7 +344,7 @@ class LanguageModel:
         tables = self._block_tables(1, max(map(len, rows)))
         cache = KVCache.create(self.config, tables.size, self.options)
         for number, row in enumerate(rows):
-            for start, stop, size in _chunks(len(row)):
+            for start, stop, size in self._chunks(len(row)):
                 wanted = np.where(np.arange(size) < stop - start, np.arange(size), -1).astype(np.int32)
                 logits, cache = self._step(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
                 yield number, start, stop, logits
@@ -430,15 +452,8 @@ def _log_likelihood(logits: Array, targets: Array) -> Array:
     return chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-def _chunks(length: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
-    for start in range(0, length, LARGEST_CHUNK):
-        stop = min(start + LARGEST_CHUNK, length)
-        yield start, stop, _padded(stop - start)
-
-
-def _padded(length: int) -> int:
-    return max(SMALLEST_CHUNK, 1 << (length - 1).bit_length())
+def _padded(length: int, least: int) -> int:
+    return max(least, 1 << (length - 1).bit_length())
 
 
 def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.ndarray, wanted: np.ndarray) -> Batch:

@@ -19,7 +19,8 @@ from dsv32_jax.layers.moe import MoE
 from dsv32_jax.layers.mtp import MTP
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.numerics import float32_matmul
-from dsv32_jax.params import Init
+from dsv32_jax.params import Init, named_parameters, replace_parameters
+from dsv32_jax.quant import dense, is_qtensor
 
 __all__ = [
     "Batch",
@@ -31,6 +32,7 @@ __all__ = [
     "run_layer",
     "step",
     "step_with_trace",
+    "with_dense_kv_b",
 ]
 
 
@@ -116,12 +118,26 @@ class DeepseekV32(nnx.Module):
 
     def logits(self, states: jax.Array, rows: jax.Array) -> jax.Array:
         """Logits float32 [R, V] of rows int32 [R] of `states`; -1 gives a row of zeros."""
-        return jnp.where(rows[:, None] >= 0, float32_matmul(states[rows], self.head), 0)
+        return float32_matmul(jnp.where(rows[:, None] >= 0, states[rows], 0), self.head)
 
 
 def abstract_model(config: ModelConfig) -> DeepseekV32:
     """The model with `jax.ShapeDtypeStruct`s for parameters, in the checkpoint's storage types; takes no memory."""
     return jax.eval_shape(lambda: DeepseekV32(config, nnx.Rngs(0)))
+
+
+def with_dense_kv_b(model: DeepseekV32, dtype: str) -> DeepseekV32:
+    """The model with each layer's quantised `kv_b` as an array of `dtype`.
+
+    The absorbed form takes it so, with the same result. A step that makes it anew spends more time on that than on all
+    products with it; the price is memory, in FP8 twice that of the weight.
+    """
+    plain = jax.jit(dense, static_argnames="dtype")
+    parameters = {
+        path: plain(leaf, dtype=dtype) if path.endswith("attn.kv_b") and is_qtensor(leaf) else leaf
+        for path, leaf in named_parameters(model).items()
+    }
+    return replace_parameters(model, parameters)
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="cache")

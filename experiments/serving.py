@@ -5,7 +5,7 @@ with room for the longest, is decoded together until the longest has ended, and 
 same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
 one that is longest in both, so that all its batches cost about the same, and one of them is measured. A step of the
 engine has room for six tokens for each that runs: prompts are four times as long as what follows them, so this is about
-what arrives.
+what arrives; and for no fewer than 512, which take little longer than fewer since weights are read for either.
 
 Both have cache for that many of the longest requests. The engine takes blocks for what is there instead, so that about
 twice as many fit: with --fill it runs once more with as many at a time.
@@ -33,7 +33,7 @@ from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
-from dsv32_jax.language_model import LanguageModel, _chunks, _flat_step
+from dsv32_jax.language_model import LanguageModel, _flat_step
 from dsv32_jax.loading import load
 from dsv32_jax.metrics import Metrics, percentiles
 from dsv32_jax.model import Batch
@@ -118,17 +118,16 @@ def rates(work: list[Work], seconds: float) -> dict[str, Any]:
 def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     """All requests at once into the engine's queue; what it says of itself after the last has ended.
 
-    At the end ever fewer run; `while_requests_wait` leaves that out: what a queue that never ends would see.
+    At the end ever fewer run; `while_requests_wait` leaves that out: what a queue that never ends would see. So does
+    `utilisation`, of the places in blocks that are taken.
     """
     begun = time.monotonic()
     requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
-    used, running, steady = [], engine.scheduler.limits.sequences, {}
+    used, steady = [], {}
     while not all(request.finished for request in requests):
         engine.step()
-        state = engine.pool.statistics()
-        if state.in_use and len(engine.scheduler.running) == running:  # steady: as many as may run
-            used.append(1 - state.internal_fragmentation)
         if engine.scheduler.waiting:
+            used.append(1 - engine.pool.statistics().internal_fragmentation)
             done = sum(len(request.completions[0].tokens) for request in requests)
             steady = {"seconds": time.monotonic() - begun, "generated_tokens": done}
     seconds = time.monotonic() - begun
@@ -172,7 +171,7 @@ def compiled(lm: LanguageModel, work: list[Work]) -> None:
     made that a first call makes.
     """
     longest, batch = max(len(one.prompt) for one in work) + max(one.new for one in work), len(work)
-    pieces = {size: stop - start for one in work for start, stop, size in _chunks(len(one.prompt))}
+    pieces = {size: stop - start for one in work for start, stop, size in lm._chunks(len(one.prompt))}
     tables = lm._block_tables(batch, longest)
     cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
     decode = np.zeros(batch, np.int32)
@@ -233,7 +232,7 @@ def measure(
         engine = Engine(
             lm,
             cache_tokens=concurrency * (sizes.longest + BLOCK_SIZE),
-            max_tokens=max(64, arguments.step_tokens * sequences),
+            max_tokens=max(arguments.least_step_tokens, arguments.step_tokens * sequences),
             max_sequences=sequences,
             speculate=speculate,
         )
@@ -295,6 +294,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
     parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")
+    parser.add_argument("--least-step-tokens", type=int, default=512, help="however few run")
     parser.add_argument("--fill", type=int, nargs="*", default=[32, 128], help="see above")
     parser.add_argument(
         "--speculate", action="store_true", help="run once more, trying a token of the MTP layer a step"
@@ -320,6 +320,7 @@ def run(arguments: argparse.Namespace) -> None:
         "layers": lm.config.num_hidden_layers,
         "sizes": dataclasses.asdict(sizes),
         "step_tokens": arguments.step_tokens,
+        "least_step_tokens": arguments.least_step_tokens,
         "rows": [],
     }
 

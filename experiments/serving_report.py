@@ -15,46 +15,44 @@ RUNS = {
     "engine_filled_shared": "engine, twice as many in the same cache, shared prefixes",
     "engine_speculating": "engine, speculating",
 }
-HEAD = ["at a time", "way", "requests/s", "ratio", "while requests wait", "between tokens", "P99", "cache used", "lost"]
+HEAD = [
+    "at a time",
+    "way",
+    "requests/s",
+    "ratio",
+    "while requests wait",
+    "between tokens",
+    "P99",
+    "a request's mean",
+    "P99",
+    "cache used",
+    "lost",
+]
 
 
 def rows_of(row: dict[str, Any]) -> list[list[str]]:
     """Of one number of requests at a time: the static batch, then what the engine did."""
     base = row["naive"]
-    between_tokens = base["between_tokens_seconds"]
-    found = [
+    runs = {"static batches": base} | {name: row[key] for key, name in RUNS.items() if key in row}
+    return [
         [
             str(row["concurrency"]),
-            "static batches",
-            f"{base['requests_per_second']:.3f}",
-            "",
-            "",
-            f"{between_tokens['p50'] * 1e3:.1f} ms",
-            f"{between_tokens['p99'] * 1e3:.1f} ms",
-            f"{base['utilisation']:.1%}",
-            "",
+            name,
+            f"{run['requests_per_second']:.3f}",
+            *(f"{run[ratio]:.2f}x" if ratio in run else "" for ratio in ("ratio", "steady_ratio")),
+            # The summary has the latest 100,000; results before 2026-11-27 have nothing else.
+            *milliseconds(run.get("between_tokens_seconds") or run["summary"]["between_tokens_seconds"]),
+            *milliseconds(run.get("per_output_token_seconds")),
+            f"{run['utilisation']:.1%}" if run["utilisation"] else "",
+            "" if run is base else f"{run['lost']} of {run['requests']}",
         ]
+        for name, run in runs.items()
     ]
-    for key, name in RUNS.items():
-        if key not in row:
-            continue
-        run = row[key]
-        # The summary has the latest 100,000; results before 2026-11-27 have nothing else.
-        between_tokens = run.get("between_tokens_seconds") or run["summary"]["between_tokens_seconds"]
-        found.append(
-            [
-                str(row["concurrency"]),
-                name,
-                f"{run['requests_per_second']:.3f}",
-                f"{run['ratio']:.2f}x",
-                f"{run['steady_ratio']:.2f}x",
-                f"{between_tokens['p50'] * 1e3:.1f} ms",
-                f"{between_tokens['p99'] * 1e3:.1f} ms",
-                f"{run['utilisation']:.1%}" if run["utilisation"] else "",
-                f"{run['lost']} of {run['requests']}",
-            ]
-        )
-    return found
+
+
+def milliseconds(of: dict[str, float] | None) -> list[str]:
+    """Median and P99, where there are any."""
+    return ["", ""] if of is None else [f"{of[key] * 1e3:.1f} ms" for key in ("p50", "p99")]
 
 
 def tables(results: Path = RESULTS) -> str:
@@ -83,7 +81,7 @@ def said_of(content: dict[str, Any]) -> str:
     return (
         f"{content['device']}, JAX {content['versions']['jax']}, {content['date']}; {content['model']}, "
         f"{content['layers']} layers; prompts of {prompt} tokens, {new} new ones; "
-        f"{content['step_tokens']} tokens a step for each that runs."
+        f"{content['step_tokens']} tokens a step for each that runs, at least {content.get('least_step_tokens', 64)}."
     )
 
 

@@ -14,6 +14,8 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import is_qtensor
 from dsv32_jax.tokenizer import Tokenizer
 from tests.harness import EXACT, golden_directory, load_golden, load_oracle, one_shape
 
@@ -130,6 +132,19 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
     np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
     np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
+
+
+def test_with_kernels_steps_take_a_dense_kv_b(monkeypatch):
+    ids, expected = [5, 6, 7, 8], golden("tiny128_fp8").logits([5, 6, 7, 8])
+    monkeypatch.setattr(LanguageModel, "runs_kernels", True)
+    lm = golden("tiny128_fp8")
+    np.testing.assert_array_equal(lm.logits(ids), expected)
+    leaves, structure = lm.flat_model()
+    prepared = named_parameters(jax.tree.unflatten(structure, leaves))
+    for path, leaf in named_parameters(lm.model).items():
+        assert is_qtensor(prepared[path]) == (is_qtensor(leaf) and not path.endswith("attn.kv_b")), path
+    lm.options = dataclasses.replace(EXACT, absorb=False)  # that is how the official code quantises its input
+    assert lm.flat_model()[1] == jax.tree.structure(lm.model)
 
 
 def test_an_earlier_row_leaves_nothing_behind(random):

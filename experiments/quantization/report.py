@@ -1,5 +1,6 @@
 """Figures and the tables of docs/quantisation.md, made from the results and from nothing else."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from experiments.results import RESULTS, read_result
 PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
 MOST_SENSITIVE = 12
 """Rows of the ranking that are shown for each scheme."""
+
+KINDS = {
+    "products with weights": "^(few_rows|many_rows|anonymous_mosaic|body_mosaic)",
+    "sparse attention": "^sparse_mla",
+    "head": "^nvjet|dot_general",
+    "indexer": "^(indexer_logits|top_k)",
+    "quantisation": "_quantize_",
+    "other kernels of ours": "mosaic_gpu_kernel$",
+    "XLA's": "",
+}
+"""What a step's kernels are, by their names; the first that fits. FP8 products had no names when this was measured."""
 
 SMALLEST_KL = 1e-9
 """Nats that float32 still tells from nothing, about: what is below is drawn as this."""
@@ -37,6 +49,7 @@ def write(page: Path = PAGE) -> None:
         "plan": plan_table(plan),
         "additivity": additivity(plan),
         "speed": speed_tables(read_result("quantization_speed")),
+        "kernels": kernel_table(read_result("quantization_step_kernels")),
     }.items():
         text = between(text, name, content)
     page.write_text(text, encoding="utf-8")
@@ -94,6 +107,20 @@ def beside_experts(found: dict[str, Any]) -> str:
         f"{operations / found['ceilings']['bf16'] * 1e3:.2f} ms at the {found['ceilings']['bf16'] / 1e12:.0f} TFLOP/s "
         "that a large product in bfloat16 reaches."
     )
+
+
+def kernel_table(found: dict[str, Any]) -> str:
+    """What a step's kernels take, by what they are."""
+    rows = []
+    for row in found["rows"]:
+        took = dict.fromkeys(KINDS, 0.0)
+        for kernel in row["kernels"]:
+            took[next(kind for kind, names in KINDS.items() if re.search(names, kernel["name"]))] += kernel["us"]
+        bound = sum(row["bytes"].values()) / found["ceilings"]["copy"]
+        cells = [f"{time:.0f} µs" for time in (row["seconds"]["median"] * 1e6, bound * 1e6, *took.values())]
+        rows.append([row["form"], str(row["shape"]["sequences"]), *cells])
+    said = f"{found['device']}, JAX {found['versions']['jax']}, {found['date']}; {found['layers']} layers."
+    return f"{said}\n\n{table(['a decode step', 'sequences', 'time', 'its bytes need', *KINDS], rows)}"
 
 
 def settings_of(found: dict[str, Any]) -> str:

@@ -331,6 +331,7 @@ def call(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="few_rows" if len(weights) == 1 else "few_rows_swiglu",
     )
     return kernel(
         *plan,

@@ -452,6 +452,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
+        kernel_name="many_rows" if len(weights) == 1 else "many_rows_swiglu",
     )(*[array for array in given if array is not None])
 
 

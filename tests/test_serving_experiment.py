@@ -1,0 +1,72 @@
+"""The measurement of the engine under load, on a small model: what it counts."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from dsv32_jax.config import ModelConfig
+from experiments import serving
+from experiments.random_model import random_model
+
+SIZES = serving.Sizes((100, 128), (2, 6))
+
+
+@pytest.fixture(scope="module")
+def row():
+    small = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    lm = random_model(ModelConfig.tiny(**small, max_position_embeddings=256))
+    arguments = argparse.Namespace(
+        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=6, least_step_tokens=64, fill=[], speculate=False
+    )
+    found, saved = {"concurrency": 2}, []
+    serving.measure(lm, serving.Prompts(lm), found, arguments, saved.append)
+    return found | {"saved": saved}
+
+
+def test_all_requests_are_served_in_both_ways(row):
+    assert row["naive"]["requests"] == 2
+    for name in ("engine", "engine_shared"):
+        assert row[name]["requests"] == 6 and row[name]["lost"] == 0
+        assert row[name]["ratio"] == row[name]["requests_per_second"] / row["naive"]["requests_per_second"]
+        assert name in row["saved"]
+
+
+def test_times_are_those_of_all_tokens(row):
+    engine = row["engine"]
+    between, mean = engine["between_tokens_seconds"], engine["per_output_token_seconds"]
+    assert 0 < between["p50"] <= between["p90"] <= between["p99"] < engine["seconds"]
+    assert 0 < mean["p50"] <= mean["p99"] <= between["p99"]  # a mean of some of them
+
+
+def test_what_the_caches_hold(row):
+    """Requests of up to 134 tokens have 2 or 3 blocks of 64; each row of the static batch has 4."""
+    assert 0.5 < row["engine"]["utilisation"] <= 1
+    held = sum(len(one.prompt) + one.new for one in workload(2, 2, shared=False))
+    assert row["naive"]["utilisation"] == held / (2 * 4 * 64)
+
+
+def workload(count, batch, *, shared):
+    prompts = serving.Prompts(argparse.Namespace(config=ModelConfig.tiny(), tokenizer=None))
+    return serving.workload(count, batch, SIZES, prompts, shared)
+
+
+def test_a_batch_has_one_that_is_longest():
+    work = workload(12, 4, shared=False)
+    for i, one in enumerate(work):
+        assert SIZES.prompt[0] <= len(one.prompt) <= SIZES.prompt[1] and SIZES.new[0] <= one.new <= SIZES.new[1]
+        assert i % 4 or (len(one.prompt), one.new) == (SIZES.prompt[1], SIZES.new[1])
+    assert {(len(one.prompt), one.new) for one in workload(3, 1, shared=False)} == {(114, 4)}
+
+
+def test_prefixes_are_shared_within_a_group():
+    work = workload(2 * serving.GROUP, 4, shared=True)
+    kept = [int(serving.SHARED * len(one.prompt)) for one in work]
+    for first in (0, serving.GROUP):
+        longest = max(range(first, first + serving.GROUP), key=kept.__getitem__)
+        for i in range(first, first + serving.GROUP):
+            assert work[i].prompt[: kept[i]] == work[longest].prompt[: kept[i]]
+    assert work[0].prompt[:6] != work[serving.GROUP].prompt[:6]
+    alone = [one.prompt for one in workload(2 * serving.GROUP, 4, shared=False)]
+    assert [len(prompt) for prompt in alone] == [len(one.prompt) for one in work]
+    assert not np.array_equal(alone[1][:6], work[1].prompt[:6])
