@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -261,6 +263,34 @@ class LanguageModel:
                     if n + 1 == max_new_tokens or (token in self.eos_ids and not ignore_eos):
                         text += decoders[row].finish()
                 yield Piece(row, token, text)
+
+    def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
+        """Compiles what `generate` runs for prompts of these lengths together, several programs at a time.
+
+        Else each is compiled when it is first needed, one after the other; with kernels that takes most of a minute of
+        one core at full width.
+
+        Args:
+          lengths: tokens of each prompt of a call.
+          max_new_tokens: of that call.
+
+        Returns:
+          How many programs those are.
+        """
+        tables = self._block_tables(len(lengths), max(lengths) + max_new_tokens)
+        cache = jax.eval_shape(lambda: KVCache.create(self.config, tables.size, self.options))
+        leaves, structure = self.flat_model()
+        pieces = sorted({size for length in lengths for *_, size in self._chunks(length)})
+
+        def compile_step(tokens: int, table: np.ndarray) -> None:
+            given, wanted = np.zeros(tokens, np.int32), np.zeros(len(table), np.int32)
+            batch = Batch(given, given, given, given, table, wanted)
+            _flat_step.lower(leaves, structure, batch, cache, self.options).compile()
+
+        steps = [*((size, tables[:1]) for size in pieces), (len(lengths), tables)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool, _user_error():
+            list(pool.map(compile_step, *zip(*steps, strict=True)))
+        return len(steps)
 
     def _decode(
         self,

@@ -18,11 +18,9 @@ import argparse
 import dataclasses
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,11 @@ import jax
 import numpy as np
 
 from dsv32_jax.blocks import BLOCK_SIZE
-from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
-from dsv32_jax.language_model import LanguageModel, _flat_step
+from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import load
 from dsv32_jax.metrics import Metrics, percentiles
-from dsv32_jax.model import Batch
 from dsv32_jax.request import SamplingParams
 from experiments import held_out
 from experiments.random_model import layers_that_fit, random_model
@@ -164,30 +160,15 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     }
 
 
-def compiled(lm: LanguageModel, work: list[Work]) -> None:
-    """Every program of the baseline for a batch: all at once, as each takes most of a minute of one core at full width.
-
-    JAX finds what was compiled ahead again when the same shapes are called, as they are here, for other things to be
-    made that a first call makes.
-    """
-    longest, batch = max(len(one.prompt) for one in work) + max(one.new for one in work), len(work)
-    pieces = {size: stop - start for one in work for start, stop, size in lm._chunks(len(one.prompt))}
-    tables = lm._block_tables(batch, longest)
-    cache = jax.eval_shape(lambda: KVCache.create(lm.config, tables.size, lm.options))
-    decode = np.zeros(batch, np.int32)
-    steps = [(np.zeros(size, np.int32), tables[:1], np.zeros(1, np.int32)) for size in pieces]
-
-    def compile_one(step: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        ids, table, wanted = step
-        leaves, structure = lm.flat_model()
-        given = Batch(ids, ids, ids, ids, table, wanted)
-        _flat_step.lower(leaves, structure, given, cache, lm.options).compile()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, [*steps, (decode, tables, decode)]))
+def warm(lm: LanguageModel, work: list[Work]) -> None:
+    """Compiles every program of the baseline for a batch, and calls each once for what a first call makes beside it."""
+    lengths, new = [len(one.prompt) for one in work], max(one.new for one in work)
+    lm.warmup(lengths, new)
+    pieces = {size: stop - start for length in lengths for start, stop, size in lm._chunks(length)}
+    longest = max(lengths) + new
     for length in pieces.values():
-        rows = [[1] * length] + [[1] * min(pieces.values())] * (batch - 1)
-        for _ in itertools.islice(lm.stream(rows, longest - length, ignore_eos=True), 2 * batch):
+        rows = [[1] * length] + [[1] * min(pieces.values())] * (len(work) - 1)
+        for _ in itertools.islice(lm.stream(rows, longest - length, ignore_eos=True), 2 * len(work)):
             pass
 
 
@@ -213,7 +194,7 @@ def measure(
     concurrency, sizes = row["concurrency"], sizes_of(arguments)
     begun = time.monotonic()
     batch = workload(concurrency, concurrency, sizes, prompts, False)
-    compiled(lm, batch)
+    warm(lm, batch)
     row["naive_compile_seconds"] = time.monotonic() - begun
     save("naive programs compiled")
     row["naive"] = naive(lm, batch)

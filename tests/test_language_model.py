@@ -147,6 +147,24 @@ def test_with_kernels_steps_take_a_dense_kv_b(monkeypatch):
     assert lm.flat_model()[1] == jax.tree.structure(lm.model)
 
 
+def test_warmup_compiles_all_that_generate_runs(random, caplog, monkeypatch):
+    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 8)
+    rows = [list(range(1, 1 + length)) for length in (3, 13)]
+
+    def steps_compiled(call) -> int:
+        caplog.clear()
+        jax.config.update("jax_log_compiles", True)  # for all threads, as the context manager is not
+        try:
+            call()
+        finally:
+            jax.config.update("jax_log_compiles", False)
+        return sum("Finished XLA compilation of jit(_flat_step)" in record.message for record in caplog.records)
+
+    assert steps_compiled(lambda: random.warmup([3, 13], 5)) == 3  # pieces of 4 and of 8 tokens, and two rows
+    assert steps_compiled(lambda: random.generate(rows, 5)) == 0
+
+
 def test_an_earlier_row_leaves_nothing_behind(random):
     rows = np.random.default_rng(1).integers(0, 512, (2, 30)).astype(np.int32)
     rows[1, 17:] = -1

@@ -1,7 +1,7 @@
 """Other tile sizes than the tuned ones: `python -m experiments.bench.sweep SHAPE...`, on a GPU.
 
 For each shape of `quant_matmul` every candidate is compiled, compared with the reference's result, and timed.
-Results, the fastest first, are in `--out`; what wins by more than the spread belongs into `pallas_kernels/tuning.py`.
+Results, the fastest first, are in `--out`; what wins by more than the spread belongs into `pallas_kernels/tuning/`.
 """
 
 import argparse

@@ -1,0 +1,167 @@
+"""What verbs do with their flags: read files, load, write results."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dsv32_jax.errors import UserError
+from dsv32_jax.files import whole_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dsv32_jax.language_model import LanguageModel
+
+
+def loaded(
+    model: str, compute_dtype: str | None, no_act_quant: bool, attention: str, index_topk: int | None, backend: str
+) -> "LanguageModel":
+    """The model that the flags name, with their options."""
+    from dsv32_jax.loading import load
+
+    return load(
+        model,
+        compute_dtype=compute_dtype,
+        act_quant=False if no_act_quant else None,
+        attention=attention,
+        index_topk=index_topk,
+        backend=backend,
+    )
+
+
+def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
+    """Wrong values show before a model is loaded, which can take minutes."""
+    from dsv32_jax.language_model import check_sampling
+
+    check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
+
+
+def sampling_of(
+    m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
+) -> dict[str, Any]:
+    """Flags first, then generation_config.json (greedy unless it says `do_sample`), then greedy."""
+    defaults = {"temperature": 0.0}
+    if m.generation_config.get("do_sample"):
+        defaults = {"temperature": 1.0, **m.generation_config}
+    return {
+        "temperature": float(defaults["temperature"]) if temperature is None else temperature,
+        "top_p": float(defaults.get("top_p", 1.0)) if top_p is None else top_p,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+    }
+
+
+def tokenizer_of(m: "LanguageModel") -> Any:
+    """Of a chat, which needs one."""
+    if m.tokenizer is None:
+        raise UserError("--model: the checkpoint has no tokenizer.json, which a chat needs")
+    return m.tokenizer
+
+
+def chat_of(system: str | None, user: str | None = None) -> list[dict[str, str]]:
+    """Messages to begin with."""
+    turns = {"system": system, "user": user}
+    return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
+
+
+def lines(prompt: str) -> Iterator[str]:
+    """Messages from the terminal or a pipe; blank lines are passed over."""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError("standard input: not UTF-8 text") from error
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Path | None) -> "list[str] | np.ndarray":
+    """What is to be continued: texts, or int32 [B, T]."""
+    texts = [*(prompt or []), *(read_text(path, "--prompt-file") for path in files or [])]
+    if token_ids is not None and texts:
+        raise UserError("--token-ids: cannot be combined with --prompt or --prompt-file")
+    if token_ids is not None:
+        return read_token_ids(token_ids)
+    if not texts:
+        raise UserError("--prompt, --prompt-file, --token-ids: give one of them")
+    if "" in texts:
+        raise UserError(f"prompt {texts.index('')}: empty; it must have at least one character")
+    return texts
+
+
+def read_text(path: Path, flag: str) -> str:
+    """Of a UTF-8 file that is not empty; errors name the flag."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 text (byte {error.start})") from error
+    if not text:
+        raise UserError(f"{flag} {path}: empty; it must have at least one character")
+    return text
+
+
+def read_token_ids(path: Path) -> "np.ndarray":
+    """int32 [B, T] of an .npy file."""
+    import numpy as np
+
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"--token-ids {path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"--token-ids {path}: not an .npy file of int32 [B, T]") from error
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 2:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an .npz archive"
+        raise UserError(f"--token-ids {path}: is {found}; must be int32 [B, T]")
+    return ids
+
+
+@contextlib.contextmanager
+def replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
+    """A file beside `path` to write; it becomes `path` when all went well and is removed otherwise.
+
+    It is made at once, so that a wrong target shows before the model runs.
+    """
+    if path is None:
+        yield None
+        return
+    with whole_file(path) as temporary:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(None, "it is a directory")
+            temporary.touch()
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from error
+        yield temporary
+
+
+def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None:
+    """As int32, .npy."""
+    import numpy as np
+
+    with path.open("wb") as file:  # np.save would add .npy to a name without it
+        np.save(file, np.asarray(tokens, np.int32))
+
+
+def print_json(**fields: Any) -> None:
+    """One object on a line."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
+
+    typer.echo(json.dumps(plain(fields), ensure_ascii=False))

@@ -1,0 +1,122 @@
+"""Verbs that measure: `fidelity`, `bench`."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv32_jax.cli.inputs import (
+    loaded,
+    print_json,
+    read_token_ids,
+)
+from dsv32_jax.cli.options import (
+    Attention,
+    Backend,
+    ComputeDtype,
+    IndexTopk,
+    Json,
+    NoActQuant,
+    TokenIds,
+)
+from dsv32_jax.errors import UserError
+
+
+def fidelity(
+    first: Annotated[str, typer.Argument(metavar="A", help="The checkpoint that is held to be right.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The checkpoint that is judged.")],
+    token_ids: TokenIds = None,
+    attention: Attention = "sparse",
+    index_topk: IndexTopk = None,
+    backend: Backend = "auto",
+    compute_dtype: ComputeDtype = None,
+    no_act_quant: NoActQuant = False,
+    as_json: Json = False,
+) -> None:
+    """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
+
+    Example: dsv32 fidelity original quantised --token-ids ids.npy
+    """
+    if token_ids is None:
+        raise UserError("--token-ids: an .npy file of int32 [B, T] must be given")
+    ids = read_token_ids(token_ids)
+    from dsv32_jax.fidelity import compare
+
+    traces = []
+    for name in (first, second):  # one after the other: both need not fit at once
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend)
+        traces.append([m.trace(row) for row in ids])
+        del m
+    try:
+        rows = [compare(a, b) for a, b in zip(*traces, strict=True)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if as_json:
+        print_json(rows=rows)
+        return
+    for number, row in enumerate(rows):
+        typer.echo(f"--- sequence {number}: {row['tokens']} tokens")
+        for layer in row["layers"]:
+            typer.echo("  ".join(f"{name} {value:.4g}" for name, value in layer.items()))
+        typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
+
+
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Default: all; see --list.")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help="One shape of theirs; see --list.")] = None,
+    backend: Backend = "auto",
+    peers: Annotated[
+        list[Path] | None, typer.Option("--peers", help="Times of other libraries on this machine; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Results. Default: experiments/results/kernels.json.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Of one call, at most.")] = 20,
+    budget_seconds: Annotated[
+        float | None, typer.Option("--budget-seconds", help="Begin no further shape after this time.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only shapes with a target, and no reference.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes on any device, written only to --out.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print ops and shapes, and measure nothing.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the results' tables into docs/kernels, and measure nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time kernels against their references, the roofline and other libraries. Exit code 1: a shape failed.
+
+    Example: dsv32 bench top_k --peers peers.json
+    """
+    from experiments.bench import report as reports
+    from experiments.bench import run
+
+    settings = run.Settings(
+        ops=ops or (),
+        shape=shape,
+        backend=backend,
+        peers=peers or (),
+        out=out or (None if tiny else reports.RESULT),
+        repetitions=repetitions,
+        budget_seconds=budget_seconds,
+        quick=quick,
+        tiny=tiny,
+    )
+    if list_:
+        for each in run.chosen_shapes(settings):
+            typer.echo(f"{each.op:<15} {each.name:<22} {' '.join(f'{k}={v}' for k, v in each.dims().items())}")
+        return
+    if report:
+        for path in reports.write_pages():
+            typer.echo(f"wrote {path}")
+        return
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        content, failed = run.measure(settings, say=lambda line: print(line, flush=True))
+    if as_json:
+        print_json(**content)
+    else:
+        reports.print_table(content)
+    if failed:
+        print(f"shapes that failed: {failed}", file=sys.stderr)
+        sys.exit(1)
