@@ -94,6 +94,7 @@ class Engine:
             raise UserError("speculate: the model has no MTP layer; its config's num_nextn_predict_layers is 0")
         self.speculate = speculate
         self._layers = lm.config.num_hidden_layers + speculate
+        self._leaves, self._structure = lm.flat_model()  # before the free memory is looked at
         if memory_fraction is not None:
             cache_tokens = cache_tokens_of(lm, memory_fraction, max_sequences, self._layers)
         elif cache_tokens is None:
@@ -105,7 +106,6 @@ class Engine:
         self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
         self.scheduler = Scheduler(self.pool, limits)
         self.metrics = Metrics()
-        self._leaves, self._structure = lm.flat_model()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
         narrowest = NARROWEST_FOR_KERNELS if lm.runs_kernels else NARROWEST_TABLE
