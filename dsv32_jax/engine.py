@@ -9,11 +9,10 @@ Steps have few shapes: the tokens and the width of the block tables are a least 
 else is fixed. `warmup` compiles all of them.
 """
 
+import functools
 import itertools
-import os
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jax import Array
 
 from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.cache import KVCache
+from dsv32_jax.compiling import all_at_once
 from dsv32_jax.device_step import Drawing, Drawn, Shape, copy_blocks, draft_step, draw, engine_step
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
@@ -198,11 +198,18 @@ class Engine:
         """(tokens, width of the block tables) of every step that can be."""
         return [(tokens, width) for width in self._widths for tokens in self._sizes]
 
+    def programs(self) -> list[Callable[[], tuple[Any, Any]]]:
+        """What compiles the programs of each of `shapes`; it holds none of the engine's memory."""
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._drawn, self.cache))
+        model, speculate, options = (self._leaves, self._structure), self.speculate, self.options
+        return [
+            functools.partial(compiled, model, self._shape(*size), *state, options, speculate) for size in self.shapes()
+        ]
+
     def warmup(self) -> int:
         """Compiles every shape, several at a time, and runs each with nothing in it; returns how many there are."""
         shapes = self.shapes()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._programs = dict(zip(shapes, pool.map(self._compiled, shapes), strict=True))
+        self._programs = dict(zip(shapes, all_at_once(self.programs()), strict=True))
         nothing = Step([], [], [])
         for shape in shapes:
             self._start(nothing, *shape, Drawing())
@@ -235,16 +242,6 @@ class Engine:
             array.copy_to_host_async()
         return drawn
 
-    def _compiled(self, size: tuple[int, int]) -> tuple[Any, Any]:
-        """The programs of a shape: the step, and the draft of an engine that speculates."""
-        shape, model = self._shape(*size), (self._leaves, self._structure)
-        flat, how = np.zeros(shape.size, np.int32), {"shape": shape, "options": self.options}
-        step = engine_step.lower(*model, flat, self._drawn, self.cache, **how)
-        if not self.speculate:
-            return step.compile(), None
-        states, *_ = step.out_info
-        return step.compile(), draft_step.lower(*model, flat, states, self._drawn, self.cache, **how).compile()
-
     def _start(self, planned: Step, tokens: int, width: int, drawing: Drawing) -> Drawn:
         """Starts a step of a given shape."""
         shape = self._shape(tokens, width)
@@ -262,7 +259,7 @@ class Engine:
         return Shape(tokens, width, self.scheduler.limits.sequences, self._rows)
 
     def _jitted(self, shape: Shape) -> tuple[Any, Any]:
-        """What `_compiled` returns, of a shape that is not compiled ahead."""
+        """What `compiled` returns, of a shape that is not compiled ahead."""
         how = {"shape": shape, "options": self.options}
         return (
             lambda leaves, *given: engine_step(leaves, self._structure, *given, **how),
@@ -366,6 +363,18 @@ class Engine:
         self.scheduler.finish(sequence)
         request, n = self._owner.pop(sequence)
         self.metrics.finished[request.completions[n].finish_reason or ""] += 1
+
+
+def compiled(
+    model: tuple[list[Any], Any], shape: Shape, drawn: Any, cache: Any, options: Options, speculate: bool
+) -> tuple[Any, Any]:
+    """The programs of a shape: the step, and the draft of an engine that speculates. All arrays may be abstract."""
+    flat, how = np.zeros(shape.size, np.int32), {"shape": shape, "options": options}
+    step = engine_step.lower(*model, flat, drawn, cache, **how)
+    if not speculate:
+        return step.compile(), None
+    states, *_ = step.out_info
+    return step.compile(), draft_step.lower(*model, flat, states, drawn, cache, **how).compile()
 
 
 def cache_tokens_of(lm: LanguageModel, memory_fraction: float, sequences: int, layers: int) -> int:

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
@@ -277,20 +276,22 @@ class LanguageModel:
         Returns:
           How many programs those are.
         """
+        with _user_error():
+            return len(all_at_once(self.programs(lengths, max_new_tokens)))
+
+    def programs(self, lengths: Sequence[int], max_new_tokens: int) -> list[Callable[[], Any]]:
+        """What compiles each program of `warmup`."""
         tables = self._block_tables(len(lengths), max(lengths) + max_new_tokens)
         cache = jax.eval_shape(lambda: KVCache.create(self.config, tables.size, self.options))
-        leaves, structure = self.flat_model()
         pieces = sorted({size for length in lengths for *_, size in self._chunks(length)})
 
-        def compile_step(tokens: int, table: np.ndarray) -> None:
+        def compile_step(tokens: int, table: np.ndarray) -> Any:
             given, wanted = np.zeros(tokens, np.int32), np.zeros(len(table), np.int32)
             batch = Batch(given, given, given, given, table, wanted)
-            _flat_step.lower(leaves, structure, batch, cache, self.options).compile()
+            return _flat_step.lower(*self.flat_model(), batch, cache, self.options).compile()
 
         steps = [*((size, tables[:1]) for size in pieces), (len(lengths), tables)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool, _user_error():
-            list(pool.map(compile_step, *zip(*steps, strict=True)))
-        return len(steps)
+        return [functools.partial(compile_step, *step) for step in steps]
 
     def _decode(
         self,

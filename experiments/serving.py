@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from dsv32_jax.blocks import BLOCK_SIZE
+from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
 from dsv32_jax.language_model import LanguageModel
@@ -160,10 +161,17 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     }
 
 
-def warm(lm: LanguageModel, work: list[Work]) -> None:
-    """Compiles every program of the baseline for a batch, and calls each once for what a first call makes beside it."""
+def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any]]) -> None:
+    """Every program of the baseline for a batch and of all engines at once, and calls of the baseline's.
+
+    One after the other they would take most of the measurement's time. The calls are for what a first one makes beside
+    programs; engines do that in their own warm-up, which finds its programs again.
+    """
     lengths, new = [len(one.prompt) for one in work], max(one.new for one in work)
-    lm.warmup(lengths, new)
+    jobs: list[Callable[[], Any]] = lm.programs(lengths, new)
+    for settings in engines:
+        jobs += Engine(lm, **settings).programs()
+    all_at_once(jobs)
     pieces = {size: stop - start for length in lengths for start, stop, size in lm._chunks(length)}
     longest = max(lengths) + new
     for length in pieces.values():
@@ -192,14 +200,7 @@ def measure(
 ) -> None:
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
     concurrency, sizes = row["concurrency"], sizes_of(arguments)
-    begun = time.monotonic()
     batch = workload(concurrency, concurrency, sizes, prompts, False)
-    warm(lm, batch)
-    row["naive_compile_seconds"] = time.monotonic() - begun
-    save("naive programs compiled")
-    row["naive"] = naive(lm, batch)
-    gc.collect()
-    save("naive batch")
     unshared, shared = (
         workload(arguments.rounds * concurrency, concurrency, sizes, prompts, shares) for shares in (False, True)
     )
@@ -208,19 +209,28 @@ def measure(
         runs.append((2, False, [("engine_filled", unshared), ("engine_filled_shared", shared)]))
     if arguments.speculate:
         runs.append((1, True, [("engine_speculating", unshared)]))
-    for times, speculate, parts in runs:
-        sequences = times * concurrency
-        engine = Engine(
-            lm,
-            cache_tokens=concurrency * (sizes.longest + BLOCK_SIZE),
-            max_tokens=max(arguments.least_step_tokens, arguments.step_tokens * sequences),
-            max_sequences=sequences,
-            speculate=speculate,
-        )
+    engines = [
+        {
+            "cache_tokens": concurrency * (sizes.longest + BLOCK_SIZE),
+            "max_tokens": max(arguments.least_step_tokens, arguments.step_tokens * times * concurrency),
+            "max_sequences": times * concurrency,
+            "speculate": speculate,
+        }
+        for times, speculate, _ in runs
+    ]
+    begun = time.monotonic()
+    compile_all(lm, batch, engines)
+    row["compile_seconds"] = time.monotonic() - begun
+    save("all programs compiled")
+    row["naive"] = naive(lm, batch)
+    gc.collect()
+    save("naive batch")
+    for settings, (*_, parts) in zip(engines, runs, strict=True):
+        engine = Engine(lm, **settings)
         begun = time.monotonic()
         shapes = engine.warmup()
-        warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
-        save(f"{shapes} shapes of a step with {sequences} sequences compiled")
+        warmup = {"sequences": settings["max_sequences"], "shapes": shapes, "seconds": time.monotonic() - begun}
+        save(f"{shapes} shapes of a step with {settings['max_sequences']} sequences")
         for name, work in parts:
             engine.metrics = Metrics()
             engine.pool.forget()

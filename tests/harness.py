@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -148,6 +148,17 @@ def one_shape(tokens: int = 64, blocks: int = 4) -> Iterator[None]:
         patch.setattr(language_model, "LARGEST_CHUNK", tokens)
         patch.setattr(language_model.LanguageModel, "_block_tables", lambda _, rows, __: tables_of(rows, blocks))
         yield
+
+
+def times_compiled(function: str, call: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> int:
+    """How many programs of a jitted function XLA compiles in a call, in whatever thread."""
+    caplog.clear()
+    jax.config.update("jax_log_compiles", True)  # the context manager of that name is for one thread
+    try:
+        call()
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    return sum(f"Finished XLA compilation of jit({function})" in record.message for record in caplog.records)
 
 
 def as_sets(rows: np.ndarray) -> list[set[int]]:

@@ -20,7 +20,7 @@ from dsv32_jax.metrics import percentiles
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.request import Completion, SamplingParams, overlap
 from dsv32_jax.tokenizer import Tokenizer
-from tests.harness import EXACT, golden_directory, one_shape
+from tests.harness import EXACT, golden_directory, one_shape, times_compiled
 
 TEXTS = [[(seed * 5 + i * i) % 97 + 2 for i in range(220)] for seed in range(2)]
 
@@ -178,13 +178,21 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 def test_the_step_updates_the_cache_in_place(engine):
     """No second cache: of the largest step, temporary memory is less than the cache."""
-    program, _ = engine._compiled(engine.shapes()[-1])
+    program, _ = engine.programs()[-1]()
     sizes = program.memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
     assert sizes.alias_size_in_bytes >= cache
     sources = targets = np.zeros(4, np.int32)
     sizes = engine_module.copy_blocks.lower(engine.cache, sources, targets).compile().memory_analysis()
     assert sizes.alias_size_in_bytes >= cache
+
+
+def test_an_engine_like_another_finds_its_programs(lm, engine, caplog):
+    """Which holds the same model; `engine` has been warmed up."""
+    assert times_compiled("engine_step", Engine(lm, **SMALL).warmup, caplog) == 0
+    other = Engine(lm, **SMALL | {"max_sequences": 3})
+    other._sizes, other._widths = other._sizes[:1], other._widths[:1]
+    assert times_compiled("engine_step", other.warmup, caplog) == 1
 
 
 def test_text_and_stop_strings(lm):

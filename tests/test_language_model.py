@@ -1,6 +1,7 @@
 """The facade: golden tokens, batches of different lengths, chunked prompts, scores, and what it refuses."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -17,7 +18,7 @@ from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import is_qtensor
 from dsv32_jax.tokenizer import Tokenizer
-from tests.harness import EXACT, golden_directory, load_golden, load_oracle, one_shape
+from tests.harness import EXACT, golden_directory, load_golden, load_oracle, one_shape, times_compiled
 
 
 def golden(name):
@@ -152,17 +153,9 @@ def test_warmup_compiles_all_that_generate_runs(random, caplog, monkeypatch):
     monkeypatch.setattr(language_model, "LARGEST_CHUNK", 8)
     rows = [list(range(1, 1 + length)) for length in (3, 13)]
 
-    def steps_compiled(call) -> int:
-        caplog.clear()
-        jax.config.update("jax_log_compiles", True)  # for all threads, as the context manager is not
-        try:
-            call()
-        finally:
-            jax.config.update("jax_log_compiles", False)
-        return sum("Finished XLA compilation of jit(_flat_step)" in record.message for record in caplog.records)
-
-    assert steps_compiled(lambda: random.warmup([3, 13], 5)) == 3  # pieces of 4 and of 8 tokens, and two rows
-    assert steps_compiled(lambda: random.generate(rows, 5)) == 0
+    compiled = functools.partial(times_compiled, "_flat_step", caplog=caplog)
+    assert compiled(lambda: random.warmup([3, 13], 5)) == 3  # pieces of 4 and of 8 tokens, and two rows
+    assert compiled(lambda: random.generate(rows, 5)) == 0
 
 
 def test_an_earlier_row_leaves_nothing_behind(random):

@@ -17,7 +17,7 @@ def row():
     small = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     lm = random_model(ModelConfig.tiny(**small, max_position_embeddings=256))
     arguments = argparse.Namespace(
-        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=6, least_step_tokens=64, fill=[], speculate=False
+        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=4, least_step_tokens=8, fill=[], speculate=False
     )
     found, saved = {"concurrency": 2}, []
     serving.measure(lm, serving.Prompts(lm), found, arguments, saved.append)

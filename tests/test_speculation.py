@@ -260,7 +260,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 
 def test_the_step_updates_the_cache_in_place(engine):
-    step, draft = engine._compiled(engine.shapes()[-1])
+    step, draft = engine.programs()[-1]()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
     for program in (step, draft):
         assert program.memory_analysis().alias_size_in_bytes >= cache

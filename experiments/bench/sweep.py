@@ -8,16 +8,15 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax.compiling import all_at_once
 from experiments.bench import timer as timing
 from experiments.bench.cases import made
 from experiments.bench.matmuls import build, inputs
@@ -133,8 +132,7 @@ def sweep(shape: QuantMatmul, timer: timing.Timer, clusters: bool, deadline: flo
         except Exception as error:  # a configuration that does not compile is a result too
             return f"{type(error).__name__}: {error}"[:200]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(compile_one, configs))
+    compiled = all_at_once(functools.partial(compile_one, config) for config in configs)
     expected = build(shape, "reference").run()
     rows = []
     for config, program in zip(configs, compiled, strict=True):
