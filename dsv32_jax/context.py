@@ -12,7 +12,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.layers.rope import rope_angles
 from dsv32_jax.numerics import Numerics
-from pallas_kernels.backend import BACKENDS
+from pallas_kernels.backend import BACKENDS, KERNEL, resolve
 from pallas_kernels.paging import BLOCK_SIZE
 
 
@@ -51,6 +51,11 @@ class Options:
                 )
         if self.index_topk is not None and self.index_topk < 1:
             raise UserError(f"index_topk must be at least 1, not {self.index_topk}")
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether ops run kernels, on a GPU."""
+        return resolve(self.backend, "the model", KERNEL) == "mosaic_gpu"
 
     @staticmethod
     def default(config: ModelConfig, **chosen: Any) -> "Options":

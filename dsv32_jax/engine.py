@@ -83,7 +83,7 @@ class Engine:
         speculate: bool = False,
     ):
         if max_tokens is None:
-            max_tokens = 512 if lm.runs_kernels else 256
+            max_tokens = 512 if lm.options.runs_kernels else 256
         try:
             limits = Limits(max_tokens, max_sequences)
         except ValueError as error:
@@ -108,8 +108,8 @@ class Engine:
         self.metrics = Metrics()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
-        narrowest = NARROWEST_FOR_KERNELS if lm.runs_kernels else NARROWEST_TABLE
-        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if lm.runs_kernels else 2)
+        narrowest = NARROWEST_FOR_KERNELS if lm.options.runs_kernels else NARROWEST_TABLE
+        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if lm.options.runs_kernels else 2)
         self._widths = multiplied(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}

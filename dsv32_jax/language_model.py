@@ -17,10 +17,10 @@ from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
-from dsv32_jax.model import Batch, DeepseekV32, Options, run_layer, step, step_with_trace, with_dense_kv_b
+from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
-from pallas_kernels.backend import KERNEL, BackendError, resolve
+from pallas_kernels.backend import BackendError
 
 # A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
@@ -93,15 +93,11 @@ class LanguageModel:
     # Passing a module to a jitted function costs the host some microseconds a leaf at every call; a flat list costs far
     # less. Replacing `self.model` or `self.options` flattens anew.
     def flat_model(self) -> tuple[list[Any], Any]:
-        """The model's leaves and their structure, for jitted functions that are called often.
-
-        With kernels those are the leaves of `with_dense_kv_b`, if attention is in the absorbed form.
-        """
+        """Leaves of the `prepared` model and their structure, for jitted functions that are called often."""
         model, options = self.model, self.options
         if self._flattened is None or self._flattened[0] is not model or self._flattened[1] != options:
             self._flattened = None  # there may be no room for two
-            prepared = with_dense_kv_b(model, options.compute_dtype) if options.absorb and self.runs_kernels else model
-            self._flattened = (model, options, *jax.tree.flatten(prepared))
+            self._flattened = (model, options, *jax.tree.flatten(prepared(model, options)))
         return self._flattened[2:]
 
     def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
@@ -283,12 +279,13 @@ class LanguageModel:
         """What compiles each program of `warmup`."""
         tables = self._block_tables(len(lengths), max(lengths) + max_new_tokens)
         cache = jax.eval_shape(lambda: KVCache.create(self.config, tables.size, self.options))
+        leaves, structure = self.flat_model()
         pieces = sorted({size for length in lengths for *_, size in self._chunks(length)})
 
         def compile_step(tokens: int, table: np.ndarray) -> Any:
             given, wanted = np.zeros(tokens, np.int32), np.zeros(len(table), np.int32)
             batch = Batch(given, given, given, given, table, wanted)
-            return _flat_step.lower(*self.flat_model(), batch, cache, self.options).compile()
+            return _flat_step.lower(leaves, structure, batch, cache, self.options).compile()
 
         steps = [*((size, tables[:1]) for size in pieces), (len(lengths), tables)]
         return [functools.partial(compile_step, *step) for step in steps]
@@ -353,15 +350,9 @@ class LanguageModel:
 
     # ---- helpers ----
 
-    @property
-    def runs_kernels(self) -> bool:
-        """Whether ops run kernels, on a GPU."""
-        with _user_error():
-            return resolve(self.options.backend, "the model", KERNEL) == "mosaic_gpu"
-
     def _chunks(self, length: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
-        least = SMALLEST_CHUNK_FOR_KERNELS if self.runs_kernels else SMALLEST_CHUNK
+        least = SMALLEST_CHUNK_FOR_KERNELS if self.options.runs_kernels else SMALLEST_CHUNK
         for start in range(0, length, LARGEST_CHUNK):
             stop = min(start + LARGEST_CHUNK, length)
             yield start, stop, _padded(stop - start, least)

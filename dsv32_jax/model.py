@@ -29,10 +29,10 @@ __all__ = [
     "Options",
     "StepContext",
     "abstract_model",
+    "prepared",
     "run_layer",
     "step",
     "step_with_trace",
-    "with_dense_kv_b",
 ]
 
 
@@ -126,15 +126,17 @@ def abstract_model(config: ModelConfig) -> DeepseekV32:
     return jax.eval_shape(lambda: DeepseekV32(config, nnx.Rngs(0)))
 
 
-def with_dense_kv_b(model: DeepseekV32, dtype: str) -> DeepseekV32:
-    """The model with each layer's quantised `kv_b` as an array of `dtype`.
+def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
+    """The model as many steps with these options take it: with kernels, each layer's quantised `kv_b` is dense.
 
     The absorbed form takes it so, with the same result. A step that makes it anew spends more time on that than on all
     products with it; the price is memory, in FP8 twice that of the weight.
     """
+    if not (options.absorb and options.runs_kernels):
+        return model
     plain = jax.jit(dense, static_argnames="dtype")
     parameters = {
-        path: plain(leaf, dtype=dtype) if path.endswith("attn.kv_b") and is_qtensor(leaf) else leaf
+        path: plain(leaf, dtype=options.compute_dtype) if path.endswith("attn.kv_b") and is_qtensor(leaf) else leaf
         for path, leaf in named_parameters(model).items()
     }
     return replace_parameters(model, parameters)

@@ -31,7 +31,7 @@ from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.memory import USABLE, available_bytes
-from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, with_dense_kv_b
+from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, prepared
 from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init, named_parameters
 from experiments.bench import roofline
@@ -189,11 +189,6 @@ def model_in(config: ModelConfig, form: Form) -> DeepseekV32:
     return in_schemes(model, {path: form.scheme(path) for path in named_parameters(model) if is_linear(path)})
 
 
-def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
-    """The abstract model as `LanguageModel` gives it to a step with kernels."""
-    return jax.eval_shape(functools.partial(with_dense_kv_b, dtype=options.compute_dtype), model)
-
-
 def layer_in(config: ModelConfig, form: Form) -> MoE:
     """The same of one layer's feed-forward part."""
     layer = jax.eval_shape(lambda: MoE(config, Init(config, nnx.Rngs(0))))
@@ -347,7 +342,8 @@ def line_of(row: dict[str, Any]) -> str:
 def measure_steps(run: Run) -> None:
     """Whole decode steps."""
     sizes, config, options = run.sizes, run.sizes.config, options_of(run.backend)
-    models = {name: prepared(model_in(config, form), options) for name, form in run.forms.items()}
+    prepare = functools.partial(prepared, options=options)
+    models = {name: jax.eval_shape(prepare, model_in(config, form)) for name, form in run.forms.items()}
     batches = {count: decode_batch(config, count, sizes.context) for count in sizes.sequences}
     cache_shape = jax.eval_shape(functools.partial(random_cache, sizes))
 

@@ -14,7 +14,7 @@ from dsv32_jax import fidelity, language_model
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import DeepseekV32
+from dsv32_jax.model import DeepseekV32, Options
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import is_qtensor
 from dsv32_jax.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
 
 def test_with_kernels_steps_take_a_dense_kv_b(monkeypatch):
     ids, expected = [5, 6, 7, 8], golden("tiny128_fp8").logits([5, 6, 7, 8])
-    monkeypatch.setattr(LanguageModel, "runs_kernels", True)
+    monkeypatch.setattr(Options, "runs_kernels", True)
     lm = golden("tiny128_fp8")
     np.testing.assert_array_equal(lm.logits(ids), expected)
     leaves, structure = lm.flat_model()

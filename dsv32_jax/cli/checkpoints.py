@@ -9,14 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import (
-    print_json,
-    read_text,
-)
-from dsv32_jax.cli.options import (
-    Json,
-    Model,
-)
+from dsv32_jax.cli.inputs import print_json, read_text
+from dsv32_jax.cli.options import Json, Model
 from dsv32_jax.errors import UserError
 
 

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import (
-    loaded,
-    print_json,
-    read_token_ids,
-)
+from dsv32_jax.cli.inputs import loaded, print_json, read_token_ids
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
