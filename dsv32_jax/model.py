@@ -5,6 +5,7 @@ one new token of many sequences, and any mixture of the two are shapes of one fu
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ from dsv32_jax.layers.moe import MoE
 from dsv32_jax.layers.mtp import MTP
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.numerics import float32_matmul
-from dsv32_jax.params import Init, named_parameters, replace_parameters
-from dsv32_jax.quant import dense, is_qtensor
+from dsv32_jax.params import Init
 
 __all__ = [
     "Batch",
@@ -127,19 +127,17 @@ def abstract_model(config: ModelConfig) -> DeepseekV32:
 
 
 def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
-    """The model as many steps with these options take it: with kernels, each layer's quantised `kv_b` is dense.
+    """The model as many steps with these options take it: with kernels, after `MLA.prepare`; else as it is.
 
-    The absorbed form takes it so, with the same result. A step that makes it anew spends more time on that than on all
-    products with it; the price is memory, in FP8 twice that of the weight.
+    The price is memory for what is rearranged: `kv_b` in the compute dtype, and another copy of three small weights.
     """
     if not (options.absorb and options.runs_kernels):
         return model
-    plain = jax.jit(dense, static_argnames="dtype")
-    parameters = {
-        path: plain(leaf, dtype=options.compute_dtype) if path.endswith("attn.kv_b") and is_qtensor(leaf) else leaf
-        for path, leaf in named_parameters(model).items()
-    }
-    return replace_parameters(model, parameters)
+    model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # other modules, the same arrays
+    layers: list[Any] = [*model.layers, *([model.mtp.layer] if model.mtp else [])]
+    for layer in layers:
+        layer.attn.prepare(model.config, options.compute_dtype)
+    return model
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="cache")

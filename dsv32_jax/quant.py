@@ -78,6 +78,20 @@ def scheme_of(weight: Weight) -> str | None:
     return weight.scheme if isinstance(weight, QTensor) else None
 
 
+def concatenated(*weights: Weight) -> Weight | None:
+    """Weights of the same inputs, each [N, K], one below the other; None where that is no weight of one scheme."""
+    schemes = {scheme_of(weight) for weight in weights}
+    if len(schemes) > 1:
+        return None
+    if schemes == {None}:
+        return jnp.concatenate(weights)
+    if schemes == {"fp8_block"} and any(weight.shape[0] % BLOCK for weight in weights[:-1]):
+        return None
+    axis = 1 if schemes == {"int4"} else 0
+    values, scales = ([getattr(weight, part) for weight in weights] for part in ("values", "scales"))
+    return QTensor(jnp.concatenate(values), jnp.concatenate(scales, axis), schemes.pop())
+
+
 def quantize_weight(weight: jax.Array, scheme: str = "fp8_block") -> QTensor:
     """The nearest weight of a scheme, by its largest values alone.
 

@@ -215,8 +215,8 @@ def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax
       probabilities summed over heads and normalised (DeepSeek-V3.2-Exp report, section 2.1), mean over tokens.
     """
     config, numerics, run = seqs.config, seqs.numerics, seqs.run
-    q_latent, q_nope, q_rope = attn.queries(x, seqs.angles, config, numerics)
-    latent, rope_key = attn.latents(x, seqs.angles, config, numerics)
+    q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a), seqs.angles, config, numerics)
+    latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a), seqs.angles, config, numerics)
     expanded = numerics.matmul(latent, attn.kv_b).reshape(x.shape[0], config.num_attention_heads, -1)
     k_nope, values = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
     rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:2], rope_key.shape[-1]))

@@ -201,14 +201,15 @@ def measure(
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
     concurrency, sizes = row["concurrency"], sizes_of(arguments)
     batch = workload(concurrency, concurrency, sizes, prompts, False)
-    unshared, shared = (
-        workload(arguments.rounds * concurrency, concurrency, sizes, prompts, shares) for shares in (False, True)
-    )
-    runs = [(1, False, [("engine", unshared), ("engine_shared", shared)])]
+
+    def work(times: int, shared: bool) -> list[Work]:
+        return workload(arguments.rounds * times * concurrency, concurrency, sizes, prompts, shared)
+
+    runs = [(1, False, {"engine": work(1, False), "engine_shared": work(1, True)})]
     if concurrency in arguments.fill:
-        runs.append((2, False, [("engine_filled", unshared), ("engine_filled_shared", shared)]))
+        runs.append((2, False, {"engine_filled": work(2, False), "engine_filled_shared": work(2, True)}))
     if arguments.speculate:
-        runs.append((1, True, [("engine_speculating", unshared)]))
+        runs.append((1, True, {"engine_speculating": work(1, False)}))
     engines = [
         {
             "cache_tokens": concurrency * (sizes.longest + BLOCK_SIZE),
@@ -231,10 +232,10 @@ def measure(
         shapes = engine.warmup()
         warmup = {"sequences": settings["max_sequences"], "shapes": shapes, "seconds": time.monotonic() - begun}
         save(f"{shapes} shapes of a step with {settings['max_sequences']} sequences")
-        for name, work in parts:
+        for name, requests in parts.items():
             engine.metrics = Metrics()
             engine.pool.forget()
-            row[name] = {"warmup": warmup, **served(engine, work)}
+            row[name] = {"warmup": warmup, **served(engine, requests)}
             speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
             for ratio, found in speeds.items():
                 row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]

@@ -16,7 +16,6 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32, Options
 from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import is_qtensor
 from dsv32_jax.tokenizer import Tokenizer
 from tests.harness import EXACT, golden_directory, load_golden, load_oracle, one_shape, times_compiled
 
@@ -135,15 +134,17 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
 
 
-def test_with_kernels_steps_take_a_dense_kv_b(monkeypatch):
+def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
     ids, expected = [5, 6, 7, 8], golden("tiny128_fp8").logits([5, 6, 7, 8])
     monkeypatch.setattr(Options, "runs_kernels", True)
     lm = golden("tiny128_fp8")
     np.testing.assert_array_equal(lm.logits(ids), expected)
     leaves, structure = lm.flat_model()
-    prepared = named_parameters(jax.tree.unflatten(structure, leaves))
-    for path, leaf in named_parameters(lm.model).items():
-        assert is_qtensor(prepared[path]) == (is_qtensor(leaf) and not path.endswith("attn.kv_b")), path
+    names, prepared = named_parameters(lm.model), named_parameters(jax.tree.unflatten(structure, leaves))
+    layers = {path.removesuffix("attn.kv_b") for path in names if path.endswith("attn.kv_b")}
+    gone, new = ("q_a", "kv_a", "indexer.k", "kv_b"), ("joined", "kv_b.to_latent", "kv_b.to_value")
+    assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in gone}
+    assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in new}
     lm.options = dataclasses.replace(EXACT, absorb=False)  # that is how the official code quantises its input
     assert lm.flat_model()[1] == jax.tree.structure(lm.model)
 

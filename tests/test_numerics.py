@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.numerics import Numerics
-from dsv32_jax.quant import SCHEMES, dense, quantize_weight
+from dsv32_jax.quant import SCHEMES, concatenated, dense, quantize_weight
 from pallas_kernels.moe_dispatch import combine, make_plan
 from pallas_kernels.quant_matmul import int8_matmul
 
@@ -47,6 +47,20 @@ def test_an_unknown_scheme_and_a_depth_that_does_not_fit():
         quantize_weight(normal(2, 128), "int3")
     with pytest.raises(ValueError, match=r"int4 is in groups of 128.*\[2, 192\]"):
         quantize_weight(normal(2, 192), "int4")
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, None])
+def test_weights_one_below_the_other(scheme):
+    weights = [stored(normal(rows, DEPTH, seed=seed), scheme) for seed, rows in enumerate((256, 128, 192))]
+    expected = np.concatenate([dense(weight, jnp.float32) for weight in weights])
+    np.testing.assert_array_equal(dense(concatenated(*weights), jnp.float32), expected)
+
+
+def test_weights_that_cannot_be_one():
+    assert concatenated(stored(normal(128, DEPTH), "int8"), stored(normal(128, DEPTH), "int4")) is None
+    assert concatenated(stored(normal(128, DEPTH), None), stored(normal(128, DEPTH), "int8")) is None
+    in_blocks = [stored(normal(rows, DEPTH), "fp8_block") for rows in (192, 128)]  # a block would have rows of both
+    assert concatenated(*in_blocks) is None and concatenated(*in_blocks[::-1]) is not None
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, None])

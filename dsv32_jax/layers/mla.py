@@ -1,5 +1,7 @@
 """Multi-head latent attention over the keys that the indexer chose (DSA), or over all of them."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,7 @@ from dsv32_jax.context import StepContext
 from dsv32_jax.layers.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init
-from dsv32_jax.quant import dense
+from dsv32_jax.quant import Weight, concatenated, dense
 from pallas_kernels import rowwise
 from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
@@ -19,6 +21,18 @@ from pallas_kernels.indexer_logits import indexer_logits
 from pallas_kernels.paging import physical_slots
 from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.sparse_mla.reference import attend
+
+
+class HeadMaps(NamedTuple):
+    """`kv_b` as the absorbed form takes it.
+
+    Attributes:
+      to_latent: [H, nope, latent], of queries.
+      to_value: [H, v, latent], of what attention gives.
+    """
+
+    to_latent: jax.Array
+    to_value: jax.Array
 
 
 class MLA(nnx.Module):
@@ -39,6 +53,21 @@ class MLA(nnx.Module):
         self.kv_b = init.linear(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
         self.o = init.linear(config.hidden_size, heads * config.v_head_dim)
         self.indexer = Indexer(config, init)
+        self.joined: Weight | None = nnx.data(None)
+        """q_a, the indexer's k and kv_a in one, which then are None: see `prepare`."""
+
+    def prepare(self, config: ModelConfig, dtype: jax.typing.DTypeLike) -> None:
+        """Rearranges weights for many steps in the absorbed form; results stay the same, bit for bit.
+
+        `kv_b` becomes two plain arrays of `dtype`: a step would make those anew, quantised or not, in more time than
+        its products with them take. The three small products with x become one: alone, none has work for more than a
+        third of the multiprocessors.
+        """
+        self.kv_b = nnx.data(self.head_maps(config, dtype))
+        joined = concatenated(self.q_a, self.indexer.k, self.kv_a)
+        if joined is not None:
+            self.joined = nnx.data(joined)
+            self.q_a = self.kv_a = self.indexer.k = nnx.data(None)
 
     def __call__(
         self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None = None
@@ -55,46 +84,56 @@ class MLA(nnx.Module):
         Returns:
           [T, D] and the cache.
         """
-        q_latent, q_nope, q_rope = self.queries(x, ctx.angles, ctx.config, ctx.numerics)
-        cache = self.write(x, layer, cache, ctx)
+        q_a, kv_a, index_key = self.project(x, ctx.config, ctx.numerics)
+        q_latent, q_nope, q_rope = self.queries(q_a, ctx.angles, ctx.config, ctx.numerics)
+        cache = self.write(kv_a, index_key, layer, cache, ctx)
         chosen = self.select(x, q_latent, layer, cache, ctx, record)
         attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx, record)
         return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
 
+    def project(self, x: jax.Array, config: ModelConfig, numerics: Numerics) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, D], normalised, by q_a [T, q_lora_rank], by kv_a [T, latent + rope], by the indexer's k [T, dim]."""
+        if self.joined is None:
+            q_a, kv_a, index_key = (numerics.matmul(x, weight) for weight in (self.q_a, self.kv_a, self.indexer.k))
+            return q_a, kv_a, index_key
+        rank = config.q_lora_rank
+        q_a, index_key, kv_a = jnp.split(numerics.matmul(x, self.joined), [rank, rank + config.index_head_dim], axis=-1)
+        return q_a, kv_a, index_key
+
     def queries(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+        self, q_a: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The query latent [T, q_lora_rank], normalised; every head's query, nope [T, H, N] and rotated rope [T, H, R].
 
         Args:
-          x: [T, D], normalised.
+          q_a: [T, q_lora_rank], see `project`.
           angles: cos and sin of the tokens' positions.
           config: the model's.
           numerics: of the products.
         """
-        latent = rowwise.rms_norm(numerics.matmul(x, self.q_a), self.q_a_norm, config.rms_norm_eps)
+        latent = rowwise.rms_norm(q_a, self.q_a_norm, config.rms_norm_eps)
         q = numerics.matmul(latent, self.q_b).reshape(-1, config.num_attention_heads, config.qk_head_dim)
         nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return latent, nope, rowwise.rope_interleaved(rope, *angles)
 
     def latents(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
+        self, kv_a: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
-        """What the cache holds of x [T, D]: latent [T, kv_lora_rank], normalised, and rotated rope key [T, R]."""
-        kv_a, eps = numerics.matmul(x, self.kv_a), config.rms_norm_eps
+        """What the cache holds of kv_a [T, latent + R]: latent, normalised, and rotated rope key [T, R]."""
+        eps = config.rms_norm_eps
         return latents(kv_a, self.kv_a_norm, eps, angles, numerics.act_quant, numerics.scale_fmt)
 
-    def write(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
-        """Latents, rope keys and index keys of the step's tokens, into their slots."""
+    def write(self, kv_a: jax.Array, index_key: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
+        """Latents, rope keys and index keys of the step's tokens, into their slots; arguments are `project`'s."""
         numerics, indexer = ctx.numerics, self.indexer
         kv, index = cache_write(
             cache.kv,
             cache.index,
             layer,
             ctx.batch.slots,
-            numerics.matmul(x, self.kv_a),
-            numerics.matmul(x, indexer.k),
+            kv_a,
+            index_key,
             KeyNorms(
                 self.kv_a_norm, indexer.k_norm_weight, indexer.k_norm_bias, ctx.config.rms_norm_eps, LAYER_NORM_EPS
             ),
@@ -124,7 +163,7 @@ class MLA(nnx.Module):
     def absorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:
         """Attention in the latent space: [T, H, v_head_dim]."""
         config, batch = ctx.config, ctx.batch
-        to_latent, to_value = self.split_kv_b(config, q_nope.dtype)
+        to_latent, to_value = self.head_maps(config, q_nope.dtype)
         q_latent = ctx.einsum("thn,hnc->thc", q_nope, to_latent)
         queries = jnp.concatenate([q_latent, q_rope], axis=-1)
         how = {"scale": config.softmax_scale, "rope_dim": config.qk_rope_head_dim}
@@ -168,10 +207,12 @@ class MLA(nnx.Module):
         tokens = (queries, sequence, positions, positions if chosen is None else chosen)
         return map_tokens(one_token, tokens, bytes_per_token=4 * length * heads * expanded.shape[-1])
 
-    def split_kv_b(self, config: ModelConfig, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """kv_b of each head: rows that make keys [H, nope, latent] and rows that make values [H, v, latent]."""
+    def head_maps(self, config: ModelConfig, dtype: jax.typing.DTypeLike) -> HeadMaps:
+        """`kv_b` by heads, in `dtype`."""
+        if isinstance(self.kv_b, HeadMaps):
+            return self.kv_b
         kv_b = dense(self.kv_b, dtype).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
-        return kv_b[:, : config.qk_nope_head_dim], kv_b[:, config.qk_nope_head_dim :]
+        return HeadMaps(kv_b[:, : config.qk_nope_head_dim], kv_b[:, config.qk_nope_head_dim :])
 
     @staticmethod
     def context(layer: int, cache: KVCache, ctx: StepContext) -> tuple[jax.Array, jax.Array, jax.Array]:

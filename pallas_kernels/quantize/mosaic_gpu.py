@@ -20,9 +20,11 @@ from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import GROUP
 
 WARPS = 4
-"""Of a CTA."""
+"""Of a warpgroup."""
 WIDEST = 16384
-"""Row that a CTA can hold in registers."""
+"""Row that a warpgroup can hold in registers."""
+MOST_WARPGROUPS = 4
+"""Of a CTA with a row of int8: the threads of one would have up to 128 values each to read and divide in turn."""
 
 
 def unsupported(x: jax.Array, group: int) -> str | None:
@@ -36,8 +38,9 @@ def int8_unsupported(x: jax.Array) -> str | None:
     """What of the arguments of `quantize_int8` the kernel does not take, and what it would."""
     if x.dtype != jnp.bfloat16:
         return f"x of dtype {x.dtype}; it takes bfloat16"
-    if x.shape[-1] % GROUP or x.shape[-1] > WIDEST:
-        return f"x of shape {x.shape}; it takes rows of a multiple of {GROUP}, of at most {WIDEST}"
+    widest = MOST_WARPGROUPS * WIDEST
+    if x.shape[-1] % GROUP or x.shape[-1] > widest:
+        return f"x of shape {x.shape}; it takes rows of a multiple of {GROUP}, of at most {widest}"
     return None
 
 
@@ -121,9 +124,9 @@ def quantize(x: jax.Array, *, scale_fmt: str | None, interpret: Any = None) -> t
 # ---- behind an RMSNorm -----------------------------------------------------------------------------------------
 
 
-def pieces_of(width: int, thread: Word) -> list[Word]:
+def pieces_of(width: int, thread: Word, warps: int) -> list[Word]:
     """The first columns of a thread's pieces of 16 values of a row; some may lie beyond it."""
-    return [(thread << 4) + start for start in range(0, width, 16 * 32 * WARPS)]
+    return [(thread << 4) + start for start in range(0, width, 16 * 32 * warps)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def norm_row(
     scales: ir.Value,
 ) -> None:
     """A CTA's row, between addresses; every fourth piece of 512 values is a warp's."""
-    width, columns = shapes.width, pieces_of(shapes.width, thread)
+    width, columns = shapes.width, pieces_of(shapes.width, thread, WARPS)
     start = mosaic.offset(x, row, 2 * width)
     loaded = [mosaic.load_read_only(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
     square = Float(0.0)
@@ -250,17 +253,23 @@ def pack_int8(values: list[Float]) -> list[Word]:
     return words
 
 
+def int8_warpgroups(width: int) -> int:
+    """Of a CTA: as many as have a piece of 16 values for each thread, within what a CTA takes."""
+    return min(MOST_WARPGROUPS, -(-width // (16 * 32 * WARPS)))
+
+
 def int8_row(
     width: int, thread: Word, row: Word, shared: SharedWords, x: ir.Value, values: ir.Value, scales: ir.Value
 ) -> None:
     """A CTA's row, between addresses."""
-    columns, start = pieces_of(width, thread), mosaic.offset(x, row, 2 * width)
+    warps = WARPS * int8_warpgroups(width)
+    columns, start = pieces_of(width, thread, warps), mosaic.offset(x, row, 2 * width)
     # Columns beyond the row repeat its last ones, which changes no maximum.
     loaded = [mosaic.load_read_only(mosaic.offset(start, column.min(width - 16), 2), 8) for column in columns]
     largest = fp8.group_maximum([word for words in loaded for word in words], 32)
     shared.store(thread >> 5, largest.bits(), predicate=(thread & 31).equals(0))
     mosaic.barrier()
-    largest = functools.reduce(Float.max, map(Float.of_bits, shared.load_many(0, WARPS)))
+    largest = functools.reduce(Float.max, map(Float.of_bits, shared.load_many(0, warps)))
     scale = largest.max(reference.SMALLEST_AMAX) * float(np.float32(1 / reference.INT8_MAX))
     for column, words in zip(columns, loaded, strict=True):
         packed = pack_int8([value / scale for value in mosaic.unpack_bf16(words)])
@@ -308,6 +317,8 @@ def quantize_int8(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, ja
         scratch_types=[plgpu.SMEM((32,), jnp.uint32)],
         grid=(rows,),
         grid_names=("cta",),
+        num_threads=1 if interpret else int8_warpgroups(width),
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(x.reshape(rows, width))

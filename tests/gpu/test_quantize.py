@@ -51,7 +51,7 @@ def test_norm_kernel(shape, dtype, scale_fmt):
     cases.check_nearly(got, wanted)
 
 
-@pytest.mark.parametrize("shape", [(1, 128), (33, 640), (4096, 7168), (3, 16384)])
+@pytest.mark.parametrize("shape", [(1, 128), (33, 640), (5, 6016), (4096, 7168), (3, 18432), (2, 65536)])
 def test_int8_kernel_gives_the_bits_of_the_reference(shape):
     x = cases.rows(*shape, "bfloat16")
     got = jax.block_until_ready(quantize_int8(jnp.asarray(x), backend="mosaic_gpu"))
