@@ -40,8 +40,7 @@ def rows_of(row: dict[str, Any]) -> list[list[str]]:
             name,
             f"{run['requests_per_second']:.3f}",
             *(f"{run[ratio]:.2f}x" if ratio in run else "" for ratio in ("ratio", "steady_ratio")),
-            # The summary has the latest 100,000; results before 2026-11-27 have nothing else.
-            *milliseconds(run.get("between_tokens_seconds") or run["summary"]["between_tokens_seconds"]),
+            *milliseconds(run["between_tokens_seconds"]),
             *milliseconds(run.get("per_output_token_seconds")),
             f"{run['utilisation']:.1%}" if run["utilisation"] else "",
             "" if run is base else f"{run['lost']} of {run['requests']}",
@@ -65,12 +64,16 @@ def tables(results: Path = RESULTS) -> str:
     for said, of_setting in rows.items():
         of_setting.sort(key=lambda row: row["concurrency"])
         saved = [f"at {row['concurrency']} {row['prefix']['saved']:.1%}" for row in of_setting if "prefix" in row]
-        ideal = [f"at {row['concurrency']} {without_idle_rows(row):.2f}x" for row in of_setting]
+        ideal, without_prompts = (
+            ", ".join(f"at {row['concurrency']} {without_idle_rows(row, prompts):.2f}x" for row in of_setting)
+            for prompts in (True, False)
+        )
         parts += [
             said,
             table(HEAD, [line for row in of_setting for line in rows_of(row)]),
             f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}. "
-            f"Static batches whose idle rows took no time would have these ratios: {', '.join(ideal)}.",
+            f"Static batches whose idle rows took no time would have these ratios: {ideal}; "
+            f"if reading prompts took none either, {without_prompts}.",
         ]
     return "\n\n".join(parts)
 
@@ -85,11 +88,17 @@ def said_of(content: dict[str, Any]) -> str:
     )
 
 
-def without_idle_rows(row: dict[str, Any]) -> float:
-    """How many times as fast static batches would be if a step, at its own time, always had a token for each row."""
+def without_idle_rows(row: dict[str, Any], prompts: bool = True) -> float:
+    """How many times as fast static batches would be if a step, at its own time, always had a token for each row.
+
+    Args:
+      row: of one number of requests at a time.
+      prompts: whether reading them takes its time; without, no scheduling of that many at a time could be faster.
+    """
     base = row["naive"]
     steps = base["generated_tokens_per_second"] * base["seconds"] / row["concurrency"]
-    return base["seconds"] / (base["first_token_seconds"] + steps * base["between_tokens_seconds"]["p50"])
+    reading = base["first_token_seconds"] if prompts else 0.0
+    return base["seconds"] / (reading + steps * base["between_tokens_seconds"]["p50"])
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ MOST_SENSITIVE = 12
 """Rows of the ranking that are shown for each scheme."""
 
 KINDS = {
-    "products with weights": "^(few_rows|many_rows|anonymous_mosaic|body_mosaic)",
+    "products with weights": "^(few_rows|many_rows)",
     "sparse attention": "^sparse_mla",
     "head": "^nvjet|dot_general",
     "indexer": "^(indexer_logits|top_k)",
@@ -24,7 +24,7 @@ KINDS = {
     "other kernels of ours": "mosaic_gpu_kernel$",
     "XLA's": "",
 }
-"""What a step's kernels are, by their names; the first that fits. FP8 products had no names when this was measured."""
+"""What a step's kernels are, by their names; the first that fits."""
 
 SMALLEST_KL = 1e-9
 """Nats that float32 still tells from nothing, about: what is below is drawn as this."""
@@ -34,6 +34,7 @@ def write(page: Path = PAGE) -> None:
     """The page's tables and sentences, anew."""
     found, sensitivity, plan = (read_result(f"quantization_{name}") for name in ("table", "sensitivity", "plan"))
     found["rows"] = {name: row for name, row in found["rows"].items() if "kl" in row}  # others are only begun
+    speed = read_result("quantization_speed")
     text = page.read_text(encoding="utf-8")
     for name, content in {
         "settings": settings_of(found),
@@ -48,8 +49,8 @@ def write(page: Path = PAGE) -> None:
         "keeping": keeping(sensitivity),
         "plan": plan_table(plan),
         "additivity": additivity(plan),
-        "speed": speed_tables(read_result("quantization_speed")),
-        "kernels": kernel_table(read_result("quantization_step_kernels")),
+        "speed": speed_tables(speed),
+        "kernels": kernel_table(speed),
     }.items():
         text = between(text, name, content)
     page.write_text(text, encoding="utf-8")
@@ -113,6 +114,8 @@ def kernel_table(found: dict[str, Any]) -> str:
     """What a step's kernels take, by what they are."""
     rows = []
     for row in found["rows"]:
+        if "kernels" not in row or row["form"] == "bf16":  # whose dense products have no names of their own
+            continue
         took = dict.fromkeys(KINDS, 0.0)
         for kernel in row["kernels"]:
             took[next(kind for kind, names in KINDS.items() if re.search(names, kernel["name"]))] += kernel["us"]
