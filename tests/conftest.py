@@ -34,6 +34,13 @@ else:
 # Tracing makes very many small objects, hardly any of them garbage: looking less often for it saves a tenth.
 gc.set_threshold(100_000, 20, 20)
 
+
+def pytest_collection_finish() -> None:
+    """Nor does what was imported become garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 LONGEST = (
     "train_demo/test_training.py",
     "bench/test_moe.py",

@@ -70,7 +70,7 @@ def programs() -> list[int]:
     return [function._cache_size() for function in (*functions, engine_module.copy_blocks)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
     found = []

@@ -102,7 +102,7 @@ def without(plain, text, length, new, temperature, seed, n):
     return [completion.tokens for completion in request.completions]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_without(engine, plain, requests):
     found, events = [], []

@@ -226,17 +226,10 @@ def test_gradients(grouped, monkeypatch):
         ("one row", 128, 2, 2, 1, {}),
         ("experts", 64, 1, 2, 3, {}),
         ("nothing", 64, 1, 2, 2, {}),
-        # The last strip ends past the weight.
-        ("part of a tile", 56, 1, 4, 3, {}),
-        ("part of a tile", 112, 2, 2, 1, {}),
+        # Strips and tiles are those of FP8, whose tests have more of them. Here the last strip ends past the weight,
+        # and warpgroups share rows and take different tokens.
         ("part of a tile", 144, 3, 2, 1, {}),
-        ("experts", 48, 1, 2, 3, {}),
-        # Warpgroups that share rows and take different tokens: of one part of a strip, and of two.
-        ("a whole tile", 24, 2, 1, 3, {"tile": 16, "token_parts": 2, "stages": 3}),
-        ("part of a tile", 64, 4, 2, 2, {"tile": 32, "token_parts": 4}),
-        ("experts of two parts", 56, 2, 2, 3, {"tile": 16, "token_parts": 2}),
         ("experts of two parts", 48, 4, 2, 2, {"tile": 16, "token_parts": 2}),
-        ("two tiles' worth", 112, 4, 4, 1, {"tile": 16, "token_parts": 2}),
         ("two tiles' worth", 24, 2, 2, 2, {"tile": 16, "token_parts": 2, "cluster": 2}),
     ],
 )
