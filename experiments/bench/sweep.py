@@ -1,13 +1,16 @@
 """Other tile sizes than the tuned ones: `python -m experiments.bench.sweep SHAPE...`, on a GPU.
 
-For each shape of `quant_matmul` every candidate is compiled, compared with the reference's result, and timed.
-Results, the fastest first, are in `--out`; what wins by more than the spread belongs into `pallas_kernels/tuning/`.
+Shapes are named as those of `quant_matmul` are, and may be others: 32x2240x7168 are 32 rows times a weight [2240, 7168]
+in FP8, int8-32x2240x7168 and int4-32x2240x7168 the same in other schemes. For each shape every candidate is compiled,
+compared with the reference's result, and timed. Results, the fastest first, are in `--out`; what wins by more than the
+spread belongs into `pallas_kernels/tuning/`.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +29,20 @@ from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, 
 from pallas_kernels.quantize import quantize_int8
 from pallas_kernels.shapes import SHAPES, QuantMatmul
 
+NAME = re.compile(r"(?:(int8|int4)-)?(\d+)x(\d+)x(\d+)")
 BUSY = 0.84
 """Least number of items, of as many as there would be if every CTA had as many as the busiest."""
 DIFFERENCE = 4e-3
 """Root mean square, relative, from the reference: sums in another order, rounded to bfloat16."""
+
+
+def shape_of(name: str) -> QuantMatmul:
+    """By its name: an optional scheme, tokens, the weight's N and K."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{name} is not like 32x2240x7168, int8-32x2240x7168 or int4-32x2240x7168")
+    tokens, columns, depth = map(int, match.groups()[1:])
+    return QuantMatmul(name=name, scheme=match[1] or "fp8_block", tokens=tokens, columns=columns, depth=depth)
 
 
 def fitting(make: Callable[[int, int], Any], items: int, most: int) -> Iterator[Any]:
@@ -170,9 +183,9 @@ def line_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command."""
-    shapes = {shape.name: shape for shape in SHAPES["quant_matmul"] if isinstance(shape, QuantMatmul)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shapes", nargs="+", choices=shapes, metavar="SHAPE", help=", ".join(shapes))
+    measured = ", ".join(shape.name for shape in SHAPES["quant_matmul"])
+    parser.add_argument("shapes", nargs="+", type=shape_of, metavar="SHAPE", help=f"of quant_matmul: {measured}")
     parser.add_argument("--clusters", action="store_true", help="also CTAs that copy for each other")
     parser.add_argument("--show", type=int, default=4, help="configurations a shape, that are printed")
     parser.add_argument("--seconds", type=float, default=600, help="after which nothing more is measured")
@@ -183,12 +196,12 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     timer, _ = timing.device_timer()
     content: dict[str, Any] = {**environment(), "timer": timer.name, "shapes": {}}
-    for name in arguments.shapes:
-        rows = sweep(shapes[name], timer, arguments.clusters, deadline)
-        content["shapes"][name] = rows
+    for shape in arguments.shapes:
+        rows = sweep(shape, timer, arguments.clusters, deadline)
+        content["shapes"][shape.name] = rows
         write_json(arguments.out, content)
         tuned = next(row for row in rows if row["tuned"])
-        print(f"{name}: {len(rows)} configurations, {sum('error' in row for row in rows)} failed", flush=True)
+        print(f"{shape.name}: {len(rows)} configurations, {sum('error' in row for row in rows)} failed", flush=True)
         shown = rows[: arguments.show]
         for line in map(line_of, shown if tuned in shown else [*shown, tuned]):
             print(line, flush=True)
