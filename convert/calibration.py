@@ -14,26 +14,27 @@ from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
-from dsv32_jax.model import Batch, DeepseekV32, Options
+from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.observation import Observed, Statistics, observing
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import dense
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:
-    """Statistics by the path of each linear that the model's own layers have; the MTP layer is not run.
+    """Statistics by the path of each linear, those of the MTP layer, if there is one, among them.
 
-    The model runs unquantised in float32, without absorption, so that kv_b too has inputs.
+    The model runs unquantised in float32, without absorption, so that kv_b too has inputs. The MTP layer is given each
+    token of a window but the last, with the one behind it.
 
     Args:
       lm: whose weights are dequantised for it; in memory, all at once.
-      windows: ids of one length; each is a text of its own.
+      windows: ids of one length, at least 2; each is a text of its own.
 
     Raises:
       UserError: there is no memory for it.
     """
     parameters = named_parameters(lm.model)
-    linears = {path: leaf for path, leaf in parameters.items() if is_linear(path) and path.startswith("layers.")}
+    linears = {path: leaf for path, leaf in parameters.items() if is_linear(path)}
     # In float32, and twice the moments: what a window adds, and the sum.
     needed = sum(
         4 * math.prod(one.shape) + 8 * math.prod(one.shape[:-2]) * one.shape[-1] ** 2 for one in linears.values()
@@ -54,7 +55,7 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
         places = np.arange(len(ids), dtype=np.int32)
         table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
         batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
-        cache = KVCache.create(lm.config, table.size, options)
+        cache = KVCache.create(lm.config, table.size, options, layers=lm.config.num_hidden_layers + lm.config.has_mtp)
         total = _observed(model, batch, cache, total, options)
     return total
 
@@ -65,7 +66,11 @@ def _observed(
 ) -> dict[str, Statistics]:
     """`total` and what one window adds to it."""
     with observing() as found:
-        model.states(batch, cache, options)
+        states, cache = model.states(batch, cache, options)
+        if model.mtp is not None:
+            given = {name: getattr(batch, name)[:-1] for name in ("ids", "positions", "slots", "sequence")}
+            ctx = StepContext(model.config, options, dataclasses.replace(batch, **given))
+            model.mtp(states[:-1], batch.ids[1:], cache, ctx, batch.logit_rows)
     return {path: one + total[path] if path in total else one for path, one in found.items()}
 
 

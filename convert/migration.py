@@ -42,7 +42,7 @@ def migrate(
     """The same function with smaller outliers in the inputs of linears; for schemes that quantise inputs.
 
     Args:
-      model: concrete. Its MTP layer stays as it is.
+      model: concrete.
       statistics: of its linears' inputs, from `calibrate`.
       strength: from 0 to 1, how much of the inputs' differences the weights take; alpha in equation 4.
 
@@ -57,10 +57,11 @@ def migrate(
     if not 0 <= strength <= 1:
         raise UserError(f"strength: {strength}; must be from 0 to 1")
     parameters, found = named_parameters(model), dict(statistics)
-    for layer in range(len(model.layers)):
+    layers = [f"layers.{number}" for number in range(len(model.layers))] + ["mtp.layer"] * model.config.has_mtp
+    for layer in layers:
         for made_by, taken_by in FOLDS.items():
-            producer = f"layers.{layer}.{made_by}"
-            consumers = [path for name in taken_by if (path := f"layers.{layer}.{name}") in parameters]
+            producer = f"{layer}.{made_by}"
+            consumers = [path for name in taken_by if (path := f"{layer}.{name}") in parameters]
             if producer not in parameters:
                 continue
             linears = [path for path in consumers if is_linear(path)]

@@ -10,13 +10,14 @@ from convert.calibration import calibrate
 from convert.names import is_linear
 from convert.quantization import quantize_model, uniform
 from convert.rounding import round_int4
+from dsv32_jax.cache import KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.observation import SMALLEST, Statistics
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import is_qtensor, quantize_weight
 from pallas_kernels.rowwise import rms_norm
-from tests.harness import EXACT, load_golden
+from tests.harness import EXACT, Piece, flat_batch, load_golden, tables_of
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def test_statistics_of_rows():
         assert np.mean(np.abs(real) < bound) >= share > np.mean(np.abs(real) < bound / 2)
 
 
-def test_every_linear_of_the_layers_is_seen_and_nothing_else(lm, statistics):
-    wanted = {path for path in named_parameters(lm.model) if is_linear(path) and path.startswith("layers.")}
-    assert set(statistics) == wanted
+def test_every_linear_is_seen_and_nothing_else(lm, statistics):
+    wanted = {path for path in named_parameters(lm.model) if is_linear(path)}
+    assert set(statistics) == wanted and any(path.startswith("mtp.") for path in wanted)
     in_fp8 = {path for path, leaf in named_parameters(lm.model).items() if is_qtensor(leaf)}
     assert in_fp8 == {path for path in named_parameters(lm.model) if is_linear(path)}
 
@@ -73,6 +74,23 @@ def test_the_first_layer_sees_the_normalised_embeddings(lm, windows, statistics)
         assert found.rows == windows.size
         np.testing.assert_allclose(found.moments, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
         np.testing.assert_allclose(found.largest, np.abs(x).max(0), rtol=1e-5)
+
+
+def test_the_mtp_layer_sees_each_token_with_the_next_one(lm, windows, statistics):
+    mtp, eps, count = lm.model.mtp, lm.config.rms_norm_eps, windows.shape[1]
+    expected = 0.0
+    for window in windows:
+        batch = flat_batch([Piece(window)], tables_of(1, 1))
+        states = lm.model.states(batch, KVCache.create(lm.config, 1, EXACT), EXACT)[0]
+        pair = (
+            rms_norm(mtp.embed[window[1:]].astype(jnp.float32), mtp.enorm, eps),
+            rms_norm(states, mtp.hnorm, eps)[:-1],
+        )
+        x = np.asarray(rms_norm(jnp.concatenate(pair, -1) @ mtp.eh_proj.T, mtp.layer.attn_norm, eps), np.float64)
+        expected = expected + x.T @ x
+    found = statistics["mtp.layer.attn.kv_a"]
+    assert found.rows == len(windows) * (count - 1)
+    np.testing.assert_allclose(found.moments, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_experts_see_each_token_as_often_as_it_chooses(lm, windows, statistics):
@@ -90,15 +108,16 @@ def test_experts_see_each_token_as_often_as_it_chooses(lm, windows, statistics):
 
 
 def test_four_bits_are_rounded_for_what_was_seen(lm, statistics):
-    """And by themselves where nothing was: the MTP layer."""
-    paths = ("layers.1.attn.q_b", "layers.1.ffn.experts.down", "mtp.layer.attn.q_b")
-    before = named_parameters(lm.model)
-    after = named_parameters(quantize_model(lm.model, dict.fromkeys(paths, "int4"), statistics))
+    """And by themselves where nothing was."""
+    paths = ("layers.1.attn.q_b", "layers.1.ffn.experts.down", "mtp.layer.attn.q_b", "layers.0.attn.o")
+    before, seen = named_parameters(lm.model), {path: statistics[path] for path in paths[:3]}
+    after = named_parameters(quantize_model(lm.model, dict.fromkeys(paths, "int4"), seen))
     for path in paths:
         weight = before[path].dequantize()
-        seen = round_int4(weight, statistics[path].moments) if path in statistics else quantize_weight(weight, "int4")
-        np.testing.assert_array_equal(after[path].values, seen.values)
-        assert (path in statistics) == bool((after[path].values != quantize_weight(weight, "int4").values).any())
+        plain = quantize_weight(weight, "int4").values
+        expected = round_int4(weight, seen[path].moments).values if path in seen else plain
+        np.testing.assert_array_equal(after[path].values, expected)
+        assert (path in seen) == bool((after[path].values != plain).any())
 
 
 def test_mixed_schemes_and_what_stays(lm):

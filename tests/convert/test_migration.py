@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from convert.quantization import quantize_checkpoint, quantize_model, uniform
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import abstract_model, step
+from dsv32_jax.model import StepContext, abstract_model, step
+from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import dense, is_qtensor
 from tests.convert.test_conversion import equal_models
@@ -102,6 +104,34 @@ def test_the_model_stays_the_same(plain, planted, migrated):
     assert np.abs(expected).max() > 0.1
     for model in (planted, migrated[0]):
         np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_mtp_layer_guesses_the_same():
+    model, rng = load_golden("tiny128_fp8"), np.random.default_rng(1)
+    statistics = {
+        path: Statistics(
+            jnp.float32(1), jnp.exp(rng.normal(0, 2, inputs)), jnp.zeros((*inputs, inputs[-1])), jnp.ones(65)
+        )
+        for path, leaf in named_parameters(model).items()
+        if is_linear(path)
+        for inputs in [(*leaf.shape[:-2], leaf.shape[-1])]
+    }
+    migrated, _ = migrate(model, statistics)
+    ids, tables = jnp.asarray(HELD_OUT, jnp.int32), tables_of(1, 1)
+    batch, states = flat_batch([Piece(HELD_OUT)], tables), rng.standard_normal((len(ids), model.config.hidden_size))
+
+    @jax.jit
+    def guesses(mtp):
+        cache = KVCache.create(model.config, 1, EXACT, layers=model.config.num_hidden_layers + 1)
+        return mtp(jnp.asarray(states, jnp.float32), ids, cache, StepContext(model.config, EXACT, batch))[0]
+
+    expected = guesses(model.mtp)
+    np.testing.assert_allclose(guesses(migrated.mtp), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    before, after = named_parameters(model.mtp), named_parameters(migrated.mtp)
+    for name in FOLDS:
+        path = f"layer.{name}"
+        if path in before:
+            assert (after[path] != dense(before[path], jnp.float32)).any(), path
 
 
 @pytest.mark.parametrize("name", [name for consumers in FOLDS.values() for name in consumers])
