@@ -57,8 +57,7 @@ def migrate(
     if not 0 <= strength <= 1:
         raise UserError(f"strength: {strength}; must be from 0 to 1")
     parameters, found = named_parameters(model), dict(statistics)
-    layers = [f"layers.{number}" for number in range(len(model.layers))] + ["mtp.layer"] * model.config.has_mtp
-    for layer in layers:
+    for layer in [path.removesuffix(".attn_norm") for path in parameters if path.endswith(".attn_norm")]:
         for made_by, taken_by in FOLDS.items():
             producer = f"{layer}.{made_by}"
             consumers = [path for name in taken_by if (path := f"{layer}.{name}") in parameters]
