@@ -24,8 +24,9 @@ from pallas_kernels.backend import BackendError
 
 # A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
-SMALLEST_CHUNK_FOR_KERNELS = 128
-"""With kernels a shorter piece saves little time, since weights are read for it all the same, and must be compiled."""
+SMALLEST_CHUNK_FOR_KERNELS, LARGEST_CHUNK_FOR_KERNELS = 128, 2048
+"""With kernels a shorter piece saves little time, since weights are read for it all the same, and must be compiled; a
+piece of 2048 tokens takes twice the time of one of 512. References would need memory for every head's scores."""
 
 Prompts = str | Sequence[Any] | np.ndarray | Array
 
@@ -350,11 +351,16 @@ class LanguageModel:
 
     # ---- helpers ----
 
-    def _chunks(self, length: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to."""
-        least = SMALLEST_CHUNK_FOR_KERNELS if self.options.runs_kernels else SMALLEST_CHUNK
-        for start in range(0, length, LARGEST_CHUNK):
-            stop = min(start + LARGEST_CHUNK, length)
+    def _chunks(self, length: int, all_logits: bool = False) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, size) of the pieces of a prompt; size is the power of two that the piece is padded to.
+
+        Pieces of which all logits are wanted stay short: those of 2048 tokens would take a gigabyte.
+        """
+        kernels = self.options.runs_kernels
+        least = SMALLEST_CHUNK_FOR_KERNELS if kernels else SMALLEST_CHUNK
+        most = LARGEST_CHUNK_FOR_KERNELS if kernels and not all_logits else LARGEST_CHUNK
+        for start in range(0, length, most):
+            stop = min(start + most, length)
             yield start, stop, _padded(stop - start, least)
 
     def _forward(self, rows: list[list[int]]) -> Iterator[tuple[int, int, int, Array]]:
@@ -366,7 +372,7 @@ class LanguageModel:
         tables = self._block_tables(1, max(map(len, rows)))
         cache = KVCache.create(self.config, tables.size, self.options)
         for number, row in enumerate(rows):
-            for start, stop, size in self._chunks(len(row)):
+            for start, stop, size in self._chunks(len(row), all_logits=True):
                 wanted = np.where(np.arange(size) < stop - start, np.arange(size), -1).astype(np.int32)
                 logits, cache = self._step(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
                 yield number, start, stop, logits

@@ -8,7 +8,8 @@ engine has room for six tokens for each that runs: prompts are four times as lon
 what arrives; and for no fewer than 512, which take little longer than fewer since weights are read for either.
 
 Both have cache for that many of the longest requests. The engine takes blocks for what is there instead, so that about
-twice as many fit: with --fill it runs once more with as many at a time.
+twice as many fit, and four times as many where they share prefixes: with --fill it runs once more with as many at a
+time. Those that share need half of the tokens a step, as fewer prompts are read.
 
 Prompts are random tokens; those of a checkpoint with a tokenizer are windows of the held-out text, so that with
 --speculate its MTP layer has something to go on.
@@ -205,19 +206,21 @@ def measure(
     def work(times: int, shared: bool) -> list[Work]:
         return workload(arguments.rounds * times * concurrency, concurrency, sizes, prompts, shared)
 
-    runs = [(1, False, {"engine": work(1, False), "engine_shared": work(1, True)})]
+    each = arguments.step_tokens
+    runs = [(1, each, False, {"engine": work(1, False), "engine_shared": work(1, True)})]
     if concurrency in arguments.fill:
-        runs.append((2, False, {"engine_filled": work(2, False), "engine_filled_shared": work(2, True)}))
+        runs.append((2, each, False, {"engine_filled": work(2, False), "engine_filled_shared": work(2, True)}))
+        runs.append((4, each // 2, False, {"engine_shared_fourfold": work(4, True)}))
     if arguments.speculate:
-        runs.append((1, True, {"engine_speculating": work(1, False)}))
+        runs.append((1, each, True, {"engine_speculating": work(1, False)}))
     engines = [
         {
             "cache_tokens": concurrency * (sizes.longest + BLOCK_SIZE),
-            "max_tokens": max(arguments.least_step_tokens, arguments.step_tokens * times * concurrency),
+            "max_tokens": max(arguments.least_step_tokens, tokens * times * concurrency),
             "max_sequences": times * concurrency,
             "speculate": speculate,
         }
-        for times, speculate, _ in runs
+        for times, tokens, speculate, _ in runs
     ]
     begun = time.monotonic()
     compile_all(lm, batch, engines)
@@ -256,6 +259,7 @@ def line_of(row: dict[str, Any]) -> str:
         for key, words in (
             ("engine_filled", "twice as many in the same cache"),
             ("engine_filled_shared", "the same with shared prefixes"),
+            ("engine_shared_fourfold", "four times as many with shared prefixes"),
             ("engine_speculating", "speculating"),
         )
         if key in row

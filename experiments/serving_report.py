@@ -13,6 +13,7 @@ RUNS = {
     "engine_shared": "engine, shared prefixes",
     "engine_filled": "engine, twice as many in the same cache",
     "engine_filled_shared": "engine, twice as many in the same cache, shared prefixes",
+    "engine_shared_fourfold": "engine, four times as many in the same cache, shared prefixes",
     "engine_speculating": "engine, speculating",
 }
 HEAD = [

@@ -134,6 +134,18 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
 
 
+def test_with_kernels_pieces_are_longer_unless_all_logits_are_wanted(random, monkeypatch):
+    def sizes(**how):
+        return [size for *_, size in random._chunks(2600, **how)]
+
+    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 512)
+    assert sizes() == sizes(all_logits=True) == 5 * [512] + [64]
+    monkeypatch.setattr(Options, "runs_kernels", True)
+    assert sizes() == [2048, 1024]
+    assert sizes(all_logits=True) == 5 * [512] + [128]
+
+
 def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
     ids, expected = [5, 6, 7, 8], golden("tiny128_fp8").logits([5, 6, 7, 8])
     monkeypatch.setattr(Options, "runs_kernels", True)

@@ -17,7 +17,7 @@ def row():
     small = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     lm = random_model(ModelConfig.tiny(**small, max_position_embeddings=256))
     arguments = argparse.Namespace(
-        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=4, least_step_tokens=8, fill=[], speculate=False
+        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=4, least_step_tokens=8, fill=[2], speculate=False
     )
     found, saved = {"concurrency": 2}, []
     serving.measure(lm, serving.Prompts(lm), found, arguments, saved.append)
@@ -26,8 +26,10 @@ def row():
 
 def test_all_requests_are_served_in_both_ways(row):
     assert row["naive"]["requests"] == 2
-    for name in ("engine", "engine_shared"):
-        assert row[name]["requests"] == 6 and row[name]["lost"] == 0
+    runs = {"engine": 1, "engine_shared": 1, "engine_filled": 2, "engine_filled_shared": 2, "engine_shared_fourfold": 4}
+    for name, times in runs.items():
+        assert row[name]["requests"] == 3 * times * 2 and row[name]["lost"] == 0
+        assert row[name]["warmup"]["sequences"] == times * 2
         assert row[name]["ratio"] == row[name]["requests_per_second"] / row["naive"]["requests_per_second"]
         assert name in row["saved"]
 
