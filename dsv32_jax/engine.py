@@ -25,7 +25,7 @@ from dsv32_jax.cache import KVCache
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.device_step import Drawing, Drawn, Shape, copy_blocks, draft_step, draw, engine_step
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.language_model import LARGEST_CHUNK_FOR_KERNELS, LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Options
@@ -59,6 +59,8 @@ class Engine:
         together can fill.
       max_tokens: of a step. Default: 256, or 512 with kernels: a step of them takes little longer than one of fewer,
         since weights are read for either.
+      max_prompt_tokens: of a step that continues no sequence, so that none waits for it. Default: `max_tokens`, or 2048
+        with kernels where that is twice as many or more: prompts then take half of the time.
       max_sequences: that run at a time.
       sharing: find cached prefixes again.
       speculate: try a token of the model's MTP layer in each step of a sequence: up to two tokens a step, and the same
@@ -78,14 +80,19 @@ class Engine:
         cache_tokens: int | None = None,
         memory_fraction: float | None = None,
         max_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
         max_sequences: int = 32,
         sharing: bool = True,
         speculate: bool = False,
     ):
+        kernels = lm.options.runs_kernels
         if max_tokens is None:
-            max_tokens = 512 if lm.options.runs_kernels else 256
+            max_tokens = 512 if kernels else 256
+        if max_prompt_tokens is None:
+            most = LARGEST_CHUNK_FOR_KERNELS if kernels else 0
+            max_prompt_tokens = most if most >= 2 * max_tokens else max_tokens
         try:
-            limits = Limits(max_tokens, max_sequences)
+            limits = Limits(max_tokens, max_sequences, max_prompt_tokens)
         except ValueError as error:
             raise UserError(f"max_{error}") from error
         if cache_tokens is not None and memory_fraction is not None:
@@ -108,8 +115,9 @@ class Engine:
         self.metrics = Metrics()
         widest = min(-(-lm.config.max_position_embeddings // BLOCK_SIZE), self.pool.num_blocks)
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
-        narrowest = NARROWEST_FOR_KERNELS if lm.options.runs_kernels else NARROWEST_TABLE
-        self._sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if lm.options.runs_kernels else 2)
+        narrowest = NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE
+        sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if kernels else 2)
+        self._sizes = sorted({*sizes, max_prompt_tokens})
         self._widths = multiplied(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}

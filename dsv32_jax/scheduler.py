@@ -31,12 +31,16 @@ class Limits:
     Attributes:
       tokens: in a step, at most; prompts are read in pieces that fit.
       sequences: that run at a time, at most.
+      prompt_tokens: in a step that continues no sequence, so that none waits for it; no fewer. `tokens` where 0.
     """
 
     tokens: int
     sequences: int
+    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if 0 < self.prompt_tokens < self.tokens:
+            raise ValueError(f"prompt_tokens: {self.prompt_tokens}; must be no fewer than any step's, {self.tokens}")
         if not 1 <= self.sequences <= self.tokens:
             raise ValueError(
                 f"sequences: {self.sequences}; must be from 1 to the tokens of a step, {self.tokens}: each running "
@@ -183,7 +187,8 @@ class Scheduler:
         parts: list[Part] = []
         copies: list[tuple[int, int]] = []
         preempted: list[Sequence] = []
-        budget = self.limits.tokens
+        continues = any(one.table and one.wanted and one.computed >= one.prompt for one in self.running)
+        budget = self.limits.tokens if continues else self.limits.prompt_tokens or self.limits.tokens
         spare = budget - len(self.running) - bool(self.waiting)  # for drafts: those tokens are in nobody's way
         # Who comes later begins when all before it have read their prompts: each but the last wants one token at most.
         for sequence in list(self.running):

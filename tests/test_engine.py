@@ -34,7 +34,7 @@ def lm():
     return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
 
 
-SMALL = {"cache_tokens": 6 * 64, "max_tokens": 16, "max_sequences": 4}
+SMALL = {"cache_tokens": 6 * 64, "max_tokens": 16, "max_prompt_tokens": 64, "max_sequences": 4}
 """Six blocks of cache for four sequences of up to four blocks each: often too few."""
 
 

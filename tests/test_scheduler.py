@@ -105,7 +105,8 @@ class Machine:
 
     def check_plan(self, planned):
         limits = self.scheduler.limits
-        assert 0 < planned.tokens <= limits.tokens and len(self.scheduler.running) <= limits.sequences
+        assert 0 < planned.tokens <= max(limits.tokens, limits.prompt_tokens)
+        assert len(self.scheduler.running) <= limits.sequences
         assert max(Counter(planned.samples).values(), default=0) <= (1 if self.guess is None else 2)
         assert len({part.sequence for part in planned.parts}) == len(planned.parts)
         slots = [slot for part in planned.parts for slot in part.slots]
@@ -161,10 +162,12 @@ def alone(prompt, new, seed):
     st.integers(7, 20),
     st.integers(3, 150),
     st.integers(3, 6),
+    st.sampled_from([0, 0, 1, 100]),
     st.sampled_from([None, right, wrong, mixed]),
 )
-def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, guess):
-    machine = Machine(blocks, Limits(max(tokens, sequences), sequences), guess)
+def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, more, guess):
+    tokens = max(tokens, sequences)
+    machine = Machine(blocks, Limits(tokens, sequences, tokens + more if more else 0), guess)
     alive, given_up = [], set()
     for clock in range(40):
         for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
@@ -226,6 +229,16 @@ def test_running_sequences_go_on_while_a_long_prompt_is_read():
         before = first.length
         machine.step()
         assert first.length == before + 1 and long.computed > 0
+    machine.finish_all(200)
+
+
+def test_prompts_are_read_in_longer_pieces_while_nothing_is_continued():
+    machine = Machine(40, Limits(16, 4, 200))
+    first, second = (machine.add(TEXTS[n][:150], 20)[0] for n in range(2))
+    machine.step()
+    assert (first.computed, second.computed) == (150, 50)  # the step continues nobody
+    machine.step()
+    assert (first.computed, second.computed) == (151, 65)
     machine.finish_all(200)
 
 
@@ -323,3 +336,5 @@ def test_what_can_never_run_is_refused():
         scheduler.add(Sequence([1], 1, siblings=[Sequence([1], 1), Sequence([1], 1)]))
     with pytest.raises(ValueError, match="sequences: 9"):
         Limits(8, 9)
+    with pytest.raises(ValueError, match="prompt_tokens: 7; must be no fewer than any step's, 8"):
+        Limits(8, 2, 7)

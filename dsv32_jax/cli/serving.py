@@ -35,7 +35,8 @@ def serve(
     ] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", help="That run at a time.")] = 32,
     max_step_tokens: Annotated[
-        int | None, typer.Option("--max-step-tokens", help="Of one step of the model. Default: 256, with kernels 512.")
+        int | None,
+        typer.Option("--max-step-tokens", help="Of a step that continues texts. Default: 256, with kernels 512."),
     ] = None,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Up to two tokens a step, by the model's MTP layer; the same tokens.")
