@@ -34,7 +34,7 @@ def lm():
     return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config, options=EXACT)
 
 
-SMALL = {"cache_tokens": 6 * 64, "max_tokens": 16, "max_prompt_tokens": 64, "max_sequences": 4}
+SMALL = {"cache_tokens": 6 * 64, "max_tokens": 16, "max_sequences": 4}
 """Six blocks of cache for four sequences of up to four blocks each: often too few."""
 
 
@@ -98,6 +98,16 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
             )
     assert engine.pool.statistics().in_use == 0 and not engine._owner
     assert programs() == before
+
+
+def test_a_prompt_that_nobody_waits_for_is_read_in_longer_pieces(lm):
+    engine = Engine(lm, **SMALL, max_prompt_tokens=64)
+    prompt = TEXTS[0][:60]
+    (request,) = engine.generate([prompt], SamplingParams(5, ignore_eos=True))
+    assert request.completions[0].tokens == alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
+    assert engine.summary()["steps"] == 5  # the first has the whole prompt
+    with pytest.raises(UserError, match="max_prompt_tokens: 15; must be no fewer"):
+        Engine(lm, **SMALL, max_prompt_tokens=15)
 
 
 def test_continuations_differ_and_are_the_same_in_any_company(engine):

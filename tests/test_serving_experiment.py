@@ -14,7 +14,7 @@ SIZES = serving.Sizes((100, 128), (2, 6))
 
 @pytest.fixture(scope="module")
 def row():
-    small = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "quantization_config": None}
     lm = random_model(ModelConfig.tiny(**small, max_position_embeddings=256))
     arguments = argparse.Namespace(
         prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=4, least_step_tokens=8, fill=[2], speculate=False

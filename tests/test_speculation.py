@@ -160,8 +160,8 @@ def test_a_guess_that_is_always_right_or_always_wrong(ahead):
     np.testing.assert_array_equal(request.tokens, want.tokens)
     found = engine.summary()
     assert found["acceptance_rate"] == 1 - ahead and found["accepted_tokens"] == (0 if ahead else 15)
-    # The prompt in one step, which gives the first token; then one or two a step. The last has no draft.
-    assert (found["steps"], found["drafted_tokens"]) == ((1 + 30, 29) if ahead else (1 + 15, 15))
+    # 20 tokens of the prompt in two steps, which give the first token; then one or two a step. The last has no draft.
+    assert (found["steps"], found["drafted_tokens"]) == ((2 + 30, 29) if ahead else (2 + 15, 15))
 
 
 def test_drafts_are_those_of_the_layer_over_the_whole_text(lm, monkeypatch):
