@@ -19,7 +19,7 @@ from convert.huggingface import INDEX, HFReader
 from convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32
+from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor
 
@@ -266,20 +266,25 @@ def test_a_spoilt_orbax_checkpoint_is_refused(golden, tmp_path):
         convert.load_orbax(tmp_path / "out")
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf"])
-def test_a_conversion_holds_one_layer_at_a_time(tmp_path, to):
-    """Host memory: about a layer's experts, however many layers there are."""
+@pytest.fixture(scope="module")
+def many_layers(tmp_path_factory):
+    """A checkpoint, and the bytes of a layer's experts and of all."""
     config = ModelConfig.tiny(
         num_hidden_layers=8, hidden_size=256, n_routed_experts=32, moe_intermediate_size=256, num_nextn_predict_layers=0
     )
-    model = DeepseekV32(config, nnx.Rngs(0))
-    convert.export_model(model, tmp_path / "in")
-    layer = conversion.nbytes(model.layers[1].ffn.experts)
-    total = conversion.nbytes(model)
+    model = jax.tree.map(lambda leaf: jax.numpy.ones(leaf.shape, leaf.dtype), abstract_model(config))
+    path = tmp_path_factory.mktemp("many_layers")
+    convert.export_model(model, path / "in")
+    return path / "in", conversion.nbytes(model.layers[1].ffn.experts), conversion.nbytes(model)
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_conversion_holds_one_layer_at_a_time(tmp_path, many_layers, to):
+    """Host memory: about a layer's experts, however many layers there are."""
+    source, layer, total = many_layers
     assert total > 2 * (layer + 2**23)
-    del model
     tracemalloc.start()
-    convert.convert(tmp_path / "in", tmp_path / "out", to=to)
+    convert.convert(source, tmp_path / "out", to=to)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < layer + 2**23, f"peak {peak} for layers of {layer} and {total} in all"
