@@ -8,6 +8,7 @@ keeps its identity until its memory is needed: the one that was released longest
 
 import dataclasses
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -31,13 +32,13 @@ class BlockTable:
     """The blocks of one sequence, in order. Only a `BlockPool` changes it.
 
     Attributes:
-      blocks: numbers of the blocks; the last one may be partly filled.
+      blocks: numbers of the blocks, int32, so that NumPy takes them as they are; the last one may be partly filled.
       length: tokens that have a place.
       digests: identities of the first full blocks whose values are computed.
       salt: what separates this sequence from others with the same tokens: only equal salts share.
     """
 
-    blocks: list[int] = dataclasses.field(default_factory=list)
+    blocks: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     length: int = 0
     digests: list[bytes] = dataclasses.field(default_factory=list)
     salt: bytes = b""
@@ -50,10 +51,9 @@ class BlockTable:
         """
         if not 0 <= start <= stop <= self.length:
             raise IndexError(f"positions {start}..{stop} of a sequence that has places for {self.length} tokens")
-        positions = np.arange(start, stop)
-        return (
-            np.asarray(self.blocks, np.int32)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        ).astype(np.int32)
+        # Without arrays: nearly all calls are for one token, of a sequence that may have thousands of blocks.
+        slots = [self.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(start, stop)]
+        return np.array(slots, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ class BlockPool:
         """Another sequence with the same tokens so far, in the same blocks."""
         for block in table.blocks:
             self._hold(block)
-        return dataclasses.replace(table, blocks=list(table.blocks), digests=list(table.digests))
+        return dataclasses.replace(table, blocks=table.blocks[:], digests=list(table.digests))
 
     def commit(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
         """Lets others find the full blocks whose values are computed.
@@ -234,7 +234,7 @@ class BlockPool:
         """Releases a sequence's blocks, its last first: of a prefix, the end is given up before the start."""
         for block in reversed(table.blocks):
             self._release(block)
-        table.blocks, table.digests, table.length = [], [], 0
+        table.blocks, table.digests, table.length = array("i"), [], 0
 
     def forget(self) -> None:
         """Gives up the identity of every cached block that nobody holds, as if each had been evicted."""

@@ -121,7 +121,7 @@ class Pools(RuleBasedStateMachine):
         copied = partly and sequence.blocks[-1].holders > 1
         needed = -(-stop // BLOCK_SIZE) - len(sequence.blocks) + copied
         if needed > self.naive.available():
-            before = self.pool.statistics(), list(sequence.table.blocks), sequence.table.length
+            before = self.pool.statistics(), sequence.table.blocks[:], sequence.table.length
             with pytest.raises(OutOfBlocks) as raised:
                 self.pool.extend(sequence.table, stop)
             assert (raised.value.needed, raised.value.available) == (needed, self.naive.available())
