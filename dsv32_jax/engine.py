@@ -89,8 +89,8 @@ class Engine:
         if max_tokens is None:
             max_tokens = 512 if kernels else 256
         if max_prompt_tokens is None:
-            most = LARGEST_CHUNK_FOR_KERNELS if kernels else 0
-            max_prompt_tokens = most if most >= 2 * max_tokens else max_tokens
+            longer = kernels and 2 * max_tokens <= LARGEST_CHUNK_FOR_KERNELS
+            max_prompt_tokens = LARGEST_CHUNK_FOR_KERNELS if longer else max_tokens
         try:
             limits = Limits(max_tokens, max_sequences, max_prompt_tokens)
         except ValueError as error:
@@ -117,7 +117,7 @@ class Engine:
         self._rows = max_sequences * (2 if speculate else 1)  # that draw a token in a step
         narrowest = NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE
         sizes = multiplied(SMALLEST_STEP, max_tokens, LARGER_FOR_KERNELS if kernels else 2)
-        self._sizes = sorted({*sizes, max_prompt_tokens})
+        self._sizes = sorted({*sizes, max(sizes[-1], max_prompt_tokens)})
         self._widths = multiplied(min(narrowest, widest), widest, WIDER)
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}

@@ -106,6 +106,7 @@ def test_a_prompt_that_nobody_waits_for_is_read_in_longer_pieces(lm):
     (request,) = engine.generate([prompt], SamplingParams(5, ignore_eos=True))
     assert request.completions[0].tokens == alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
     assert engine.summary()["steps"] == 5  # the first has the whole prompt
+    assert {tokens for tokens, _ in Engine(lm, **SMALL | {"max_tokens": 4}).shapes()} == {8}
     with pytest.raises(UserError, match="max_prompt_tokens: 15; must be no fewer"):
         Engine(lm, **SMALL, max_prompt_tokens=15)
 
