@@ -39,6 +39,7 @@ from dsv32_jax.request import SamplingParams
 from experiments import held_out
 from experiments.random_model import layers_that_fit, random_model
 from experiments.results import RESULTS, environment, write_json
+from experiments.serving_report import RUNS
 
 RESULT = RESULTS / "serving.json"
 SHARED = 0.75
@@ -255,14 +256,9 @@ def line_of(row: dict[str, Any]) -> str:
     base, engine, shared = row["naive"], row["engine"], row["engine_shared"]
     between = engine["between_tokens_seconds"]
     others = [
-        f"; {words} {row[key]['ratio']:.2f}x"
-        for key, words in (
-            ("engine_filled", "twice as many in the same cache"),
-            ("engine_filled_shared", "the same with shared prefixes"),
-            ("engine_shared_fourfold", "four times as many with shared prefixes"),
-            ("engine_speculating", "speculating"),
-        )
-        if key in row
+        f"; {name.removeprefix('engine, ')} {row[key]['ratio']:.2f}x"
+        for key, name in RUNS.items()
+        if key in row and key not in ("engine", "engine_shared")
     ]
     return (
         f"{row['concurrency']:>4} at a time: naive {base['requests_per_second']:.3f} requests/s, engine "
