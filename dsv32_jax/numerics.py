@@ -11,6 +11,7 @@ from dsv32_jax.quant import QTensor, Weight, dense, is_qtensor, scheme_of
 from pallas_kernels import moe_dispatch
 from pallas_kernels.backend import KERNEL, resolve
 from pallas_kernels.grouped_matmul import (
+    fewest_tile_rows,
     grouped_dense_matmul,
     grouped_matmul,
     grouped_quant_matmul,
@@ -26,8 +27,6 @@ from pallas_kernels.quant_matmul import (
     int8_matmul,
     quant_matmul,
 )
-
-FEWEST_PLAIN_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +70,15 @@ class Numerics:
             return hidden
         return swiglu(self.matmul(x, gate), self.matmul(x, up))
 
-    def tile_rows(self, choices: int, weight: Weight) -> int | None:
-        """Rows of a routing plan's tiles for `experts`, of so many choices; None: the plan's own default.
+    def tile_rows(self, choices: int, *weights: Weight) -> int | None:
+        """Rows of a routing plan's tiles for `experts` with weights [E, N, K], of so many choices.
 
-        The kernels of plain weights [E, N, K] take no fewer than 64; smaller tiles would go to a loop.
+        No fewer than the kernels take of each weight: smaller tiles would go to a loop. None: the plan's own default.
         """
-        if scheme_of(weight) is not None or resolve(self.backend, "experts", KERNEL) == "reference":
+        if resolve(self.backend, "experts", KERNEL) == "reference":
             return None
-        return max(FEWEST_PLAIN_ROWS, moe_dispatch.tile_rows(choices, weight.shape[0]))
+        fewest = max(map(fewest_tile_rows, map(stored_as, weights)))
+        return max(fewest, moe_dispatch.tile_rows(choices, weights[0].shape[0]))
 
     def experts(self, x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
         """The chosen experts of every token.
@@ -136,6 +136,13 @@ class Numerics:
         )
         products = {"quantize_input": True, "row_scales": hidden_scales, **order, **how}
         return grouped_quant_matmul(hidden, down.values, down.scales, **products)
+
+
+def stored_as(weight: Weight) -> jax.Array:
+    """The array that holds a weight's values."""
+    if isinstance(weight, Observed):
+        weight = weight.weight
+    return weight.values if isinstance(weight, QTensor) else weight
 
 
 def all_fp8(*weights: Weight) -> bool:

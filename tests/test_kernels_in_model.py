@@ -14,7 +14,7 @@ from dsv32_jax.layers.moe import MoE
 from dsv32_jax.model import Batch, Options, abstract_model, step
 from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init
-from dsv32_jax.quant import is_qtensor
+from dsv32_jax.quant import is_qtensor, quantize_weight
 from pallas_kernels import backend
 
 WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
@@ -43,17 +43,36 @@ def test_all_layers_share_each_kernel(tokens, sequences, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [3, 600])
-def test_plain_experts_have_kernels_too(tokens):
-    """A named backend refuses what its kernels do not take: tiles of fewer than 64 rows, for these."""
-    config = ModelConfig.tiny(hidden_size=512, moe_intermediate_size=512, quantization_config=None)
-    moe = jax.eval_shape(lambda: MoE(config, Init(config, nnx.Rngs(0))))
-    rows, valid = jax.ShapeDtypeStruct((tokens, 512), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), bool)
+@pytest.mark.parametrize(
+    ("hidden", "width", "schemes"),
+    [
+        (512, 512, (None, None, None)),
+        (256, 128, ("fp8_block",) * 3),
+        (256, 128, ("int8",) * 3),
+        (512, 512, ("fp8_block", "int4", None)),
+    ],
+    ids=["plain", "narrow FP8", "narrow INT8", "mixed"],
+)
+def test_experts_of_every_width_have_kernels(hidden, width, schemes, tokens):
+    """A named backend refuses what its kernels do not take: for these, tiles of fewer than 64 rows."""
+    config = ModelConfig.tiny(hidden_size=hidden, moe_intermediate_size=width, quantization_config=None)
+
+    def layer():
+        moe = MoE(config, Init(config, nnx.Rngs(0)))
+        for name, scheme in zip(("gate", "up", "down"), schemes, strict=True):
+            if scheme:
+                setattr(moe.experts, name, nnx.data(quantize_weight(getattr(moe.experts, name), scheme)))
+        return moe
+
+    moe = jax.eval_shape(layer)
+    rows, valid = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), bool)
 
     def experts(moe, x, valid):
         numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend="mosaic_gpu")
         return moe(x, valid, config, numerics)
 
-    assert "mosaic_gpu" in jax.jit(experts).trace(moe, rows, valid).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(experts).trace(moe, rows, valid).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and "stablehlo.while" not in text
 
 
 @pytest.mark.interpret

@@ -8,6 +8,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.mlp import MLP
 from dsv32_jax.numerics import Numerics, float32_matmul
 from dsv32_jax.params import Init
+from dsv32_jax.quant import Weight
 from pallas_kernels import moe_dispatch
 
 
@@ -20,9 +21,14 @@ class Experts(nnx.Module):
         self.up = init.linear(count, width, hidden)
         self.down = init.linear(count, hidden, width)
 
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        """gate, up and down."""
+        return self.gate, self.up, self.down
+
     def __call__(self, x: jax.Array, plan: moe_dispatch.RoutingPlan, numerics: Numerics) -> jax.Array:
         """Tokens [T, D] -> rows [P, D] in the plan's order, each by its own expert."""
-        return numerics.experts(x, self.gate, self.up, self.down, plan)
+        return numerics.experts(x, *self.weights, plan)
 
 
 class MoE(nnx.Module):
@@ -54,7 +60,7 @@ class MoE(nnx.Module):
         experts, weights = self.route(x, config, numerics.backend)
         if record is not None:
             record.update(experts=experts, expert_weights=weights)
-        tile = numerics.tile_rows(experts.size, self.experts.gate)
+        tile = numerics.tile_rows(experts.size, *self.experts.weights)
         plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts, tile, backend=numerics.backend)
         rows = self.experts(x, plan, numerics)
         routed = moe_dispatch.combine(rows, weights, plan, backend=numerics.backend)

@@ -9,12 +9,13 @@ from pallas_kernels import mosaic
 from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference
+from pallas_kernels.grouped_matmul.mosaic_gpu import fewest_tile_rows
 from pallas_kernels.grouped_matmul.swiglu import Result
 from pallas_kernels.quant_matmul import BLOCK
 from pallas_kernels.quant_matmul.reference import quant_matmul, scaled_matmul
 from pallas_kernels.quantize import SCALE_FORMATS, quantize
 
-__all__ = ["grouped_dense_matmul", "grouped_matmul", "grouped_quant_matmul", "grouped_swiglu"]
+__all__ = ["fewest_tile_rows", "grouped_dense_matmul", "grouped_matmul", "grouped_quant_matmul", "grouped_swiglu"]
 
 
 def grouped_matmul(

@@ -10,7 +10,7 @@ from pallas_kernels.grouped_matmul import swiglu_few
 from pallas_kernels.grouped_matmul.swiglu import Result
 from pallas_kernels.grouped_matmul.swiglu_few import swiglu_few_rows
 from pallas_kernels.grouped_matmul.swiglu_many import swiglu_many_rows
-from pallas_kernels.quant_matmul import few_rows, many_rows
+from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
 
 MANY = 128
 """Rows of a tile from which on the kernel of many rows is taken. Shorter ones are bound by reading the weights."""
@@ -19,6 +19,22 @@ MANY = 128
 def tile_rows(rows: jax.Array, tile_expert: jax.Array) -> int:
     """Rows of a tile; 0 if there are no tiles."""
     return rows.shape[0] // max(1, tile_expert.shape[0])
+
+
+FEW = {
+    jnp.dtype(jnp.float8_e4m3fn): few_rows.unsupported,
+    jnp.dtype(jnp.int8): few_rows_int8.unsupported,
+    jnp.dtype(jnp.uint8): few_rows_int4.unsupported,
+}
+"""By the dtype of stored weights, what their kernel of few rows does not take."""
+
+
+def fewest_tile_rows(values: jax.Array) -> int:
+    """Rows of the smallest tiles that a kernel takes for weights [E, N, K] as they are stored."""
+    smallest = few_rows.TILES[0]
+    rows = jax.ShapeDtypeStruct((smallest, values.shape[-1]), jnp.bfloat16)
+    few = FEW.get(values.dtype)
+    return smallest if few is not None and few(rows, values, smallest) is None else 64
 
 
 def takes_few(rows: jax.Array, values: jax.Array, tile_expert: jax.Array) -> bool:
