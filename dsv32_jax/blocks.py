@@ -43,18 +43,6 @@ class BlockTable:
     digests: list[bytes] = dataclasses.field(default_factory=list)
     salt: bytes = b""
 
-    def slots(self, start: int, stop: int) -> np.ndarray:
-        """Slots int32 [stop - start] of the tokens at these positions: block * 64 + place in the block.
-
-        Raises:
-          IndexError: a position has no place yet.
-        """
-        if not 0 <= start <= stop <= self.length:
-            raise IndexError(f"positions {start}..{stop} of a sequence that has places for {self.length} tokens")
-        # Without arrays: nearly all calls are for one token, of a sequence that may have thousands of blocks.
-        slots = [self.blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(start, stop)]
-        return np.array(slots, np.int32)
-
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -183,6 +171,11 @@ class BlockPool:
             raise ValueError(f"length: {length}; the sequence has {table.length} tokens already")
         if length == table.length:
             return []
+        if length == table.length + 1 and self._fits(table):  # nearly all calls
+            self._filled[table.blocks[-1]] += 1
+            self._slots_filled += 1
+            table.length = length
+            return []
         new = -(-length // BLOCK_SIZE) - len(table.blocks)
         last = table.blocks[-1] if table.length % BLOCK_SIZE else None
         copy = last is not None and self._references[last] > 1
@@ -200,6 +193,10 @@ class BlockPool:
             table.blocks.append(self._take(min(length - len(table.blocks) * BLOCK_SIZE, BLOCK_SIZE)))
         table.length = length
         return copies
+
+    def _fits(self, table: BlockTable) -> bool:
+        """One more token has a place in the last block, which is the sequence's alone."""
+        return table.length % BLOCK_SIZE > 0 and self._references[table.blocks[-1]] == 1
 
     def fork(self, table: BlockTable) -> BlockTable:
         """Another sequence with the same tokens so far, in the same blocks."""

@@ -29,10 +29,11 @@ from dsv32_jax.language_model import LARGEST_CHUNK_FOR_KERNELS, LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Options
+from dsv32_jax.packing import Draw, pack
 from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Request, SamplingParams
 from dsv32_jax.sampling import log_probabilities
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
-from dsv32_jax.speculation import set_after, take
+from dsv32_jax.speculation import take
 
 __all__ = ["Engine"]
 
@@ -196,8 +197,9 @@ class Engine:
     def generate(self, prompts: Iterable[Any], params: SamplingParams | None = None) -> list[Request]:
         """Adds prompts, and runs until they have all ended."""
         requests = [self.add(prompt, params) for prompt in prompts]
-        while not all(request.finished for request in requests):
-            self.step()
+        for request in requests:
+            while not request.finished:
+                self.step()
         return requests
 
     # ---- shapes ----
@@ -253,7 +255,7 @@ class Engine:
     def _start(self, planned: Step, tokens: int, width: int, drawing: Drawing) -> Drawn:
         """Starts a step of a given shape."""
         shape = self._shape(tokens, width)
-        flat = self._flat(planned, shape)
+        flat = pack(planned, shape, self._row, self._draws(planned) if drawing.drawn else [], self.speculate)
         run_step, run_draft = self._programs.get((tokens, width)) or self._jitted(shape)
         states, logits, draws, self.cache = run_step(self._leaves, flat, self._drawn, self.cache)
         self._drawn = draw(logits, draws, greedy=not drawing.drawn, nucleus=drawing.nucleus)
@@ -288,38 +290,10 @@ class Engine:
             bool(drawn), any(one.top_p < 1 for one in drawn), any(one.logprobs is not None for one in params)
         )
 
-    def _flat(self, planned: Step, shape: Shape) -> np.ndarray:
-        """A plan as the flat array of a given shape."""
-        flat = np.zeros(shape.size, np.int32)
-        given = shape.parts(flat)
-        for name in ("feed", "positions", "slots", "block_tables", "logit_rows", "after_rows"):
-            given[name].fill(-1)
-        temperature, top_p = (given[name].view(np.float32) for name in ("temperature", "top_p"))
-        top_p.fill(1)
-        begin = row = 0
-        for number, part in enumerate(planned.parts):
-            table, known = part.sequence.table, part.sequence.tokens[part.start : part.stop]
-            assert table is not None
-            end = begin + part.stop - part.start
-            given["ids"][begin : begin + len(known)] = known
-            if part.draft >= 0:
-                given["ids"][end - 1] = part.draft
-            elif begin + len(known) < end:  # the last token is one that the step before draws
-                given["feed"][end - 1] = self._row[part.sequence]
-            given["positions"][begin:end] = np.arange(part.start, part.stop)
-            given["slots"][begin:end] = part.slots
-            given["sequence"][begin:end] = number
-            given["block_tables"][number, : len(table.blocks)] = table.blocks
-            for drawing, place in zip(part.samples, part.places, strict=True):
-                request, n = self._owner[drawing]
-                given["logit_rows"][row], given["places"][row] = end - 1 + place - part.stop, place
-                temperature[row], top_p[row] = request.params.temperature, request.params.top_p
-                given["seeds"][row], given["numbers"][row] = request.params.seed, n
-                row += 1
-            begin = end
-        if self.speculate:
-            set_after(planned, given["after_ids"], given["after_rows"])
-        return flat
+    def _draws(self, planned: Step) -> list[Draw]:
+        """How each row draws."""
+        owners = [self._owner[sequence] for sequence in planned.samples]
+        return [Draw(one.params.seed, n, one.params.temperature, one.params.top_p) for one, n in owners]
 
     def _receive(self, planned: Step, drawn: Drawn) -> list[Event]:
         """Hands out a step's tokens."""
@@ -327,7 +301,7 @@ class Engine:
         if drawn.drafts is not None:
             tokens = take(planned, tokens, np.asarray(drawn.drafts), self.metrics)
         self.scheduler.receive(planned, tokens)
-        events, now = [], time.monotonic()
+        events, gained, now = [], [], time.monotonic()
         for row, (sequence, token) in enumerate(zip(planned.samples, tokens, strict=True)):
             if sequence.finished or token < 0:
                 continue
@@ -339,10 +313,11 @@ class Engine:
                 likeliest = dict(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
                 completion.logprobs.append(LogProbs(float(own), likeliest))
             text = completion.add(token, request.params, self.lm.eos_ids, now - request.came)
-            self.metrics.token(completion.times)
+            gained.append(completion.times)
             if completion.finish_reason:
                 self._finish(sequence)
             events.append(Event(request, n, token, text))
+        self.metrics.tokens(gained)
         return events
 
     def _end(self, request: Request, reason: str) -> None:

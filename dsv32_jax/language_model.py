@@ -21,6 +21,7 @@ from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, st
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
 from pallas_kernels.backend import BackendError
+from pallas_kernels.paging import slots_of
 
 # A prompt is read in pieces of a power of two between these, so that `step` is compiled for few shapes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
@@ -329,12 +330,11 @@ class LanguageModel:
         ids = draw(jnp.concatenate(last), 0)
         for n in range(max_new_tokens):
             if n + 1 < max_new_tokens:
-                positions = lengths + n
-                slots = tables[numbers, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+                positions = np.where(running, lengths + n, -1)
                 flat = _batch(
                     ids=ids,
-                    positions=np.where(running, positions, -1),
-                    slots=np.where(running, slots, -1),
+                    positions=positions,
+                    slots=slots_of(positions, numbers, tables),
                     sequence=np.where(running, numbers, 0),
                     block_tables=tables,
                     logit_rows=numbers,
@@ -486,16 +486,15 @@ def _padded(length: int, least: int) -> int:
 
 def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.ndarray, wanted: np.ndarray) -> Batch:
     """Tokens start..stop of one row as a flat batch of `size` tokens; padding has position and slot -1."""
-    present = np.arange(size) < stop - start
-    positions = np.where(present, np.arange(start, start + size), 0)
+    positions, sequence = np.arange(start, start + size), np.zeros(size, np.int32)
+    positions[stop - start :] = -1
     ids = np.zeros(size, np.int32)
     ids[: stop - start] = row[start:stop]
-    slots = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     return _batch(
         ids=ids,
-        positions=np.where(present, positions, -1),
-        slots=np.where(present, slots, -1),
-        sequence=np.zeros(size),
+        positions=positions,
+        slots=slots_of(positions, sequence, table[None]),
+        sequence=sequence,
         block_tables=table[None],
         logit_rows=wanted,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,11 @@ class Latencies:
     total: float = 0.0
     latest: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT))
 
-    def add(self, seconds: float) -> None:
-        """One more."""
-        self.count += 1
-        self.total += seconds
-        self.latest.append(seconds)
+    def extend(self, seconds: Sequence[float]) -> None:
+        """Some more."""
+        self.count += len(seconds)
+        self.total += sum(seconds)
+        self.latest.extend(seconds)
 
     def summary(self) -> dict[str, float] | None:
         """`percentiles` of the latest, and `count` and `sum` of all; None of nothing."""
@@ -76,15 +77,13 @@ class Metrics:
         """A request's prompt goes into its first step."""
         self.prompt_tokens += len(request.prompt)
         self.cached_tokens += cached
-        self.queued.add(time.monotonic() - request.came)
+        self.queued.extend([time.monotonic() - request.came])
 
-    def token(self, times: list[float]) -> None:
-        """A completion, whose tokens came at these times after its request, has got one more."""
-        self.generated_tokens += 1
-        if len(times) == 1:
-            self.first_token.add(times[0])
-        else:
-            self.between_tokens.add(times[-1] - times[-2])
+    def tokens(self, completions: list[list[float]]) -> None:
+        """Each of these completions has got one more token: when theirs came, in seconds after their requests."""
+        self.generated_tokens += len(completions)
+        self.first_token.extend([times[0] for times in completions if len(times) == 1])
+        self.between_tokens.extend([times[-1] - times[-2] for times in completions if len(times) > 1])
 
     @property
     def acceptance_rate(self) -> float:

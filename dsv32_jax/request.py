@@ -112,16 +112,23 @@ class Completion:
             self.finish_reason = "stop" if ends else "length"
         if self.decoder is None:
             return ""
-        self.held += self.decoder.add(token) + (self.decoder.finish() if last else "")
-        found = [at for stop in params.stop if (at := self.held.find(stop)) >= 0]
+        piece = self.decoder.add(token) + (self.decoder.finish() if last else "")
+        if params.stop:
+            piece = self._up_to_stop(piece, params.stop, last)
+        self.text = (self.text or "") + piece
+        return piece
+
+    def _up_to_stop(self, piece: str, stops: tuple[str, ...], last: bool) -> str:
+        """What is certain with one more piece of text: up to a stop string, at which it ends, or to what may be one."""
+        self.held += piece
+        found = [at for stop in stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"
             piece, self.held = self.held[: min(found)], ""
         else:
-            keep = 0 if last else max((overlap(self.held, stop) for stop in params.stop), default=0)
+            keep = 0 if last else max((overlap(self.held, stop) for stop in stops), default=0)
             cut = len(self.held) - keep
             piece, self.held = self.held[:cut], self.held[cut:]
-        self.text = (self.text or "") + piece
         return piece
 
 
@@ -165,7 +172,7 @@ class Request:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Event:
     """A token that has come.
 

@@ -14,10 +14,10 @@ has run: whoever gives drafts takes a step's tokens before the next is planned.
 """
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Iterable
-
-import numpy as np
+from typing import NamedTuple
 
 from dsv32_jax.blocks import BLOCK_SIZE, BlockPool, BlockTable, OutOfBlocks
 
@@ -48,7 +48,7 @@ class Limits:
             )
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """One continuation of one prompt.
 
@@ -87,17 +87,16 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """Tokens that are to be computed now; 0 where the last one has been drawn."""
-        return 0 if self.length - self.prompt >= self.max_new_tokens else self.length - self.computed
+        length = self.length
+        return 0 if length - self.prompt >= self.max_new_tokens else length - self.computed
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Tokens start..stop of a sequence in a step.
+class Part(NamedTuple):
+    """Tokens start..stop of a sequence in a step; its table has places for them.
 
     Attributes:
       sequence: whose.
       start, stop: their positions.
-      slots: int32 [stop - start], where their values go; see `BlockTable.slots`.
       samples: sequences that draw a token from the logits of the last of them: the sequence, if it is complete with
         that, and those of its siblings that begin here. With a draft, the sequence twice: from the last two.
       draft: the last token, where it is a guess; else -1.
@@ -106,7 +105,6 @@ class Part:
     sequence: Sequence
     start: int
     stop: int
-    slots: np.ndarray
     samples: tuple[Sequence, ...]
     draft: int = -1
 
@@ -130,12 +128,12 @@ class Step:
     copies: list[tuple[int, int]]
     preempted: list[Sequence]
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         """How many it computes."""
         return sum(part.stop - part.start for part in self.parts)
 
-    @property
+    @functools.cached_property
     def samples(self) -> list[Sequence]:
         """Who draws a token, in the order of the parts."""
         return [sequence for part in self.parts for sequence in part.samples]
@@ -303,12 +301,13 @@ class Scheduler:
             for one in samples:
                 one.in_flight += 1
         draft = sequence.draft if drafted else -1
-        return Part(sequence, start, start + count, table.slots(start, start + count), samples, draft)
+        return Part(sequence, start, start + count, samples, draft)
 
     def _commit(self, sequence: Sequence) -> None:
         """Full blocks of known tokens can be found from now on."""
-        if sequence.table is not None:
-            self.pool.commit(sequence.table, sequence.tokens, min(sequence.computed, len(sequence.tokens)))
+        table, computed = sequence.table, sequence.computed
+        if table is not None and computed // BLOCK_SIZE > len(table.digests):  # most often no block is full
+            self.pool.commit(table, sequence.tokens, min(computed, len(sequence.tokens)))
 
     def _close(self, sequence: Sequence) -> None:
         if sequence.table is not None:

@@ -62,6 +62,7 @@ class Tokenizer:
             if settings.get(name) is not None
         }
         self._specials = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes: dict[int, bytes] = {}  # of the ids seen so far
         self.chat_template = self._find_template(directory, settings)
 
     @property
@@ -95,6 +96,12 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
+        known = self._bytes.get(id)
+        if known is None:
+            known = self._bytes[id] = self._token_bytes(id)
+        return known
+
+    def _token_bytes(self, id: int) -> bytes:
         token = None if id < 0 or id in self._specials else self._tokenizer.id_to_token(id)
         if token is None:
             return b""

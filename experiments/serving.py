@@ -123,12 +123,11 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     begun = time.monotonic()
     requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
     used, steady = [], {}
-    while not all(request.finished for request in requests):
+    while engine.busy:
         engine.step()
         if engine.scheduler.waiting:
             used.append(1 - engine.pool.statistics().internal_fragmentation)
-            done = sum(len(request.completions[0].tokens) for request in requests)
-            steady = {"seconds": time.monotonic() - begun, "generated_tokens": done}
+            steady = {"seconds": time.monotonic() - begun, "generated_tokens": engine.metrics.generated_tokens}
     seconds = time.monotonic() - begun
     if steady:
         mean = statistics.fmean(one.new for one in work)

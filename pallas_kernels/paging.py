@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK_SIZE = 64
 """Tokens in one block of the cache."""
@@ -21,6 +22,12 @@ def physical_slots(positions: jax.Array, sequence: jax.Array, block_tables: jax.
     at = jnp.maximum(positions, 0)
     block = block_tables[sequence[:, None], at // BLOCK_SIZE]
     return jnp.where((positions >= 0) & (block >= 0), block * BLOCK_SIZE + at % BLOCK_SIZE, -1)
+
+
+def slots_of(positions: np.ndarray, sequence: np.ndarray, block_tables: np.ndarray) -> np.ndarray:
+    """`physical_slots` of one position for each token, [T], on the host."""
+    block = block_tables[sequence, positions // BLOCK_SIZE]
+    return np.where((positions >= 0) & (block >= 0), block * BLOCK_SIZE + positions % BLOCK_SIZE, -1)
 
 
 def split_slots(slots: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array]:

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from dsv32_jax import language_model
+from dsv32_jax.blocks import BlockTable
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model import Batch, DeepseekV32, Options
+from pallas_kernels.paging import slots_of
 from tests import numpy_model
 
 TEXT = """\
@@ -102,6 +104,12 @@ def tables_of(sequences: int, blocks: int, *, spare: int = 0, seed: int | None =
     count = sequences * blocks
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count + spare)[:count]
     return order.reshape(sequences, blocks).astype(np.int32)
+
+
+def slots_of_table(table: BlockTable, start: int, stop: int) -> np.ndarray:
+    """Slots of positions start..stop of a sequence, all of which have a place."""
+    assert 0 <= start <= stop <= table.length
+    return slots_of(np.arange(start, stop), np.zeros(stop - start, np.int32), np.array([table.blocks], np.int32))
 
 
 def fresh_jit(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[Any, KVCache, dict]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence
+from tests.harness import slots_of_table
 
 
 def next_token(tokens: list[int], seed: int) -> int:
@@ -83,7 +84,9 @@ class Machine:
             known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
             if part.draft >= 0:
                 known.append(part.draft)
-            self.memory.reshape(-1)[part.slots] = known[part.start : part.stop]
+            self.memory.reshape(-1)[slots_of_table(part.sequence.table, part.start, part.stop)] = known[
+                part.start : part.stop
+            ]
             whole[part.sequence] = known
         tokens = []
         for part in planned.parts:
@@ -101,7 +104,7 @@ class Machine:
         return tokens
 
     def read(self, sequence, stop):
-        return self.memory.reshape(-1)[sequence.table.slots(0, stop)].tolist()
+        return self.memory.reshape(-1)[slots_of_table(sequence.table, 0, stop)].tolist()
 
     def check_plan(self, planned):
         limits = self.scheduler.limits
@@ -109,7 +112,7 @@ class Machine:
         assert len(self.scheduler.running) <= limits.sequences
         assert max(Counter(planned.samples).values(), default=0) <= (1 if self.guess is None else 2)
         assert len({part.sequence for part in planned.parts}) == len(planned.parts)
-        slots = [slot for part in planned.parts for slot in part.slots]
+        slots = [slot for part in planned.parts for slot in slots_of_table(part.sequence.table, part.start, part.stop)]
         assert len(set(slots)) == len(slots)
         written = {slot // BLOCK_SIZE for slot in slots}
         assert all(self.pool._references[block] == 1 or self.begins_here(planned, block) for block in written)
