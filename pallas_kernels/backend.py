@@ -1,6 +1,7 @@
 """The choice of a backend: a named one runs or raises, only "auto" chooses."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 BACKENDS = ("auto", "reference", "interpret", "mosaic_gpu")
 KERNEL = ("mosaic_gpu", "interpret", "reference")
 """What an op with a kernel has; "interpret" is that kernel in Pallas' GPU interpreter, for tests."""
+
+logger = logging.getLogger("pallas_kernels")
 
 
 class BackendError(ValueError):
@@ -46,7 +49,8 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
       unsupported: what the op's kernel does not take of these arguments, and what it would take; None if it takes all.
 
     Returns:
-      "mosaic_gpu", "interpret" or "reference". "auto" takes the kernel on a Hopper GPU if it takes the arguments.
+      "mosaic_gpu", "interpret" or "reference". "auto" takes the kernel on a Hopper GPU if it takes the arguments; if it
+      does not, that is logged as a warning, once: a step may take several times as long.
 
     Raises:
       BackendError: no such backend, the op does not have it, or its kernel does not take these arguments.
@@ -54,13 +58,22 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        usable = "mosaic_gpu" in available and unsupported is None and on_hopper()
-        return "mosaic_gpu" if usable else "reference"
+        if "mosaic_gpu" not in available or not on_hopper():
+            return "reference"
+        if unsupported is not None:
+            tell_of_reference(op, unsupported)
+        return "mosaic_gpu" if unsupported is None else "reference"
     if backend not in available:
         raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
     if backend != "reference" and unsupported is not None:
         raise BackendError(f"the kernel of {op} does not take {unsupported}; use backend='auto' or 'reference'")
     return backend
+
+
+@functools.cache
+def tell_of_reference(op: str, unsupported: str) -> None:
+    """Warns, the first time, that a kernel is not taken."""
+    logger.warning("%s runs without its kernel, which does not take %s", op, unsupported)
 
 
 def gradient_of_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The model's step, lowered for a GPU with the kernels in it."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dsv32_jax
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.layers.moe import MoE
@@ -19,17 +21,23 @@ from pallas_kernels import backend
 
 WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
 """What the kernels take."""
+FP8 = Options("bfloat16", act_quant=True, cache_dtype="fp8")
+
+
+def traced(config: ModelConfig, tokens: int, sequences: int, options: Options = FP8):
+    """A step."""
+    model = abstract_model(config)
+    cache = jax.eval_shape(lambda: KVCache.create(config, 8, options))
+    of_tokens = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    tables = jax.ShapeDtypeStruct((sequences, 4), jnp.int32)
+    batch = Batch(*[of_tokens] * 4, tables, jax.ShapeDtypeStruct((sequences,), jnp.int32))
+    return step.trace(model, batch, cache, options)
 
 
 def kernels(layers: int, tokens: int, sequences: int) -> list[str]:
     """The hash of every kernel in the text of a step of so many layers."""
-    model = abstract_model(ModelConfig.tiny(num_hidden_layers=layers, **WIDTHS))
-    options = Options("bfloat16", act_quant=True, cache_dtype="fp8")
-    cache = jax.eval_shape(lambda: KVCache.create(model.config, 8, options))
-    of_tokens = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    tables = jax.ShapeDtypeStruct((sequences, 4), jnp.int32)
-    batch = Batch(*[of_tokens] * 4, tables, jax.ShapeDtypeStruct((sequences,), jnp.int32))
-    text = step.trace(model, batch, cache, options).lower(lowering_platforms=("cuda",)).as_text()
+    program = traced(ModelConfig.tiny(num_hidden_layers=layers, **WIDTHS), tokens, sequences)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(r'@mosaic_gpu\w*\(.*?kernel_hash = "([^"]*)"', text)
 
 
@@ -40,6 +48,20 @@ def test_all_layers_share_each_kernel(tokens, sequences, monkeypatch):
     few, many = kernels(2, tokens, sequences), kernels(3, tokens, sequences)
     assert len(few) >= 3  # cache_write, the selection's two, sparse_mla
     assert len(many) == len(few)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (32, 32), (512, 32)])
+@pytest.mark.parametrize("model", ["full width", "demo"])
+def test_no_operator_runs_without_its_kernel(model, tokens, sequences, monkeypatch, caplog):
+    """The choice is silent in results: a loop of XLA's in one operator makes a step several times as long."""
+    demo = Path(dsv32_jax.__file__).parent / "demo" / "config.json"
+    config = ModelConfig.from_hf(demo) if model == "demo" else ModelConfig.full_width(4)
+    monkeypatch.setattr(backend, "on_hopper", lambda: True)
+    backend.tell_of_reference.cache_clear()
+    assert "mpmd_map" in str(traced(config, tokens, sequences).jaxpr)
+    assert not [record for record in caplog.records if record.name == "pallas_kernels"]
+    traced(config, tokens, sequences, Options("float32", act_quant=True, cache_dtype="fp8"))
+    assert "sparse_mla runs without its kernel, which does not take queries of float32" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", [3, 600])

@@ -174,6 +174,8 @@ def int4_matmul(x: jax.Array, packed: jax.Array, words: jax.Array, *, backend: s
       BackendError: the kernel was asked for and does not take these arguments.
     """
     check_int4(x, packed, words)
+    if backend == "auto" and x.shape[0] > few_rows_int4.MOST_ROWS:
+        backend = "reference"  # meant for them
     chosen = resolve(backend, "int4_matmul", KERNEL, few_rows_int4.unsupported(x, packed))
     if chosen == "reference":
         return int4.matmul(x, packed, words)

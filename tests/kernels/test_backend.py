@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels import backend
-from pallas_kernels.backend import KERNEL, resolve
+from pallas_kernels.backend import KERNEL, resolve, tell_of_reference
 
 
 @pytest.fixture
@@ -17,9 +17,14 @@ def test_auto_takes_the_kernel_on_hopper(hopper):
     assert resolve("auto", "op", KERNEL) == "mosaic_gpu"
 
 
-def test_auto_takes_the_reference_where_there_is_no_kernel_or_it_does_not_take_the_arguments(hopper):
+def test_auto_takes_the_reference_where_there_is_no_kernel_or_it_does_not_take_the_arguments(hopper, caplog):
     assert resolve("auto", "op") == "reference"
-    assert resolve("auto", "op", KERNEL, "7 heads; it takes 16") == "reference"
+    tell_of_reference.cache_clear()
+    for _ in range(2):  # told once
+        assert resolve("auto", "op", KERNEL, "7 heads; it takes 16") == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        "op runs without its kernel, which does not take 7 heads; it takes 16"
+    ]
 
 
 @pytest.mark.parametrize("device", [jax.devices("cpu")[0], "cpu"], ids=["device", "platform"])
