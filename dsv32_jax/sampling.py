@@ -60,7 +60,8 @@ def sample(
         return likeliest
     if keys is None:
         raise ValueError("keys: None; drawing needs one key a row")
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    # Less the largest, which so stays alone at 0 however small the temperature is: no two become infinite.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)[:, None]
     if nucleus:
         scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)

@@ -40,6 +40,14 @@ def test_frequencies_follow_the_tempered_softmax():
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20000, expected, atol=0.015)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_the_smallest_temperatures_are_greedy(temperature, top_p):
+    """Logits over such a temperature are infinite in float32."""
+    logits = 40 + 10 * np.random.default_rng(0).normal(size=64)
+    assert set(draw(logits, 50, temperature, top_p).tolist()) == {logits.argmax()}
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.74, 0.76, 0.9, 0.999, 1.0])
 def test_nucleus_is_exact(top_p):
     probabilities = np.array([0.02, 0.25, 0.25, 0.06, 0.25, 0.17])

@@ -14,19 +14,17 @@ from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, 
 
 MANY = 128
 """Rows of a tile from which on the kernel of many rows is taken. Shorter ones are bound by reading the weights."""
-
-
-def tile_rows(rows: jax.Array, tile_expert: jax.Array) -> int:
-    """Rows of a tile; 0 if there are no tiles."""
-    return rows.shape[0] // max(1, tile_expert.shape[0])
-
-
 FEW = {
     jnp.dtype(jnp.float8_e4m3fn): few_rows.unsupported,
     jnp.dtype(jnp.int8): few_rows_int8.unsupported,
     jnp.dtype(jnp.uint8): few_rows_int4.unsupported,
 }
 """By the dtype of stored weights, what their kernel of few rows does not take."""
+
+
+def tile_rows(rows: jax.Array, tile_expert: jax.Array) -> int:
+    """Rows of a tile; 0 if there are no tiles."""
+    return rows.shape[0] // max(1, tile_expert.shape[0])
 
 
 def fewest_tile_rows(values: jax.Array) -> int:
