@@ -12,8 +12,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
-
 from pallas_kernels.paging import BLOCK_SIZE
 
 __all__ = ["BlockPool", "BlockTable", "OutOfBlocks", "Statistics"]
@@ -194,10 +192,6 @@ class BlockPool:
         table.length = length
         return copies
 
-    def _fits(self, table: BlockTable) -> bool:
-        """One more token has a place in the last block, which is the sequence's alone."""
-        return table.length % BLOCK_SIZE > 0 and self._references[table.blocks[-1]] == 1
-
     def fork(self, table: BlockTable) -> BlockTable:
         """Another sequence with the same tokens so far, in the same blocks."""
         for block in table.blocks:
@@ -240,11 +234,15 @@ class BlockPool:
 
     # ---- blocks ----
 
+    def _fits(self, table: BlockTable) -> bool:
+        """One more token has a place in the last block, which is the sequence's alone."""
+        return table.length % BLOCK_SIZE > 0 and self._references[table.blocks[-1]] == 1
+
     @staticmethod
     def _identity(table: BlockTable, tokens: Sequence[int], index: int) -> bytes:
         """Of a sequence's full block, whose predecessors' are in the table."""
         before = table.digests[index - 1] if index else hashlib.sha256(table.salt).digest()
-        own = np.asarray(tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE], "<i4")
+        own = array("i", tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
         return hashlib.sha256(before + own.tobytes()).digest()
 
     def _take(self, filled: int) -> int:

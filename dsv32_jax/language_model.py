@@ -416,7 +416,7 @@ class LanguageModel:
             if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
                 raise UserError(f"token ids: {array.dtype} {list(array.shape)}; must be int32 [T] or [B, T]")
             prompts = list(np.atleast_2d(array))
-        elif prompts and all(isinstance(item, int | np.integer) for item in prompts):
+        elif len(prompts) and isinstance(prompts[0], int | np.integer):
             prompts = [prompts]
         if not len(prompts):
             raise UserError("prompt: none given")
@@ -428,32 +428,32 @@ class LanguageModel:
                 raise UserError("prompt: the checkpoint has no tokenizer.json; give token ids instead of text")
             if not prompt:
                 raise UserError(f"prompt {number}: empty; it must have at least one character")
-            ids = self.tokenizer.encode(prompt, bos=True)
-        else:
-            array = np.asarray(prompt)
-            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                raise UserError(f"prompt {number}: must be a text or a flat list of integer token ids")
-            ids = array.tolist()
-            while ids and ids[-1] == -1:
-                ids.pop()
-        if not ids:
+            prompt = self.tokenizer.encode(prompt, bos=True)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of different lengths, one in the other
+            ids = np.array(None)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise UserError(f"prompt {number}: must be a text or a flat list of integer token ids")
+        (present,) = np.nonzero(ids != -1)
+        if not present.size:
             raise UserError(f"prompt {number}: empty; it must have at least one token")
-        for position, id in enumerate(ids):
-            if id == -1:
-                raise UserError(
-                    f"prompt {number}, position {position}: -1 in the middle; absent positions are at the right"
-                )
-            if not 0 <= id < self.config.vocab_size:
-                raise UserError(
-                    f"prompt {number}, position {position}: token {id} is not in 0..{self.config.vocab_size - 1} "
-                    f"(vocab_size {self.config.vocab_size})"
-                )
+        ids = ids[: present[-1] + 1]
+        (wrong,) = np.nonzero((ids < 0) | (ids >= self.config.vocab_size))
+        if wrong.size:
+            where = f"prompt {number}, position {wrong[0]}"
+            if ids[wrong[0]] == -1:
+                raise UserError(f"{where}: -1 in the middle; absent positions are at the right")
+            raise UserError(
+                f"{where}: token {ids[wrong[0]]} is not in 0..{self.config.vocab_size - 1} "
+                f"(vocab_size {self.config.vocab_size})"
+            )
         if len(ids) > self.config.max_position_embeddings:
             raise UserError(
                 f"prompt {number}: {len(ids)} tokens is longer than the cache can be; "
                 f"at most max_position_embeddings = {self.config.max_position_embeddings}"
             )
-        return ids
+        return ids.tolist()
 
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:

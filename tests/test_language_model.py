@@ -223,6 +223,11 @@ def test_forms_of_a_prompt(spoken):
         (np.ones((1, 2, 3), np.int32), r"int32 \[1, 2, 3\]"),
         ("text", "no tokenizer.json"),
         ([[1.5]], "prompt 0: must be a text or a flat list"),
+        ([1, "a"], "prompt 0: must be a text or a flat list"),
+        ([1, [2, 3]], "prompt 0: must be a text or a flat list"),
+        ([[1], [[2, 3], 4]], "prompt 1: must be a text or a flat list"),
+        ([1, 2**70], "prompt 0: must be a text or a flat list"),
+        ([-1, -1], "prompt 0: empty"),
         ([[1] * 100000], "longer than the cache.*max_position_embeddings"),
     ],
 )
