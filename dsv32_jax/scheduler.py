@@ -289,19 +289,17 @@ class Scheduler:
 
     def _part(self, sequence: Sequence, count: int, drafted: bool = False) -> Part:
         """The next tokens of a sequence, which have places; the last of them may be its draft."""
-        table, start = self._table(sequence), sequence.computed
-        sequence.computed += count
+        start, sequence.computed = sequence.computed, sequence.computed + count
         samples: tuple[Sequence, ...] = ()
         if sequence.computed >= sequence.length:
             samples = (sequence, sequence) if drafted else (sequence, *sequence.siblings)
             for sibling in sequence.siblings:
-                sibling.table, sibling.computed = self.pool.fork(table), sequence.computed
+                sibling.table, sibling.computed = self.pool.fork(self._table(sequence)), sequence.computed
                 self.running.append(sibling)
             sequence.siblings = []
             for one in samples:
                 one.in_flight += 1
-        draft = sequence.draft if drafted else -1
-        return Part(sequence, start, start + count, samples, draft)
+        return Part(sequence, start, sequence.computed, samples, sequence.draft if drafted else -1)
 
     def _commit(self, sequence: Sequence) -> None:
         """Full blocks of known tokens can be found from now on."""
