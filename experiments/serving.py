@@ -13,15 +13,21 @@ time. Those that share need half of the tokens a step, as fewer prompts are read
 
 Prompts are random tokens; those of a checkpoint with a tokenizer are windows of the held-out text, so that with
 --speculate its MTP layer has something to go on.
+
+Compiling takes longer than measuring, and mostly one core. Processes that are given the same file with --turns, say one
+for each number of requests at a time, compile beside each other and measure one after the other; each needs its part of
+the GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,58 +207,87 @@ def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, f
     return {"cold": cold, "hit": hit, "own_part_alone": own, "saved": (cold - hit) / (cold - own), "prefixes": PREFIXES}
 
 
+Runs = list[tuple[dict[str, Any], dict[str, list[Work]]]]
+"""Arguments of engines, each with its requests by the name of the run."""
+
+
+def runs_of(concurrency: int, prompts: Prompts, arguments: argparse.Namespace) -> Runs:
+    """What is measured at so many requests at a time."""
+    sizes, each = sizes_of(arguments), arguments.step_tokens
+
+    def work(times: int, shared: bool) -> list[Work]:
+        return workload(arguments.rounds * times * concurrency, concurrency, sizes, prompts, shared)
+
+    def engine(times: int, tokens: int, speculate: bool = False) -> dict[str, Any]:
+        return {
+            "cache_tokens": concurrency * (sizes.longest + BLOCK_SIZE),
+            "max_tokens": max(arguments.least_step_tokens, tokens * times * concurrency),
+            "max_sequences": times * concurrency,
+            "speculate": speculate,
+        }
+
+    runs: Runs = [(engine(1, each), {"engine": work(1, False), "engine_shared": work(1, True)})]
+    if concurrency in arguments.fill:
+        filled = {"engine_filled": work(2, False), "engine_filled_shared": work(2, True)}
+        runs += [(engine(2, each), filled), (engine(4, each // 2), {"engine_shared_fourfold": work(4, True)})]
+    if arguments.speculate:
+        runs.append((engine(1, each, True), {"engine_speculating": work(1, False)}))
+    return runs
+
+
 def measure(
     lm: LanguageModel, prompts: Prompts, row: dict[str, Any], arguments: argparse.Namespace, save: Callable[[str], None]
 ) -> None:
     """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
     concurrency, sizes = row["concurrency"], sizes_of(arguments)
     batch = workload(concurrency, concurrency, sizes, prompts, False)
-
-    def work(times: int, shared: bool) -> list[Work]:
-        return workload(arguments.rounds * times * concurrency, concurrency, sizes, prompts, shared)
-
-    each = arguments.step_tokens
-    runs = [(1, each, False, {"engine": work(1, False), "engine_shared": work(1, True)})]
-    if concurrency in arguments.fill:
-        runs.append((2, each, False, {"engine_filled": work(2, False), "engine_filled_shared": work(2, True)}))
-        runs.append((4, each // 2, False, {"engine_shared_fourfold": work(4, True)}))
-    if arguments.speculate:
-        runs.append((1, each, True, {"engine_speculating": work(1, False)}))
-    engines = [
-        {
-            "cache_tokens": concurrency * (sizes.longest + BLOCK_SIZE),
-            "max_tokens": max(arguments.least_step_tokens, tokens * times * concurrency),
-            "max_sequences": times * concurrency,
-            "speculate": speculate,
-        }
-        for times, tokens, speculate, _ in runs
-    ]
-    begun = time.monotonic()
-    compile_all(lm, batch, engines)
-    row["compile_seconds"] = time.monotonic() - begun
-    save("all programs compiled")
-    row["naive"] = naive(lm, batch)
-    gc.collect()
-    save("naive batch")
-    for settings, (*_, parts) in zip(engines, runs, strict=True):
-        engine = Engine(lm, **settings)
+    runs = runs_of(concurrency, prompts, arguments)
+    with turn(arguments.turns, alone=False):
         begun = time.monotonic()
-        shapes = engine.warmup()
-        warmup = {"sequences": settings["max_sequences"], "shapes": shapes, "seconds": time.monotonic() - begun}
-        save(f"{shapes} shapes of a step with {settings['max_sequences']} sequences")
-        for name, requests in parts.items():
-            engine.metrics = Metrics()
-            engine.pool.forget()
-            row[name] = {"warmup": warmup, **served(engine, requests)}
-            speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
-            for ratio, found in speeds.items():
-                row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
-            save(name)
-        if "prefix" not in row:
-            row["prefix"] = prefix_saving(engine, sizes, prompts)
-            save("a prefix that is cached")
-        del engine
+        compile_all(lm, batch, [settings for settings, _ in runs])
+        row["compile_seconds"] = time.monotonic() - begun
+        save("all programs compiled")
+    with turn(arguments.turns, alone=True):
+        row["naive"] = naive(lm, batch)
         gc.collect()
+        save("naive batch")
+        for settings, parts in runs:
+            engine = Engine(lm, **settings)
+            measure_engine(engine, parts, row, save)
+            if "prefix" not in row:
+                row["prefix"] = prefix_saving(engine, sizes, prompts)
+                save("a prefix that is cached")
+            del engine
+            gc.collect()
+
+
+def measure_engine(
+    engine: Engine, parts: dict[str, list[Work]], row: dict[str, Any], save: Callable[[str], None]
+) -> None:
+    """One engine with each of its workloads."""
+    begun, sequences = time.monotonic(), engine.scheduler.limits.sequences
+    shapes = engine.warmup()
+    warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
+    save(f"{shapes} shapes of a step with {sequences} sequences")
+    for name, requests in parts.items():
+        engine.metrics = Metrics()
+        engine.pool.forget()
+        row[name] = {"warmup": warmup, **served(engine, requests)}
+        speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
+        for ratio, found in speeds.items():
+            row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
+        save(name)
+
+
+@contextlib.contextmanager
+def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
+    """Whoever is to be alone waits until no other process with this file is here."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -295,6 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--speculate", action="store_true", help="run once more, trying a token of the MTP layer a step"
     )
+    parser.add_argument("--turns", type=Path, help="a file that several such processes share, see above")
     parser.add_argument("--seconds", type=float, help="begin no further number of requests after this time")
     parser.add_argument("--out", type=Path, default=RESULT)
     run(parser.parse_args())

@@ -1,6 +1,7 @@
 """The measurement of the engine under load, on a small model: what it counts."""
 
 import argparse
+import threading
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ def row():
     small = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "quantization_config": None}
     lm = random_model(ModelConfig.tiny(**small, max_position_embeddings=256))
     arguments = argparse.Namespace(
-        prompt=SIZES.prompt, new=SIZES.new, rounds=3, step_tokens=4, least_step_tokens=8, fill=[2], speculate=False
+        prompt=SIZES.prompt,
+        new=SIZES.new,
+        rounds=3,
+        step_tokens=4,
+        least_step_tokens=8,
+        fill=[2],
+        speculate=False,
+        turns=None,
     )
     found, saved = {"concurrency": 2}, []
     serving.measure(lm, serving.Prompts(lm), found, arguments, saved.append)
@@ -72,3 +80,19 @@ def test_prefixes_are_shared_within_a_group():
     alone = [one.prompt for one in workload(2 * serving.GROUP, 4, shared=False)]
     assert [len(prompt) for prompt in alone] == [len(one.prompt) for one in work]
     assert not np.array_equal(alone[1][:6], work[1].prompt[:6])
+
+
+def test_whoever_measures_is_alone(tmp_path):
+    """One is still compiling; the other one has to wait."""
+    file, entered = tmp_path / "turns", threading.Event()
+
+    def measures():
+        with serving.turn(file, alone=True):
+            entered.set()
+
+    other = threading.Thread(target=measures)
+    with serving.turn(file, alone=False), serving.turn(file, alone=False):
+        other.start()
+        assert not entered.wait(0.3)
+    other.join(timeout=30)
+    assert entered.is_set()
