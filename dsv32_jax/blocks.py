@@ -169,11 +169,6 @@ class BlockPool:
             raise ValueError(f"length: {length}; the sequence has {table.length} tokens already")
         if length == table.length:
             return []
-        if length == table.length + 1 and self._fits(table):  # nearly all calls
-            self._filled[table.blocks[-1]] += 1
-            self._slots_filled += 1
-            table.length = length
-            return []
         new = -(-length // BLOCK_SIZE) - len(table.blocks)
         last = table.blocks[-1] if table.length % BLOCK_SIZE else None
         copy = last is not None and self._references[last] > 1
@@ -233,10 +228,6 @@ class BlockPool:
             self._free.append(self._evict())
 
     # ---- blocks ----
-
-    def _fits(self, table: BlockTable) -> bool:
-        """One more token has a place in the last block, which is the sequence's alone."""
-        return table.length % BLOCK_SIZE > 0 and self._references[table.blocks[-1]] == 1
 
     @staticmethod
     def _identity(table: BlockTable, tokens: Sequence[int], index: int) -> bytes:

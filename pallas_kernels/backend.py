@@ -62,7 +62,8 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
             return "reference"
         if unsupported is not None:
             tell_of_reference(op, unsupported)
-        return "mosaic_gpu" if unsupported is None else "reference"
+            return "reference"
+        return "mosaic_gpu"
     if backend not in available:
         raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
     if backend != "reference" and unsupported is not None:

@@ -84,9 +84,8 @@ class Machine:
             known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
             if part.draft >= 0:
                 known.append(part.draft)
-            self.memory.reshape(-1)[slots_of_table(part.sequence.table, part.start, part.stop)] = known[
-                part.start : part.stop
-            ]
+            slots = slots_of_table(part.sequence.table, part.start, part.stop)
+            self.memory.reshape(-1)[slots] = known[part.start : part.stop]
             whole[part.sequence] = known
         tokens = []
         for part in planned.parts:
