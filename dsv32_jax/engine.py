@@ -47,6 +47,8 @@ NARROWEST_TABLE = 4
 NARROWEST_FOR_KERNELS = 128
 """The same with kernels: they stop at a token's position, where references compute on the whole width."""
 WIDER = 4
+RUNS_UNTIL_RECORDED = 3
+"""On a GPU, XLA makes a CUDA graph of a program in its second and third run, which take up to ten times as long."""
 
 
 class Engine:
@@ -217,11 +219,13 @@ class Engine:
         ]
 
     def warmup(self) -> int:
-        """Compiles every shape, several at a time, and runs each with nothing in it; returns how many there are."""
+        """Compiles every shape, several at a time, and runs each with nothing in it until a run takes no longer than
+        all later ones; returns how many there are.
+        """
         shapes = self.shapes()
         self._programs = dict(zip(shapes, all_at_once(self.programs()), strict=True))
         nothing = Step([], [], [])
-        for shape in shapes:
+        for shape in shapes * RUNS_UNTIL_RECORDED:
             self._start(nothing, *shape, Drawing())
         for drawing in (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True)):
             self._start(nothing, *shapes[0], drawing)

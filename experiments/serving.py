@@ -14,6 +14,8 @@ time. Those that share need half of the tokens a step, as fewer prompts are read
 Prompts are random tokens; those of a checkpoint with a tokenizer are windows of the held-out text, so that with
 --speculate its MTP layer has something to go on.
 
+With --repeat, everything is run several times, and the run in the middle by requests/s is told.
+
 Compiling takes longer than measuring, and mostly one core. Processes that are given the same file with --turns, say one
 for each number of requests at a time, compile beside each other and measure one after the other; each needs its part of
 the GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
@@ -123,11 +125,13 @@ def rates(work: list[Work], seconds: float) -> dict[str, Any]:
 
 
 def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
-    """All requests at once into the engine's queue; what it says of itself after the last has ended.
+    """All requests at once into the queue of an engine that has cached nothing; what it says of itself at the end.
 
     At the end ever fewer run; `while_requests_wait` leaves that out: what a queue that never ends would see. So does
     `utilisation`, of the places in blocks that are taken.
     """
+    engine.metrics = Metrics()
+    engine.pool.forget()
     begun = time.monotonic()
     requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
     used, steady = [], {}
@@ -189,6 +193,15 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
             pass
 
 
+def repeated(times: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Of several runs, the one in the middle by requests/s, with the requests/s and what was lost of all."""
+    runs = sorted((run() for _ in range(times)), key=lambda one: one["requests_per_second"])
+    middle = runs[times // 2] | {"requests_per_second_of_all": [one["requests_per_second"] for one in runs]}
+    if "lost" in middle:
+        middle["lost"] = sum(one["lost"] for one in runs)
+    return middle
+
+
 def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, float]:
     """Seconds to the first token of a long prompt, and of another with the same beginning: medians of several."""
     rng = np.random.default_rng(7)
@@ -248,31 +261,31 @@ def measure(
         row["compile_seconds"] = time.monotonic() - begun
         save("all programs compiled")
     with turn(arguments.turns, alone=True):
-        row["naive"] = naive(lm, batch)
+        row["naive"] = repeated(arguments.repeat, lambda: naive(lm, batch))
         gc.collect()
+        gc.freeze()  # as `dsv32 serve` does
         save("naive batch")
         for settings, parts in runs:
             engine = Engine(lm, **settings)
-            measure_engine(engine, parts, row, save)
+            measure_engine(engine, parts, row, arguments.repeat, save)
             if "prefix" not in row:
                 row["prefix"] = prefix_saving(engine, sizes, prompts)
                 save("a prefix that is cached")
             del engine
             gc.collect()
+        gc.unfreeze()
 
 
 def measure_engine(
-    engine: Engine, parts: dict[str, list[Work]], row: dict[str, Any], save: Callable[[str], None]
+    engine: Engine, parts: dict[str, list[Work]], row: dict[str, Any], times: int, save: Callable[[str], None]
 ) -> None:
-    """One engine with each of its workloads."""
+    """One engine with each of its workloads, each so many times."""
     begun, sequences = time.monotonic(), engine.scheduler.limits.sequences
     shapes = engine.warmup()
     warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
     save(f"{shapes} shapes of a step with {sequences} sequences")
     for name, requests in parts.items():
-        engine.metrics = Metrics()
-        engine.pool.forget()
-        row[name] = {"warmup": warmup, **served(engine, requests)}
+        row[name] = {"warmup": warmup, **repeated(times, lambda work=requests: served(engine, work))}
         speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
         for ratio, found in speeds.items():
             row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
@@ -322,6 +335,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the random model; default: as many as fit")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3, help="requests for each that runs at a time")
+    parser.add_argument("--repeat", type=int, default=1, help="runs, of which the middle one is told")
     parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
     parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")

@@ -16,6 +16,8 @@ RUNS = {
     "engine_shared_fourfold": "engine, four times as many in the same cache, shared prefixes",
     "engine_speculating": "engine, speculating",
 }
+OF_ALL = "requests_per_second_of_all"
+"""Of a run that is the middle one of several."""
 HEAD = [
     "at a time",
     "way",
@@ -44,7 +46,7 @@ def rows_of(row: dict[str, Any]) -> list[list[str]]:
             *milliseconds(run["between_tokens_seconds"]),
             *milliseconds(run.get("per_output_token_seconds")),
             f"{run['utilisation']:.1%}" if run["utilisation"] else "",
-            "" if run is base else f"{run['lost']} of {run['requests']}",
+            "" if run is base else f"{run['lost']} of {run['requests'] * len(run.get(OF_ALL, [0]))}",
         ]
         for name, run in runs.items()
     ]
@@ -74,9 +76,21 @@ def tables(results: Path = RESULTS) -> str:
             table(HEAD, [line for row in of_setting for line in rows_of(row)]),
             f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}. "
             f"Static batches whose idle rows took no time would have these ratios: {ideal}; "
-            f"if reading prompts took none either, {without_prompts}.",
+            f"if reading prompts took none either, {without_prompts}.{repeats(of_setting)}",
         ]
     return "\n\n".join(parts)
+
+
+def repeats(rows: list[dict[str, Any]]) -> str:
+    """A sentence on how far apart the runs are that each number is the middle one of; nothing where there was one."""
+    runs = [found for row in rows for run in row.values() if isinstance(run, dict) and (found := run.get(OF_ALL))]
+    if not runs:
+        return ""
+    apart = sorted(max(run) / min(run) - 1 for run in runs)
+    return (
+        f" Each row is the middle one of {len(runs[0])} runs by requests/s; the fastest of them was "
+        f"{apart[len(apart) // 2]:.0%} above the slowest in the median of the rows, {apart[-1]:.0%} at most."
+    )
 
 
 def said_of(content: dict[str, Any]) -> str:

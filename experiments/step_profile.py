@@ -119,7 +119,10 @@ def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) 
         return
     requests = add(engine, prompts, new)
     row["phases"] = {}
-    for phase, continued in (("mixed", concurrency // 2), ("decode", concurrency)):
+    phases = {"mixed": concurrency // 2, "decode": concurrency}
+    for phase, continued in phases.items():
+        if not continued:  # one request is never both
+            continue
         until_continued(engine, requests, continued)
         row["phases"][phase] = of_steps(engine)
         yield row

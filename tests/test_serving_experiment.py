@@ -21,6 +21,7 @@ def row():
         prompt=SIZES.prompt,
         new=SIZES.new,
         rounds=3,
+        repeat=3,
         step_tokens=4,
         least_step_tokens=8,
         fill=[2],
@@ -37,6 +38,7 @@ def test_all_requests_are_served_in_both_ways(row):
     runs = {"engine": 1, "engine_shared": 1, "engine_filled": 2, "engine_filled_shared": 2, "engine_shared_fourfold": 4}
     for name, times in runs.items():
         assert row[name]["requests"] == 3 * times * 2 and row[name]["lost"] == 0
+        assert sorted(row[name]["requests_per_second_of_all"])[1] == row[name]["requests_per_second"]
         assert row[name]["warmup"]["sequences"] == times * 2
         assert row[name]["ratio"] == row[name]["requests_per_second"] / row["naive"]["requests_per_second"]
         assert name in row["saved"]
@@ -54,6 +56,12 @@ def test_what_the_caches_hold(row):
     assert 0.5 < row["engine"]["utilisation"] <= 1
     held = sum(len(one.prompt) + one.new for one in workload(2, 2, shared=False))
     assert row["naive"]["utilisation"] == held / (2 * 4 * 64)
+
+
+def test_of_several_runs_the_middle_one_is_told_and_what_any_lost():
+    runs = [{"requests_per_second": speed, "lost": lost} for speed, lost in ((3.0, 0), (1.0, 2), (2.0, 1))]
+    middle = {"requests_per_second": 2.0, "requests_per_second_of_all": [1.0, 2.0, 3.0], "lost": 3}
+    assert serving.repeated(3, iter(runs).__next__) == middle
 
 
 def workload(count, batch, *, shared):

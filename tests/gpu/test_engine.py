@@ -18,7 +18,7 @@ def test_requests_in_steps_of_many_sizes_equal_those_alone():
     lengths = (3, 40, 100, 240, 500, 7)  # on both sides of index_topk = 256; one crosses it
     texts = [document["text"] for document in held_out.documents()[: len(lengths)]]
     prompts = [lm.tokenizer.encode(text, bos=True)[:n] for text, n in zip(texts, lengths, strict=True)]
-    engine = Engine(lm, cache_tokens=4096, max_tokens=128, max_sequences=4)
+    engine = Engine(lm, cache_tokens=4096, max_tokens=128, max_prompt_tokens=128, max_sequences=4)
     engine.warmup()
     assert {tokens for tokens, _ in engine.shapes()} == {8, 32, 128}
     drawn = engine.generate(prompts[:2], SamplingParams(8, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -187,6 +188,13 @@ def test_a_client_that_does_not_read_is_cut_off():
 
     asyncio.run(run(False))
     asyncio.run(run(True))
+
+
+def test_collections_leave_out_what_was_there_before(session_engine):
+    """Until the end of the server."""
+    with running(session_engine):
+        wait(lambda: gc.get_freeze_count() > 100_000)
+    assert not gc.get_freeze_count()
 
 
 def test_a_second_signal_ends_at_once(session_engine):
