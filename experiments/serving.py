@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gc
 import itertools
 import statistics
@@ -261,7 +262,7 @@ def measure(
         row["compile_seconds"] = time.monotonic() - begun
         save("all programs compiled")
     with turn(arguments.turns, alone=True):
-        row["naive"] = repeated(arguments.repeat, lambda: naive(lm, batch))
+        row["naive"] = repeated(arguments.repeat, functools.partial(naive, lm, batch))
         gc.collect()
         gc.freeze()  # as `dsv32 serve` does
         save("naive batch")
@@ -285,7 +286,7 @@ def measure_engine(
     warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
     save(f"{shapes} shapes of a step with {sequences} sequences")
     for name, requests in parts.items():
-        row[name] = {"warmup": warmup, **repeated(times, lambda work=requests: served(engine, work))}
+        row[name] = {"warmup": warmup, **repeated(times, functools.partial(served, engine, requests))}
         speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
         for ratio, found in speeds.items():
             row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
