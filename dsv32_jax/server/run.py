@@ -73,7 +73,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        gc.unfreeze()
+        if self.ready:
+            gc.unfreeze()
 
     async def on_tick(self, counter: int) -> bool:
         if self.service.ready and not self.ready:
