@@ -219,13 +219,14 @@ class Engine:
         ]
 
     def warmup(self) -> int:
-        """Compiles every shape, several at a time, and runs each with nothing in it until a run takes no longer than
-        all later ones; returns how many there are.
+        """Compiles every shape, several at a time, and runs each with nothing in it, on a GPU until its graph is
+        recorded; returns how many there are.
         """
         shapes = self.shapes()
         self._programs = dict(zip(shapes, all_at_once(self.programs()), strict=True))
         nothing = Step([], [], [])
-        for shape in shapes * RUNS_UNTIL_RECORDED:
+        runs = RUNS_UNTIL_RECORDED if jax.default_backend() == "gpu" else 1
+        for shape in shapes * runs:
             self._start(nothing, *shape, Drawing())
         for drawing in (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True)):
             self._start(nothing, *shapes[0], drawing)

@@ -48,7 +48,7 @@ from dsv32_jax.request import SamplingParams
 from experiments import held_out
 from experiments.random_model import layers_that_fit, random_model
 from experiments.results import RESULTS, environment, write_json
-from experiments.serving_report import RUNS
+from experiments.serving_report import OF_ALL, RUNS
 
 RESULT = RESULTS / "serving.json"
 SHARED = 0.75
@@ -197,7 +197,7 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
 def repeated(times: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Of several runs, the one in the middle by requests/s, with the requests/s and what was lost of all."""
     runs = sorted((run() for _ in range(times)), key=lambda one: one["requests_per_second"])
-    middle = runs[times // 2] | {"requests_per_second_of_all": [one["requests_per_second"] for one in runs]}
+    middle = runs[times // 2] | {OF_ALL: [one["requests_per_second"] for one in runs]}
     if "lost" in middle:
         middle["lost"] = sum(one["lost"] for one in runs)
     return middle

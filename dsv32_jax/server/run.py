@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
             )
         )
         self.say = say
-        self.asked_to_end = self.ready = False
+        self.asked_to_end = self._frozen = False
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -73,12 +73,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.ready:
+        if self._frozen:
             gc.unfreeze()
 
     async def on_tick(self, counter: int) -> bool:
-        if self.service.ready and not self.ready:
-            self.ready = True
+        if self.service.ready and not self._frozen:
+            self._frozen = True
             gc.collect()
             gc.freeze()
         if self.asked_to_end and self._drain is None:
