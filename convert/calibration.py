@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.names import is_linear
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.convert.names import is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human

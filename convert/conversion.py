@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
-from convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
+from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.errors import UserError
 from dsv32_jax.files import whole_file
 from dsv32_jax.model import DeepseekV32, abstract_model

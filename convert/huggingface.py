@@ -10,10 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.names import hf_name
-from convert.stored import OFFICIAL, TensorSpec, decode, encode, hf_tensors, may_be_plain, stored_parameters, suffixes
-from convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.convert.names import hf_name
+from dsv32_jax.convert.stored import (
+    OFFICIAL,
+    TensorSpec,
+    decode,
+    encode,
+    hf_tensors,
+    may_be_plain,
+    stored_parameters,
+    suffixes,
+)
+from dsv32_jax.convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor
 

@@ -11,8 +11,8 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
-from convert.names import is_linear
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.names import is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics

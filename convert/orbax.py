@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.huggingface import Shard, plan_shards
-from convert.names import group_of
-from convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.convert.huggingface import Shard, plan_shards
+from dsv32_jax.convert.names import group_of
+from dsv32_jax.convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor, scheme_of
 

@@ -1,7 +1,7 @@
 """A model with its linears in other schemes: in memory, or from checkpoint to checkpoint.
 
 The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding, head, router, norms and the indexer's
-head weights stay as they are: `convert.names.PLAIN`.
+head weights stay as they are: `dsv32_jax.convert.names.PLAIN`.
 """
 
 import json
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.conversion import Change, matrix, rewrite
-from convert.names import is_linear
-from convert.ranges import RANGES
-from convert.rounding import round_int4, round_int8
-from convert.stored import quantization_config, quantized, stored_parameters
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.conversion import Change, matrix, rewrite
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.convert.ranges import RANGES
+from dsv32_jax.convert.rounding import round_int4, round_int8
+from dsv32_jax.convert.stored import quantization_config, quantized, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
@@ -48,11 +48,11 @@ def quantize_model(
       model: concrete.
       schemes: one of `SCHEMES` or "bf16" for each linear that shall have it, by path; see `uniform`. Others stay.
       statistics: of the linears' inputs, from `calibrate`: integers are rounded for them.
-      ranges: how integers' ranges are found, one of `convert.ranges.RANGES`. None: "mse" where there are statistics;
-        else (the MTP layer has none) "min-max".
+      ranges: how integers' ranges are found, one of `dsv32_jax.convert.ranges.RANGES`. None: "mse" where there are
+        statistics; else (the MTP layer has none) "min-max".
 
     Returns:
-      A model whose config says the new schemes, so that `convert.export_model` writes it as it is.
+      A model whose config says the new schemes, so that `dsv32_jax.convert.export_model` writes it as it is.
 
     Raises:
       UserError: a path that is no linear, an unknown scheme or kind of range, or a width that a scheme does not take.
@@ -110,8 +110,8 @@ def quantize_checkpoint(
     """Writes a checkpoint with its linears in other schemes, one parameter after the other.
 
     In the Hugging Face layout, all in "fp8_block" is the released checkpoint's own form; anything else is
-    compressed-tensors, which other programs read too; see `convert.stored`. An interrupted run leaves nothing that
-    loads, and goes on where it stopped when it is made again.
+    compressed-tensors, which other programs read too; see `dsv32_jax.convert.stored`. An interrupted run leaves nothing
+    that loads, and goes on where it stopped when it is made again.
 
     Args:
       source: a checkpoint directory, of either layout.
@@ -125,7 +125,7 @@ def quantize_checkpoint(
         scheme, as the field `dsv32_jax_quantization`.
 
     Raises:
-      UserError: what `convert.convert` and `quantize_model` raise it for.
+      UserError: what `dsv32_jax.convert.convert` and `quantize_model` raise it for.
     """
     check_ranges(ranges)
     rewrite(

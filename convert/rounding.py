@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convert.ranges import int4_range, int8_scales, int8_values
+from dsv32_jax.convert.ranges import int4_range, int8_scales, int8_values
 from dsv32_jax.quant import QTensor
 from pallas_kernels.quant_matmul import pack_int4
 from pallas_kernels.quant_matmul.int4 import GROUP, int4_values
@@ -29,7 +29,7 @@ def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str 
       weight: float [..., N, K], K a multiple of 128.
       moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Plain rounding for
         those and for None, with the range that is best for the weight alone.
-      ranges: how the range of each group is found, one of `convert.ranges.RANGES`.
+      ranges: how the range of each group is found, one of `dsv32_jax.convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int4".
@@ -118,7 +118,7 @@ def round_int8(weight: jax.Array, moments: jax.Array | None = None, ranges: str 
       weight: float [..., N, K].
       moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Columns count alike
         for those and for None.
-      ranges: how the range of each row is found, one of `convert.ranges.RANGES`.
+      ranges: how the range of each row is found, one of `dsv32_jax.convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int8".

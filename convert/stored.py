@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.names import hf_name, is_linear
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.names import hf_name, is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters
@@ -46,7 +46,7 @@ class TensorSpec:
       part: "array", or of a quantised one a key of `OFFICIAL` or `COMPRESSED`.
       expert: which slice of a stacked parameter, or None.
       shape: of the tensor in the file.
-      dtype: as NumPy names it; where other types are accepted see `convert.huggingface`.
+      dtype: as NumPy names it; where other types are accepted see `dsv32_jax.convert.huggingface`.
     """
 
     path: str

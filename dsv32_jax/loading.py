@@ -63,7 +63,7 @@ def load(
                 f"`dsv32 info --model {directory} --memory` tells what fits"
             )
     use_compilation_cache()
-    import convert
+    from dsv32_jax import convert
 
     read = convert.load_hf if convert.checkpoint_kind(directory) == "hf" else convert.load_orbax
     return LanguageModel(read(directory, config), config, tokenizer, options, generation_config)

@@ -22,7 +22,7 @@ def parameter_counts(parameters: Mapping[str, Any]) -> tuple[int, dict[str, int]
     The scales of quantised weights count as bytes but not as parameters.
 
     Args:
-      parameters: by path, abstract or not; of a config, see `convert.stored_parameters`.
+      parameters: by path, abstract or not; of a config, see `dsv32_jax.convert.stored_parameters`.
     """
     count, by_dtype = 0, Counter[str]()
     for leaf in parameters.values():

@@ -51,7 +51,7 @@ class Init:
         return nnx.data(self.normal(shape))
 
     def linear(self, *shape: int):
-        """[..., N, K]: a QTensor where the checkpoint is in its own FP8; of other schemes see `convert.stored`."""
+        """[..., N, K]: a QTensor where the checkpoint is in its own FP8; for others see `dsv32_jax.convert.stored`."""
         weight = self.normal(shape)
         return nnx.data(quantize_weight(weight) if self.fp8 else weight)
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.reading import json_lines
+from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.files import whole_file
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.reading import json_lines
-from experiments.train_demo import corpus
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"
 LEAST, MOST = 13_000, 16_000
@@ -35,7 +35,7 @@ def choose(data: Path, path: Path) -> None:
     A paragraph that a training document has too, whatever its case and punctuation, is left out.
 
     Args:
-      data: the folder of `experiments.train_demo.corpus`.
+      data: the folder of `dsv32_jax.experiments.train_demo.corpus`.
       path: where to.
     """
     manifest = read_json(data / "manifest.json")

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments.reading import progress
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.loading import load
 from dsv32_jax.numerics import float32_matmul
-from experiments import held_out
-from experiments.reading import progress
-from experiments.results import RESULTS, environment, write_json
 from pallas_kernels.moe_dispatch.reference import weights_of
 
 RESULT = RESULTS / "plan_reuse.json"

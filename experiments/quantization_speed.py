@@ -25,24 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.conversion import nbytes
-from convert.names import is_linear
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.conversion import nbytes
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.experiments.bench import roofline
+from dsv32_jax.experiments.bench import timer as timing
+from dsv32_jax.experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
+from dsv32_jax.experiments.bench.cases import normal as standard_normal
+from dsv32_jax.experiments.bench.layer_profile import by_name, profiled
+from dsv32_jax.experiments.bench.peers import Peers
+from dsv32_jax.experiments.bench.run import REST_SECONDS
+from dsv32_jax.experiments.random_model import in_schemes, random_parameters, stored_bytes
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.memory import USABLE, available_bytes
 from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, prepared
 from dsv32_jax.numerics import Numerics
 from dsv32_jax.params import Init, named_parameters
-from experiments.bench import roofline
-from experiments.bench import timer as timing
-from experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
-from experiments.bench.cases import normal as standard_normal
-from experiments.bench.layer_profile import by_name, profiled
-from experiments.bench.peers import Peers
-from experiments.bench.run import REST_SECONDS
-from experiments.random_model import in_schemes, random_parameters, stored_bytes
-from experiments.results import RESULTS, environment, write_json
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 

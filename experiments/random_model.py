@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert.conversion import nbytes
-from convert.quantization import UNQUANTISED
-from convert.stored import quantized
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.conversion import nbytes
+from dsv32_jax.convert.quantization import UNQUANTISED
+from dsv32_jax.convert.stored import quantized
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes
 from dsv32_jax.model import abstract_model

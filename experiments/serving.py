@@ -41,14 +41,14 @@ from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments.random_model import layers_that_fit, random_model
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.serving_report import OF_ALL, RUNS
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import load
 from dsv32_jax.metrics import Metrics, percentiles
 from dsv32_jax.request import SamplingParams
-from experiments import held_out
-from experiments.random_model import layers_that_fit, random_model
-from experiments.results import RESULTS, environment, write_json
-from experiments.serving_report import OF_ALL, RUNS
 
 RESULT = RESULTS / "serving.json"
 SHARED = 0.75

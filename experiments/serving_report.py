@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.pages import between, table
-from experiments.results import RESULTS
+from dsv32_jax.experiments.pages import between, table
+from dsv32_jax.experiments.results import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 RUNS = {

@@ -21,12 +21,12 @@ import numpy as np
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.device_step import Draws
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments.bench.layer_profile import by_name, overlap, profiled
+from dsv32_jax.experiments.random_model import random_model
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import load
 from dsv32_jax.request import Request, SamplingParams
-from experiments.bench.layer_profile import by_name, overlap, profiled
-from experiments.random_model import random_model
-from experiments.results import RESULTS, environment, write_json
 
 RESULT = RESULTS / "step_profile.json"
 TIMED, PROFILED, OF_HOST = 20, 4, 100

@@ -46,7 +46,7 @@ def golden_directory(name: str) -> Path:
 @functools.cache
 def load_golden(name: str) -> DeepseekV32:
     """The model of a golden checkpoint, read by the converter's own HF reader."""
-    import convert
+    from dsv32_jax import convert
 
     directory = golden_directory(name) / "model"
     return convert.load_hf(directory, ModelConfig.from_hf(directory))

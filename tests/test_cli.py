@@ -9,9 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-import convert
 import dsv32_jax
-from dsv32_jax import loading
+from dsv32_jax import convert, loading
 from dsv32_jax.cli import main
 from tests.harness import golden_directory, load_oracle, one_shape
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-import convert
+from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.experiments import demo
+from dsv32_jax.experiments.train_demo.sizes import SIZES
 from dsv32_jax.loading import DEMO, load
 from dsv32_jax.tokenizer import Tokenizer
-from experiments import demo
-from experiments.train_demo.sizes import SIZES
 
 
 @pytest.mark.slow

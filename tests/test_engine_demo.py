@@ -5,9 +5,9 @@ import random
 import pytest
 
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments import held_out
 from dsv32_jax.loading import load
 from dsv32_jax.request import SamplingParams
-from experiments import held_out
 from tests.test_engine import programs
 
 

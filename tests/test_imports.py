@@ -3,12 +3,15 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "dsv32_jax", "convert", "experiments")
+# Folders of the repository that are imported as parts of `dsv32_jax`.
+MAPPED = {"dsv32_jax.convert": "convert", "dsv32_jax.experiments": "experiments"}
 # These may reach up, inside functions.
 REACH_UP = {Path("dsv32_jax") / name for name in ("loading.py", "cli/checkpoints.py", "cli/measuring.py")}
 
@@ -20,9 +23,16 @@ def imports(tree: ast.AST, inside: bool = False) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, inside) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((("." * node.level) + (node.module or ""), inside))
+            module = "." * node.level + (node.module or "")
+            found += [(f"{module}.{alias.name}", inside) for alias in node.names]
         found += imports(node, inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return found
+
+
+def package(module: str) -> str:
+    """The package of an imported module, by its folder."""
+    mapped = (folder for name, folder in MAPPED.items() if module == name or module.startswith(f"{name}."))
+    return next(mapped, module.partition(".")[0])
 
 
 def files(package: str) -> list[Path]:
@@ -36,9 +46,11 @@ def violations(path: Path, source: str) -> list[str]:
     rank = PACKAGES.index(path.parts[0])
     bad = []
     for module, inside in imports(ast.parse(source)):
-        top = module.partition(".")[0]
+        top = package(module)
         if top in PACKAGES and PACKAGES.index(top) > rank and not (inside and path in REACH_UP):
             bad.append(f"{path} imports {module}")
+        if module.partition(".")[0] in MAPPED.values():
+            bad.append(f"{path} imports {module}, which is not installed under that name")
         if path.parts[0] == "pallas_kernels" and top == "flax":
             bad.append(f"{path} imports {module}")
     return bad
@@ -51,9 +63,26 @@ def test_no_arrow_points_up(package):
 
 def test_the_rule_itself():
     model, loading = Path("dsv32_jax/model.py"), Path("dsv32_jax/loading.py")
-    assert violations(model, "def f():\n    import convert.hf") and violations(loading, "from convert import hf")
-    assert not violations(loading, "def f():\n    import convert")
+    inside = "def f():\n    from dsv32_jax import convert"
+    assert violations(model, inside) and not violations(loading, inside)
+    assert violations(loading, "from dsv32_jax.convert import hf") and violations(
+        loading, "import dsv32_jax.experiments"
+    )
+    assert violations(Path("experiments/x.py"), "from convert import hf")
     assert violations(Path("pallas_kernels/top_k/x.py"), "from flax import nnx")
+
+
+def test_every_package_is_installed_under_its_name():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"] == MAPPED
+    names = {folder: name for name, folder in MAPPED.items()}
+    expected = set()
+    for top in PACKAGES:
+        for path in files(top):
+            parts = path.parent.relative_to(ROOT).parts
+            assert (path.parent / "__init__.py").exists(), path.parent
+            expected.add(".".join((names.get(top, top), *parts[1:])))
+    assert settings["packages"] == sorted(expected)
 
 
 def test_kernels_stand_alone():

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.experiments.plan_reuse import ReusingMoE, agreement, measure, reusing
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.model import DeepseekV32
-from experiments.plan_reuse import ReusingMoE, agreement, measure, reusing
 
 
 @functools.cache

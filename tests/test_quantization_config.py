@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from convert.quantization import mixed, uniform
-from convert.stored import quantization_config, stored_parameters
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.quantization import mixed, uniform
+from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import abstract_model
 from dsv32_jax.quant import scheme_of

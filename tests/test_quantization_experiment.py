@@ -8,17 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from convert.names import is_linear
-from convert.quantization import quantize_model, uniform
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.convert.quantization import quantize_model, uniform
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.quantization import measure, planner, report, sensitivity
+from dsv32_jax.experiments.quantization.texts import Texts
+from dsv32_jax.experiments.quantization.variants import Setting
+from dsv32_jax.experiments.sequence_model import Run
+from dsv32_jax.experiments.train_demo.evaluate import scorer, summarise
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.params import named_parameters
-from experiments.quantization import measure, planner, report, sensitivity
-from experiments.quantization.texts import Texts
-from experiments.quantization.variants import Setting
-from experiments.sequence_model import Run
-from experiments.train_demo.evaluate import scorer, summarise
 from tests.harness import EXACT, load_golden
 
 

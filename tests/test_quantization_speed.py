@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.calibration import is_linear
-from convert.quantization import uniform
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model import abstract_model
-from dsv32_jax.numerics import Numerics
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import dense, scheme_of
-from experiments.quantization_speed import (
+from dsv32_jax.convert.calibration import is_linear
+from dsv32_jax.convert.quantization import uniform
+from dsv32_jax.experiments.quantization_speed import (
     FORMS,
     Run,
     ToldMoE,
@@ -24,7 +20,11 @@ from experiments.quantization_speed import (
     step_bytes,
     weight_bytes,
 )
-from experiments.random_model import random_model, random_parameters, random_weight, stored
+from dsv32_jax.experiments.random_model import random_model, random_parameters, random_weight, stored
+from dsv32_jax.model import abstract_model
+from dsv32_jax.numerics import Numerics
+from dsv32_jax.params import named_parameters
+from dsv32_jax.quant import dense, scheme_of
 
 CONFIG = ModelConfig.tiny(num_nextn_predict_layers=0)
 

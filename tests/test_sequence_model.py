@@ -11,9 +11,9 @@ from flax import nnx
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.context import Options, StepContext
+from dsv32_jax.experiments import sequence_model
+from dsv32_jax.experiments.sequence_model import Run
 from dsv32_jax.model import DeepseekV32
-from experiments import sequence_model
-from experiments.sequence_model import Run
 from pallas_kernels.top_k import top_k
 from tests.harness import Piece, flat_batch, forward, load_golden, tables_of
 

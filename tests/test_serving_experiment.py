@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dsv32_jax.config import ModelConfig
-from experiments import serving
-from experiments.random_model import random_model
+from dsv32_jax.experiments import serving
+from dsv32_jax.experiments.random_model import random_model
 
 SIZES = serving.Sizes((100, 128), (2, 6))
 

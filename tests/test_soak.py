@@ -7,12 +7,22 @@ import random
 import pytest
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.soak.__main__ import Settings, main, soak
+from dsv32_jax.experiments.soak.accounting import (
+    DROPPED,
+    SAMPLES,
+    Answer,
+    Ledger,
+    Outcome,
+    Wanted,
+    failures,
+    gauges,
+    judge,
+)
+from dsv32_jax.experiments.soak.client import Stream, whole
+from dsv32_jax.experiments.soak.server import Process
+from dsv32_jax.experiments.soak.traffic import KINDS, Question, Sizes, Traffic, questions
 from dsv32_jax.server import prometheus
-from experiments.soak.__main__ import Settings, main, soak
-from experiments.soak.accounting import DROPPED, SAMPLES, Answer, Ledger, Outcome, Wanted, failures, gauges, judge
-from experiments.soak.client import Stream, whole
-from experiments.soak.server import Process
-from experiments.soak.traffic import KINDS, Question, Sizes, Traffic, questions
 from tests.harness import golden_directory
 
 DEADLINE = 5.0

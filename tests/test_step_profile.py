@@ -4,9 +4,9 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments import step_profile
+from dsv32_jax.experiments.random_model import random_model
 from dsv32_jax.request import SamplingParams
-from experiments import step_profile
-from experiments.random_model import random_model
 
 
 @pytest.fixture(scope="module")

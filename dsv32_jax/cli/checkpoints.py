@@ -24,8 +24,7 @@ def info(
 
     Example: dsv32 info --config 671b --memory
     """
-    import convert
-    from dsv32_jax import loading
+    from dsv32_jax import convert, loading
     from dsv32_jax.config import PRESETS, ModelConfig
     from dsv32_jax.memory import (
         GPU_BYTES,
@@ -102,7 +101,7 @@ def convert(
     """
     if to not in ("orbax", "hf"):
         raise UserError(f"--to {to}: must be orbax or hf")
-    import convert as converter
+    from dsv32_jax import convert as converter
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         converter.convert(source, target, to=to, dtype=dtype)
@@ -155,11 +154,11 @@ def quantize(
     if migration is not None and calibration is None:
         raise UserError("--migrate: needs a text to see outliers in; give --calibration too")
     text = None if calibration is None else read_text(calibration, "--calibration")
-    from convert.calibration import calibrate, windows_of
-    from convert.migration import migrate
-    from convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
     from dsv32_jax import loading
     from dsv32_jax.config import ModelConfig, read_json
+    from dsv32_jax.convert.calibration import calibrate, windows_of
+    from dsv32_jax.convert.migration import migrate
+    from dsv32_jax.convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
     from dsv32_jax.model import abstract_model
     from dsv32_jax.params import named_parameters
 

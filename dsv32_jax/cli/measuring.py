@@ -85,8 +85,8 @@ def bench(
 
     Example: dsv32 bench top_k --peers peers.json
     """
-    from experiments.bench import report as reports
-    from experiments.bench import run
+    from dsv32_jax.experiments.bench import report as reports
+    from dsv32_jax.experiments.bench import run
 
     settings = run.Settings(
         ops=ops or (),

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import cases
-from experiments.bench.cases import LAYER, SCALE, Case, compile_, normal
+from dsv32_jax.experiments.bench import cases
+from dsv32_jax.experiments.bench.cases import LAYER, SCALE, Case, compile_, normal
 from pallas_kernels.index_select import index_select
 from pallas_kernels.paging import physical_slots
 from pallas_kernels.shapes import Attention

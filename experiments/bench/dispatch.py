@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.cases import Case, Program, compile_, made, normal
-from experiments.bench.matmuls import scales_by_group
+from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
+from dsv32_jax.experiments.bench.matmuls import scales_by_group
 from pallas_kernels import tuning
 from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows_fp8, make_plan, route
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan

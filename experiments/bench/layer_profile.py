@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 
-from experiments.bench import moe_layer, roofline
-from experiments.bench import timer as timing
-from experiments.bench.cases import compile_, made
-from experiments.bench.dispatch import routed
-from experiments.bench.peers import Peers
-from experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.bench import moe_layer, roofline
+from dsv32_jax.experiments.bench import timer as timing
+from dsv32_jax.experiments.bench.cases import compile_, made
+from dsv32_jax.experiments.bench.dispatch import routed
+from dsv32_jax.experiments.bench.peers import Peers
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from pallas_kernels.shapes import SHAPES, MoELayer
 
 RESULT = RESULTS / "moe_layer_profile.json"

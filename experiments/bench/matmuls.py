@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.cases import Case, Program, compile_, made, normal
+from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_kernels

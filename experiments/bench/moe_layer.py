@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
-from experiments.bench.dispatch import routed
-from experiments.bench.matmuls import (
+from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
+from dsv32_jax.experiments.bench.dispatch import routed
+from dsv32_jax.experiments.bench.matmuls import (
     Fp8,
     dense_config,
     fewer,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
-from experiments.bench.timer import FLUSH
+from dsv32_jax.experiments.bench.timer import FLUSH
 from pallas_kernels.shapes import PeerRow, Shape
 
 EMPTY = PeerRow("torch", "empty call", "nothing")

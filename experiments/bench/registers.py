@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from pallas_kernels import tuning
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write

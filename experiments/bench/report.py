@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.results import RESULTS, read_result
+from dsv32_jax.experiments.results import RESULTS, read_result
 from pallas_kernels.shapes import SHAPES
 
 NAME = "kernels"

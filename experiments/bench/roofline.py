@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import timer as timing
-from experiments.bench.peers import Peers
+from dsv32_jax.experiments.bench import timer as timing
+from dsv32_jax.experiments.bench.peers import Peers
 from pallas_kernels.shapes import PeerRow
 
 CEILINGS = ("copy", "bf16", "fp8")

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 
 from dsv32_jax.errors import UserError
-from experiments.bench import attention, cases, dispatch, matmuls, moe_layer, roofline
-from experiments.bench import timer as timing
-from experiments.bench.peers import Peers
-from experiments.bench.report import three
-from experiments.results import environment, write_json
+from dsv32_jax.experiments.bench import attention, cases, dispatch, matmuls, moe_layer, roofline
+from dsv32_jax.experiments.bench import timer as timing
+from dsv32_jax.experiments.bench.peers import Peers
+from dsv32_jax.experiments.bench.report import three
+from dsv32_jax.experiments.results import environment, write_json
 from pallas_kernels.backend import BACKENDS, on_hopper
 from pallas_kernels.shapes import (
     SHAPES,

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.timer import BURST_SECONDS, FEWEST, FLUSH, FLUSH_BYTES
-from experiments.results import write_json
+from dsv32_jax.experiments.bench.timer import BURST_SECONDS, FEWEST, FLUSH, FLUSH_BYTES
+from dsv32_jax.experiments.results import write_json
 
 HEADS, LATENT, ROPE, TOP_K = 128, 512, 64, 2048
 INDEX_HEADS, INDEX_DIM = 64, 128

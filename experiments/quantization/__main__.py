@@ -20,8 +20,8 @@ Model = Annotated[str, typer.Option("--model", help="A checkpoint with a tokeniz
 @app.command()
 def table(model: Model = "demo") -> None:
     """Every scheme on the whole model; the mixed one once `plan` has made it."""
-    from experiments.quantization.table import table as measure
-    from experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.quantization.table import table as measure
+    from dsv32_jax.experiments.quantization.variants import Setting
 
     measure(Setting.of(model))
 
@@ -29,8 +29,8 @@ def table(model: Model = "demo") -> None:
 @app.command()
 def sensitivity(model: Model = "demo") -> None:
     """Each tensor family of each layer, quantised alone."""
-    from experiments.quantization.sensitivity import sensitivity as measure
-    from experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.quantization.sensitivity import sensitivity as measure
+    from dsv32_jax.experiments.quantization.variants import Setting
 
     measure(Setting.of(model))
 
@@ -38,8 +38,8 @@ def sensitivity(model: Model = "demo") -> None:
 @app.command()
 def plan(model: Model = "demo") -> None:
     """A mixed plan from the sensitivities, and the curve of plans of other sizes."""
-    from experiments.quantization.planner import make_plan
-    from experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.quantization.planner import make_plan
+    from dsv32_jax.experiments.quantization.variants import Setting
 
     make_plan(Setting.of(model))
 
@@ -47,7 +47,7 @@ def plan(model: Model = "demo") -> None:
 @app.command()
 def report() -> None:
     """Draws the figures and writes the tables of docs/quantisation.md from the results."""
-    from experiments.quantization import report as reports
+    from dsv32_jax.experiments.quantization import report as reports
 
     reports.draw()
     reports.write()

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.conversion import nbytes
-from convert.names import is_linear
 from dsv32_jax import fidelity
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.conversion import nbytes
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.experiments.sequence_model import Run, Sequences, decoder_layer, log_likelihoods, product
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.model import DecoderLayer, DeepseekV32
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import dense
-from experiments.sequence_model import Run, Sequences, decoder_layer, log_likelihoods, product
 
 BATCH = 4
 PLAIN_RUN = Run()
@@ -164,7 +164,7 @@ class Ruler:
 
 
 def score(model: DeepseekV32, run: Run, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `experiments.train_demo.evaluate.found_needles` asks of a model; of likelihoods it needs none."""
+    """What `dsv32_jax.experiments.train_demo.evaluate.found_needles` asks of a model; of likelihoods it needs none."""
     right = []
     for start in range(0, len(ids), BATCH):
         rows = ids[start : start + BATCH]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from experiments.pages import between, drawing, table
-from experiments.quantization.sensitivity import FAMILIES
-from experiments.results import RESULTS, read_result
+from dsv32_jax.experiments.pages import between, drawing, table
+from dsv32_jax.experiments.quantization.sensitivity import FAMILIES
+from dsv32_jax.experiments.results import RESULTS, read_result
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
 MOST_SENSITIVE = 12

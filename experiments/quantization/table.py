@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.config import read_json
+from dsv32_jax.experiments.quantization.measure import Ruler, by_layer, dequantised, megabytes, score, trace
+from dsv32_jax.experiments.quantization.texts import LENGTH, LONGEST
+from dsv32_jax.experiments.quantization.variants import VARIANTS, Setting
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.sequence_model import Run
+from dsv32_jax.experiments.train_demo.evaluate import found_needles, needles
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32
-from experiments.quantization.measure import Ruler, by_layer, dequantised, megabytes, score, trace
-from experiments.quantization.texts import LENGTH, LONGEST
-from experiments.quantization.variants import VARIANTS, Setting
-from experiments.results import RESULTS, environment, write_json
-from experiments.sequence_model import Run
-from experiments.train_demo.evaluate import found_needles, needles
 
 RESULT, PLAN = RESULTS / "quantization_table.json", RESULTS / "quantization_plan.json"
 NEEDLES_EACH = 4

@@ -11,13 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from convert.calibration import calibrate
+from dsv32_jax.convert.calibration import calibrate
+from dsv32_jax.experiments import held_out
 from dsv32_jax.files import whole_file
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters
 from dsv32_jax.tokenizer import Tokenizer
-from experiments import held_out
 
 LENGTH, LONGEST, SHORTEST = 1024, 2048, 512
 """Tokens of a window, of the longest context in which a needle is hidden, and of the planning windows: those are run

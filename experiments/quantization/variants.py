@@ -6,18 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convert.migration import migrate
-from convert.names import is_linear
-from convert.quantization import UNQUANTISED, quantize_model, uniform
+from dsv32_jax.convert.migration import migrate
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.convert.quantization import UNQUANTISED, quantize_model, uniform
+from dsv32_jax.experiments.quantization.measure import BATCH, dequantised
+from dsv32_jax.experiments.quantization.texts import CALIBRATION, EVALUATION, LENGTH, PLANNING, Texts, statistics
+from dsv32_jax.experiments.results import environment
+from dsv32_jax.experiments.train_demo.evaluate import weights_digest
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import find, load
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import named_parameters, replace_parameters
-from experiments.quantization.measure import BATCH, dequantised
-from experiments.quantization.texts import CALIBRATION, EVALUATION, LENGTH, PLANNING, Texts, statistics
-from experiments.results import environment
-from experiments.train_demo.evaluate import weights_digest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.soak.accounting import Answer, Gauges, Ledger, failures, gauges, judge
+from dsv32_jax.experiments.soak.client import SLACK_SECONDS, Client
+from dsv32_jax.experiments.soak.server import SHOWN, Process
+from dsv32_jax.experiments.soak.traffic import MODEL, WORDS, Question, Sizes, Traffic, questions
 from dsv32_jax.metrics import percentiles
-from experiments.results import RESULTS, environment, write_json
-from experiments.soak.accounting import Answer, Gauges, Ledger, failures, gauges, judge
-from experiments.soak.client import SLACK_SECONDS, Client
-from experiments.soak.server import SHOWN, Process
-from experiments.soak.traffic import MODEL, WORDS, Question, Sizes, Traffic, questions
 
 RESULT = RESULTS / "soak.json"
 START_SECONDS = 900.0

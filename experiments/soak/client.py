@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from experiments.soak.accounting import DROPPED, Answer, Outcome, Wanted
+from dsv32_jax.experiments.soak.accounting import DROPPED, Answer, Outcome, Wanted
 
 __all__ = ["Call", "Client", "Stream", "whole"]
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.soak.accounting import Answer, Wanted
-from experiments.soak.client import Call
+from dsv32_jax.experiments.soak.accounting import Answer, Wanted
+from dsv32_jax.experiments.soak.client import Call
 
 __all__ = ["KINDS", "MODEL", "Question", "Sizes", "Traffic", "questions"]
 

@@ -42,7 +42,7 @@ def train(
         return
     if (weights is None) != (first is None):
         raise UserError("--from and --first: give both or neither")
-    from experiments.train_demo.stages import Training
+    from dsv32_jax.experiments.train_demo.stages import Training
 
     Training(size, run, data, seed).train(until, weights, first)
 
@@ -53,9 +53,9 @@ def data(folder: Data = DATA) -> None:
 
     The held-out excerpts go beside them: the repository's own are those of the shipped model.
     """
-    from experiments import held_out
-    from experiments.train_demo import corpus, questions, tokenizer
-    from experiments.train_demo.sizes import DEMO
+    from dsv32_jax.experiments import held_out
+    from dsv32_jax.experiments.train_demo import corpus, questions, tokenizer
+    from dsv32_jax.experiments.train_demo.sizes import DEMO
 
     corpus.build(folder)
     tokenizer.train(folder, DEMO.vocab_size)
@@ -68,9 +68,9 @@ def data(folder: Data = DATA) -> None:
 @app.command()
 def export(run: RunFolder = RUN, stage: str = "talk", size: Size = "demo", out: Path | None = None) -> None:
     """Quantises a stage's checkpoint to FP8 blocks and puts it where `load("demo")` finds it, or into --out."""
+    from dsv32_jax.experiments.train_demo.export import export as write
+    from dsv32_jax.experiments.train_demo.sizes import SIZES
     from dsv32_jax.loading import DEMO
-    from experiments.train_demo.export import export as write
-    from experiments.train_demo.sizes import SIZES
 
     write(run / stage, SIZES[size].config, out or DEMO)
 
@@ -85,8 +85,8 @@ def evaluate(
     out: Path | None = None,
 ) -> None:
     """Held-out perplexity, needles and selection of a trained model: experiments/results/demo_model.json."""
-    from experiments.results import RESULTS
-    from experiments.train_demo.evaluate import evaluate as measure
+    from dsv32_jax.experiments.results import RESULTS
+    from dsv32_jax.experiments.train_demo.evaluate import evaluate as measure
 
     out = out or RESULTS / "demo_model.json"
     measure(model, out, run=run, windows=windows, needles_each=needles, traced=traced)
@@ -95,7 +95,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path | None, typer.Option(help="A finished run whose curves to take over first.")] = None):
     """Draws the figures and writes the model card from the results."""
-    from experiments.train_demo import report as reports
+    from dsv32_jax.experiments.train_demo import report as reports
 
     if run is not None:
         reports.collect(run)

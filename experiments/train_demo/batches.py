@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.train_demo.recall import RecallTasks
+from dsv32_jax.experiments.train_demo.sizes import Stage
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.train_demo.recall import RecallTasks
-from experiments.train_demo.sizes import Stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.reading import json_lines, progress
+from dsv32_jax.experiments.results import write_json
+from dsv32_jax.experiments.train_demo import extract
+from dsv32_jax.experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
 from dsv32_jax.files import whole_file
-from experiments.reading import json_lines, progress
-from experiments.results import write_json
-from experiments.train_demo import extract
-from experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
 
 SEED = "dsv32-demo-1"
 HELD_OUT = 0.015  # of the documents

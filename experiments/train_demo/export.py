@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-import convert
+from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32, abstract_model

@@ -7,11 +7,11 @@ from typing import Any
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.pages import drawing, table
+from dsv32_jax.experiments.results import RESULTS, read_result, write_json
+from dsv32_jax.experiments.train_demo.evaluate import MODES, NEEDLE_MODES
 from dsv32_jax.loading import DEMO
 from dsv32_jax.memory import human
-from experiments.pages import drawing, table
-from experiments.results import RESULTS, read_result, write_json
-from experiments.train_demo.evaluate import MODES, NEEDLE_MODES
 
 CARD = Path(__file__).parent / "card.md"
 TRAINING, MODEL = "train_demo", "demo_model"

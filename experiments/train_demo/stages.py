@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-import convert
+from dsv32_jax import convert
 from dsv32_jax.errors import UserError
-from experiments.reading import progress
-from experiments.results import environment, write_json
-from experiments.train_demo.batches import Batches
-from experiments.train_demo.sizes import SIZES, Stage
-from experiments.train_demo.training import (
+from dsv32_jax.experiments.reading import progress
+from dsv32_jax.experiments.results import environment, write_json
+from dsv32_jax.experiments.train_demo.batches import Batches
+from dsv32_jax.experiments.train_demo.sizes import SIZES, Stage
+from dsv32_jax.experiments.train_demo.training import (
     Params,
     from_model,
     initial_params,

@@ -10,11 +10,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.reading import progress
+from dsv32_jax.experiments.results import write_json
+from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.files import whole_file
 from dsv32_jax.tokenizer import BUILT_IN_TEMPLATE
-from experiments.reading import progress
-from experiments.results import write_json
-from experiments.train_demo import corpus
 
 # Ids 0 to 6, in this order.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"

@@ -136,7 +136,7 @@ FEW_ROWS_ALONE = {
 }
 """Of one weight and one tile: strips of several heights, one of which has all multiprocessors end at about one time.
 
-Up to 128 tokens are better taken as two tiles: by `experiments.bench.sweep`, as the other choices here.
+Up to 128 tokens are better taken as two tiles: by `dsv32_jax.experiments.bench.sweep`, as the other choices here.
 """
 FEW_ROWS_DEEP = FewRows(tile=128, rows=64, warpgroups=2, token_parts=2, blocks=2, stages=4)
 """A strip for each multiprocessor, over a long K: its start and end cost little, and the weight passes L2 once."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import attention, cases, moe_layer, run
+from dsv32_jax.experiments.bench import attention, cases, moe_layer, run
 from pallas_kernels.cache_write import read_index_keys, read_latents
 from pallas_kernels.shapes import SHAPES, TINY, SparseMLA, TopK
 

@@ -1,6 +1,6 @@
 """What is made of a profile of the layer."""
 
-from experiments.bench import layer_profile
+from dsv32_jax.experiments.bench import layer_profile
 
 
 def kernel(start, us):

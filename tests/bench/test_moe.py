@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import dispatch, matmuls, moe_layer
-from experiments.bench.cases import compiled, made
+from dsv32_jax.experiments.bench import dispatch, matmuls, moe_layer
+from dsv32_jax.experiments.bench.cases import compiled, made
 from pallas_kernels.quant_matmul import dequantize_blocks, dequantize_int4, dequantize_int8
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.shapes import SHAPES, TINY, GroupedMatmul

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dsv32_jax.errors import UserError
-from experiments.bench.peers import EMPTY, Peers
-from experiments.bench.timer import FLUSH
+from dsv32_jax.experiments.bench.peers import EMPTY, Peers
+from dsv32_jax.experiments.bench.timer import FLUSH
 from pallas_kernels.shapes import PeerRow, TopK
 
 LOGITS, FAST, SLOW = PeerRow("A", "logits", "T=4"), PeerRow("B", "topk", "T=4"), PeerRow("C", "topk", "T=4")

@@ -5,7 +5,7 @@ from collections import Counter
 import jax
 import pytest
 
-from experiments.bench import registers
+from dsv32_jax.experiments.bench import registers
 from pallas_kernels import tuning
 
 REPORT = """

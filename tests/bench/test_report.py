@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.bench import report
+from dsv32_jax.experiments.bench import report
 
 CEILINGS = {"copy": 4.2e12, "bf16": 8e14, "fp8": 1.5e15}
 

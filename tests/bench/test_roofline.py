@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments.bench import roofline
-from experiments.bench.peers import Peers
-from experiments.bench.timer import WallTimer
+from dsv32_jax.experiments.bench import roofline
+from dsv32_jax.experiments.bench.peers import Peers
+from dsv32_jax.experiments.bench.timer import WallTimer
 
 CEILINGS = {"copy": 4e12, "bf16": 800e12, "fp8": 1600e12}
 

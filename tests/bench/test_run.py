@@ -7,9 +7,9 @@ import pytest
 
 from dsv32_jax.cli import main
 from dsv32_jax.errors import UserError
-from experiments.bench import cases, run
-from experiments.bench.timer import FLUSH
-from experiments.results import environment
+from dsv32_jax.experiments.bench import cases, run
+from dsv32_jax.experiments.bench.timer import FLUSH
+from dsv32_jax.experiments.results import environment
 from pallas_kernels import backend as kernels_backend
 from pallas_kernels.shapes import SHAPES, SMALL, TINY, PeerRow, TopK
 

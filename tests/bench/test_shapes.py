@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.bench import run
+from dsv32_jax.experiments.bench import run
 from pallas_kernels.shapes import SHAPES, SMALL, TINY, PeerRow
 
 ALL = [(op, shape) for grid in (SHAPES, TINY, SMALL) for op in grid for shape in grid[op]]

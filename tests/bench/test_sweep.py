@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from experiments.bench.sweep import shape_of
+from dsv32_jax.experiments.bench.sweep import shape_of
 from pallas_kernels.shapes import SHAPES
 
 

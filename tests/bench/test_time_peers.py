@@ -5,8 +5,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from experiments.bench import time_peers
-from experiments.bench.roofline import TORCH
+from dsv32_jax.experiments.bench import time_peers
+from dsv32_jax.experiments.bench.roofline import TORCH
 from pallas_kernels.shapes import SHAPES, PeerRow
 
 MODULES = ("torch", "torch.nn.attention", "deep_gemm", "deep_gemm.utils", "flash_mla", "flashinfer")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import timer as timing
+from dsv32_jax.experiments.bench import timer as timing
 
 
 class Fixed:

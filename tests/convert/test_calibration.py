@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import calibration
-from convert.calibration import calibrate
-from convert.names import is_linear
-from convert.quantization import quantize_model, uniform
-from convert.rounding import round_int4
 from dsv32_jax.cache import KVCache
+from dsv32_jax.convert import calibration
+from dsv32_jax.convert.calibration import calibrate
+from dsv32_jax.convert.names import is_linear
+from dsv32_jax.convert.quantization import quantize_model, uniform
+from dsv32_jax.convert.rounding import round_int4
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.observation import SMALLEST, Statistics

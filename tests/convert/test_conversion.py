@@ -13,11 +13,11 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import convert
-from convert import conversion
-from convert.huggingface import INDEX, HFReader
-from convert.tensor_file import DTYPES, read_header, read_into
+from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert import conversion
+from dsv32_jax.convert.huggingface import INDEX, HFReader
+from dsv32_jax.convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import convert
-from convert.calibration import calibrate, is_linear
-from convert.migration import FOLDS, migrate
-from convert.quantization import quantize_checkpoint, quantize_model, uniform
+from dsv32_jax import convert
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.convert.calibration import calibrate, is_linear
+from dsv32_jax.convert.migration import FOLDS, migrate
+from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model, uniform
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import StepContext, abstract_model, step

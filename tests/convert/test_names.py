@@ -6,9 +6,9 @@ from collections import Counter
 import ml_dtypes
 import numpy as np
 
-from convert.names import hf_name
-from convert.stored import hf_tensors
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.names import hf_name
+from dsv32_jax.convert.stored import hf_tensors
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from convert.planning import front, plan
+from dsv32_jax.convert.planning import front, plan
 from dsv32_jax.errors import UserError
 
 SCHEMES = ("bf16", "int8", "int4")

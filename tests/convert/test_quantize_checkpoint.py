@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import convert
-from convert import conversion, quantization
-from convert.calibration import calibrate, windows_of
-from convert.migration import migrate
-from convert.quantization import PROVENANCE, UNQUANTISED, mixed, quantize_checkpoint, quantize_model, uniform
-from convert.stored import from_words, hf_tensors, in_words
-from dsv32_jax import cli, loading
+from dsv32_jax import cli, convert, loading
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert import conversion, quantization
+from dsv32_jax.convert.calibration import calibrate, windows_of
+from dsv32_jax.convert.migration import migrate
+from dsv32_jax.convert.quantization import PROVENANCE, UNQUANTISED, mixed, quantize_checkpoint, quantize_model, uniform
+from dsv32_jax.convert.stored import from_words, hf_tensors, in_words
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import parameter_counts

@@ -126,7 +126,7 @@ def main() -> None:
     if set(arguments.ops) - set(OPS):
         parser.error(f"ops are {', '.join(OPS)}")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks JAX for the device's name
-    from experiments.results import environment, write_json
+    from dsv32_jax.experiments.results import environment, write_json
 
     version = None
     if path := shutil.which("compute-sanitizer"):

@@ -3,10 +3,10 @@
 import numpy as np
 
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments import held_out
 from dsv32_jax.loading import load
 from dsv32_jax.model import Options
 from dsv32_jax.request import SamplingParams
-from experiments import held_out
 
 NEW_TOKENS = 24
 

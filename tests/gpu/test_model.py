@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dsv32_jax import language_model
+from dsv32_jax.experiments import held_out
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import load
 from dsv32_jax.model import Options
-from experiments import held_out
 from tests.harness import load_golden, load_oracle
 
 NEW_TOKENS = 24

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import matmuls
-from experiments.bench.run import module_of
+from dsv32_jax.experiments.bench import matmuls
+from dsv32_jax.experiments.bench.run import module_of
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.shapes import SMALL
 from tests.kernels.cases import cache_write as write_cases

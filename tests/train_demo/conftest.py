@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.train_demo import tokenizer as demo_tokenizer
 from tests.harness import TEXT
 
 

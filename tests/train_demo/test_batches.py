@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.train_demo import recall
+from dsv32_jax.experiments.train_demo.batches import Batches
+from dsv32_jax.experiments.train_demo.sizes import Stage
 from dsv32_jax.tokenizer import Tokenizer
-from experiments.train_demo import recall
-from experiments.train_demo.batches import Batches
-from experiments.train_demo.sizes import Stage
 
 STAGE = Stage("test", 10, 4, 200, "dense", "main", 1e-3, recall_share=0.0)
 
@@ -40,7 +40,7 @@ def test_every_window_of_an_epoch_comes_once_and_begins_with_bos(batches):
     rows = np.concatenate([batches(STAGE, 0, step).ids for step in range(batches_of_epoch)])
     assert (rows[:, 0] == batches.bos).all()
     # The corpus repeats one document, so starts are told apart by their place in the stream.
-    from experiments.train_demo.batches import epoch_order
+    from dsv32_jax.experiments.train_demo.batches import epoch_order
 
     _, order = epoch_order(1, 0, 0, windows, width)
     assert sorted(order) == list(range(windows))

@@ -11,12 +11,12 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments.train_demo import evaluate
+from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32, Options
 from dsv32_jax.tokenizer import Tokenizer
-from experiments import held_out
-from experiments.train_demo import evaluate
-from experiments.train_demo.recall import HELD_OUT_ANIMALS
 from tests.harness import TEXT
 
 

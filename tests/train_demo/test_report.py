@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-import convert
+from dsv32_jax import convert
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.train_demo import export, report, training
+from dsv32_jax.experiments.train_demo.evaluate import MODES
+from dsv32_jax.experiments.train_demo.sizes import SIZES
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor
-from experiments.train_demo import export, report, training
-from experiments.train_demo.evaluate import MODES
-from experiments.train_demo.sizes import SIZES
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import convert
+from dsv32_jax import convert
 from dsv32_jax.errors import UserError
-from experiments.train_demo import stages, training
-from experiments.train_demo.sizes import SIZES, Stage
-from experiments.train_demo.stages import Training
+from dsv32_jax.experiments.train_demo import stages, training
+from dsv32_jax.experiments.train_demo.sizes import SIZES, Stage
+from dsv32_jax.experiments.train_demo.stages import Training
 
 TINY = SIZES["tiny"]
 SHARED = {"pretrain": {"batch": 2, "length": 128}, "chat": {"bias_speed": 0.001}}
