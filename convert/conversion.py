@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
@@ -24,6 +21,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.files import whole_file
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import QTensor
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "*.md")
@@ -65,8 +63,9 @@ def load_hf(
     config = config or ModelConfig.from_hf(directory)
     reader = HFReader(directory, config)
     parameters = {}
-    with progress_bar(f"loading {directory.name}", total_bytes(directory)) as advance:
-        for path in named_parameters(abstract_model(config)):
+    paths = list(named_parameters(abstract_model(config)))
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for path in paths:
             leaf = reader.read(path)
             advance(nbytes(leaf))
             if placement is None:
@@ -85,8 +84,12 @@ def load_orbax(
     config = config or ModelConfig.from_hf(directory)
     reader = OrbaxReader(directory, config)
     parameters: dict[str, Any] = {}
-    for group in groups_of(list(reader.parameters)):
-        parameters |= reader.read_group(group, placement)
+    paths = list(reader.parameters)
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for group in groups_of(paths):
+            read = reader.read_group(group, placement)
+            advance(sum(map(nbytes, read.values())))
+            parameters |= read
     return replace_parameters(abstract_model(config), parameters)
 
 
@@ -237,11 +240,6 @@ def nbytes(leaf: Any) -> int:
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
 
 
-def total_bytes(directory: Path) -> int:
-    """Bytes of a checkpoint's tensor files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
 def identity(source: Path, to: str, change: dict[str, Any] | None) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to go on: the source's files, and what is asked for."""
     # Not all that is below the source: the target may be there, and it changes.
@@ -306,18 +304,3 @@ def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:
 def write_config(directory: Path, config: ModelConfig) -> None:
     """config.json."""
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Any]:
-    """A bar with bytes, rate and time left on stderr, silent where that is no terminal; yields `advance(bytes)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda size: progress.advance(task, size)

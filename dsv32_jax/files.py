@@ -1,6 +1,7 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and where the user's own files are."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,3 +17,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone, or never to be made: that error is on its way already
             temporary.unlink()
+
+
+def home_directory() -> Path:
+    """The user's. Raises OSError where there is none."""
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # no $HOME, and no entry for the user's id
+        raise FileNotFoundError(errno.ENOENT, "no home directory is known", "~") from error
+    if not home.is_absolute() or not home.is_dir():  # to make one is not ours
+        raise NotADirectoryError(errno.ENOTDIR, "not a home directory", str(home))
+    return home

@@ -18,6 +18,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.tokenizer import Tokenizer
 from pallas_kernels.backend import BackendError
@@ -201,6 +202,13 @@ class LanguageModel:
 
     # ---- generation ----
 
+    def sampling_defaults(self) -> tuple[float, float]:
+        """(temperature, top_p) of the generation config; greedy where it does not say `do_sample`."""
+        if not self.generation_config.get("do_sample"):
+            return 0.0, 1.0
+        temperature, top_p = (self.generation_config.get(name) for name in ("temperature", "top_p"))
+        return 1.0 if temperature is None else float(temperature), 1.0 if top_p is None else float(top_p)
+
     def generate(
         self,
         prompts: Prompts,
@@ -227,8 +235,10 @@ class LanguageModel:
         rows = self.rows(prompts)
         max_new_tokens = self.new_tokens(rows, max_new_tokens)
         tokens = np.full((len(rows), max_new_tokens), -1, np.int32)
-        for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
-            tokens[:, n] = ids
+        with progress_bar("generating", max_new_tokens, "tokens") as advance:
+            for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
+                tokens[:, n] = ids
+                advance(1)
         texts = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in tokens]
         stopped = np.isin(tokens, self.eos_ids).any(axis=1) & (not ignore_eos)
         return Generation(tokens, texts, ["stop" if stop else "length" for stop in stopped])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +45,11 @@ def check_sampling(temperature: float | None, top_p: float | None, seed: int) ->
 def sampling_of(
     m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
 ) -> dict[str, Any]:
-    """Flags first, then generation_config.json (greedy unless it says `do_sample`), then greedy."""
-    defaults = {"temperature": 0.0}
-    if m.generation_config.get("do_sample"):
-        defaults = {"temperature": 1.0, **m.generation_config}
+    """Flags first, then the checkpoint's own defaults."""
+    default_temperature, default_top_p = m.sampling_defaults()
     return {
-        "temperature": float(defaults["temperature"]) if temperature is None else temperature,
-        "top_p": float(defaults.get("top_p", 1.0)) if top_p is None else top_p,
+        "temperature": default_temperature if temperature is None else temperature,
+        "top_p": default_top_p if top_p is None else top_p,
         "seed": seed,
         "ignore_eos": ignore_eos,
     }
@@ -63,25 +62,10 @@ def tokenizer_of(m: "LanguageModel") -> Any:
     return m.tokenizer
 
 
-def chat_of(system: str | None, user: str | None = None) -> list[dict[str, str]]:
-    """Messages to begin with."""
+def chat_of(system: str | None, user: str) -> list[dict[str, str]]:
+    """The messages of one prompt."""
     turns = {"system": system, "user": user}
     return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
-
-
-def lines(prompt: str) -> Iterator[str]:
-    """Messages from the terminal or a pipe; blank lines are passed over."""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError("standard input: not UTF-8 text") from error
-        if line == "/exit":
-            return
-        if line:
-            yield line
 
 
 def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Path | None) -> "list[str] | np.ndarray":
@@ -154,6 +138,11 @@ def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None
         np.save(file, np.asarray(tokens, np.int32))
 
 
+def say(line: str) -> None:
+    """On stderr: standard output has results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def print_json(**fields: Any) -> None:
     """One object on a line."""
 
@@ -164,4 +153,10 @@ def print_json(**fields: Any) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
 
-    typer.echo(json.dumps(plain(fields), ensure_ascii=False))
+    content = plain(fields)
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # a name of a file that is not UTF-8, or an output that is not
+        text = json.dumps(content)
+    typer.echo(text)
