@@ -25,6 +25,7 @@ def home_directory() -> Path:
         home = Path.home()
     except RuntimeError as error:  # no $HOME, and no entry for the user's id
         raise FileNotFoundError(errno.ENOENT, "no home directory is known", "~") from error
-    if not home.is_absolute() or not home.is_dir():  # to make one is not ours
+    # Python takes an empty $HOME for the root directory. And to make a home is not ours.
+    if os.environ.get("HOME") == "" or not home.is_absolute() or not home.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a home directory", str(home))
     return home

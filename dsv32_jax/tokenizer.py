@@ -98,7 +98,7 @@ class Tokenizer:
     def token_text(self, id: int) -> str | None:
         """What one id stands for, special tokens written out; bytes that are no whole character as U+FFFD. None where
         no token has the id."""
-        if id < 0 or self._tokenizer.id_to_token(id) is None:
+        if not 0 <= id < 2**32 or self._tokenizer.id_to_token(id) is None:
             return None
         return self._tokenizer.decode([id], skip_special_tokens=False)
 

@@ -15,7 +15,9 @@ from dsv32_jax.errors import UserError
 
 
 def info(
-    model: Annotated[str | None, typer.Option("--model", help="A checkpoint.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help='A checkpoint directory, "org/name" on the hub, or "demo" (default).')
+    ] = None,
     config: Annotated[str | None, typer.Option("--config", help="671b | tiny | a config.json")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="What fits on GPUs and on this machine.")] = False,
     as_json: Json = False,
@@ -36,13 +38,13 @@ def info(
         tokens_that_fit,
     )
 
-    if (model is None) == (config is None):
+    if model is not None and config is not None:
         raise UserError("--model, --config: give one of the two")
-    if model is not None:
-        settings = ModelConfig.from_hf(loading.find(model))
+    if config is None:
+        settings = ModelConfig.from_hf(loading.find(model or "demo"))
     elif config in PRESETS:
         settings = PRESETS[config]
-    elif config is not None and Path(config).exists():
+    elif Path(config).exists():
         settings = ModelConfig.from_hf(Path(config))
     else:
         raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
@@ -87,7 +89,7 @@ def info(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint directory, of either layout.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help='A checkpoint directory, of either layout, or "demo".')],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
     to: Annotated[str, typer.Option("--to", help="orbax | hf")] = "orbax",
     dtype: Annotated[str | None, typer.Option("--dtype", help="bf16: dequantise FP8 weights.")] = None,
@@ -102,9 +104,10 @@ def convert(
     if to not in ("orbax", "hf"):
         raise UserError(f"--to {to}: must be orbax or hf")
     from dsv32_jax import convert as converter
+    from dsv32_jax import loading
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        converter.convert(source, target, to=to, dtype=dtype)
+        converter.convert(loading.find(source), target, to=to, dtype=dtype)
     if as_json:
         print_json(source=str(source), target=str(target), to=to)
     else:

@@ -1,7 +1,7 @@
 """A conversation with a model, apart from any terminal."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dsv32_jax.errors import UserError
@@ -73,7 +73,7 @@ class Conversation:
         self.earlier: list[list[dict[str, str]]] = []
         self.unanswered: list[str] = []
 
-    def ask(self, message: str) -> Iterator[Part]:
+    def ask(self, message: str) -> Generator[Part]:
         """The answer, as it comes. What has come is kept when the iterator is closed early or an exception ends it;
         close it (`contextlib.closing`), for otherwise Python does that at a time of its own.
 

@@ -51,12 +51,10 @@ def code_of(command: Callable[[], None]) -> int:
     except UserError as error:
         return wrong(str(error))
     except OSError as error:
-        return wrong(f"{error.filename or _stream_of(error)}: {error.strerror or error}")
+        return wrong(f"{error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:
         if (usage := _usage(error)) is not None:
             return usage
-        if (problem := _platform_problem()) is not None:
-            return wrong(problem)
         raise
     finally:
         _flush()
@@ -96,29 +94,6 @@ def _usage(error: Exception) -> int | None:
         return error.exit_code
     hint = "" if context is None else f" (see `{context.command_path} --help`)"
     return wrong(message.rstrip(".") + hint)
-
-
-def _platform_problem() -> str | None:
-    """Why JAX cannot start, or None where it can. Its own errors for this have many types."""
-    jax = sys.modules.get("jax")
-    if jax is None:
-        return None
-    try:
-        jax.devices()
-    except Exception as error:
-        wanted = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME") or "unset"
-        reason = str(error).splitlines()[0] if str(error) else "it is not there"
-        return f"JAX_PLATFORMS={wanted}: JAX cannot start on it: {reason}; unset it, or set JAX_PLATFORMS=cpu"
-    return None
-
-
-def _stream_of(error: OSError) -> str:
-    """What an error is about that names no file: standard output, where that is what fails."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return "standard output"
-    return "file"
 
 
 def _flush() -> None:

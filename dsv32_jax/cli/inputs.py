@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dsv32_jax.language_model import LanguageModel
+    from dsv32_jax.tokenizer import Tokenizer
 
 
 def loaded(
@@ -55,10 +56,10 @@ def sampling_of(
     }
 
 
-def tokenizer_of(m: "LanguageModel") -> Any:
-    """Of a chat, which needs one."""
+def tokenizer_of(m: "LanguageModel", flag: str) -> "Tokenizer":
+    """Of a model that must have one; `flag` is what asks for it."""
     if m.tokenizer is None:
-        raise UserError("--model: the checkpoint has no tokenizer.json, which a chat needs")
+        raise UserError(f"{flag}: the checkpoint has no tokenizer.json, which this needs")
     return m.tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, replacing, say
+from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, replacing, say, tokenizer_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -104,12 +104,11 @@ def _windows(
         raise UserError(f"--window {window}: the model takes at most max_position_embeddings = {longest}")
     stride = max(1, window // 2) if stride is None else stride
     check_windows(window, stride)
-    if m.tokenizer is None:
-        raise UserError("--text-file: the checkpoint has no tokenizer.json; give --token-ids")
-    ids = m.tokenizer.encode(text, bos=True)
+    tokenizer = tokenizer_of(m, "--text-file")
+    ids = tokenizer.encode(text, bos=True)
     if len(ids) < 2:
         raise UserError("--text-file: 1 token; a score needs at least 2, the first has nothing before it")
-    windows = windows_of(ids, window, stride, m.tokenizer.bos_id)
+    windows = windows_of(ids, window, stride, tokenizer.bos_id)
     reading = {"windows": len(windows), "window": window, "stride": stride}
     if len(windows) > 1:
         say(

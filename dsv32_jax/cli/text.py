@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,12 +66,13 @@ def generate(
 
     Example: dsv32 generate --model DIR --prompt "The lighthouse"
     """
-    prompts = prompts_of(prompt, prompt_file, token_ids)
+    prompts: Any = prompts_of(prompt, prompt_file, token_ids)
     check_sampling(temperature, top_p, seed)
     with replacing(save_tokens, "--save-tokens") as tokens_file:
         m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
         if isinstance(prompts, list) and (system is not None or thinking):
-            prompts = [tokenizer_of(m).encode_chat(chat_of(system, text), thinking=thinking) for text in prompts]
+            tokenizer = tokenizer_of(m, "--system" if system is not None else "--thinking")
+            prompts = [tokenizer.encode_chat(chat_of(system, text), thinking=thinking) for text in prompts]
         settings = sampling_of(m, temperature, top_p, seed, ignore_eos)
         rows = m.rows(prompts)
         room = m.new_tokens(rows, max_new_tokens)

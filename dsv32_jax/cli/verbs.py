@@ -1,5 +1,6 @@
 """The verbs, and what all of them refuse."""
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ that Python itself opens may have any name."""
 
 
 class Verb(TyperCommand):
-    """A verb whose texts are text: an argument may be any bytes."""
+    """A verb whose texts are text (an argument may be any bytes), on a platform that JAX can start on."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
@@ -27,6 +28,7 @@ class Verb(TyperCommand):
             for one in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(one, str) or (one is not None and parameter.name in CHECKPOINTS):
                     refuse_other_bytes(str(one), flag_of(parameter))
+        check_platform()
         return super().invoke(ctx)
 
 
@@ -43,6 +45,21 @@ def refuse_other_bytes(value: str, name: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name}: not UTF-8 text (character {error.start})") from error
+
+
+def check_platform() -> None:
+    """Raises UserError where JAX cannot start as the environment asks: before anything is written."""
+    for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+        wanted = os.environ.get(name)
+        if not wanted or wanted == "cpu":
+            continue
+        try:
+            import jax
+
+            jax.devices()
+        except Exception as error:  # JAX has many types for this, one of them an empty AssertionError
+            reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "JAX has no such device"
+            raise UserError(f"{name}={wanted}: {reason}; unset it, or set {name}=cpu") from error
 
 
 app = typer.Typer(
