@@ -144,16 +144,18 @@ class _Bar:
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
+            TransferSpeedColumn,
         )
 
-        counts: Any = DownloadColumn() if task.unit == "bytes" else MofNCompleteColumn()
-        unit = "" if task.unit == "bytes" else task.unit
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), counts)
-        times = (TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._progress = Progress(*columns, *times, console=console, auto_refresh=False, transient=True)
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%")]
+        if task.unit == "bytes":
+            columns += [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+        else:
+            columns += [MofNCompleteColumn(), TextColumn(task.unit), TimeElapsedColumn()]
+        self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
         self._progress.start()
         self._id = self._progress.add_task(task.title, total=task.total)
+        self._progress.tasks[self._id].start_time = task.begun
 
     def update(self, task: _Task) -> None:
         self._progress.update(self._id, completed=task.done, refresh=True)

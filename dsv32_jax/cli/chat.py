@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import check_sampling, loaded, print_json, sampling_of
+from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, print_json, sampling_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -73,7 +73,7 @@ def chat(
 
     sampling = sampling_of(m, temperature, top_p, seed, ignore_eos)
     conversation = Conversation(m, system=system, thinking=thinking, max_new_tokens=max_new_tokens, sampling=sampling)
-    session = Session(conversation, Terminal(quiet=as_json), name=model)
+    session = Session(conversation, Terminal(quiet=as_json), name_of(model))
     try:
         session.run()
     finally:
@@ -180,7 +180,7 @@ class Session:
         """To the end of input, or a command that leaves. Over a pipe, two interrupts in a row raise KeyboardInterrupt,
         as does one at the prompt: nobody would be there to leave in another way."""
         if self.terminal.interactive:
-            self.terminal.say(f"{self.name}: one line is one message; /help lists commands, /exit or Ctrl-D leaves")
+            self.terminal.say(f"{self.name}: type a message; /help lists commands, /exit leaves")
         with Interrupts() as interrupts:
             while not self._leaves:
                 try:
@@ -191,7 +191,7 @@ class Session:
                         self.terminal.say("")
                     return
                 except KeyboardInterrupt:
-                    self._interrupted("(/exit or Ctrl-D leaves)")
+                    self._interrupted("\n(/exit or Ctrl-D leaves)")
                     if not self.terminal.interactive:
                         raise
                 except UserError as error:
@@ -311,6 +311,8 @@ def _history_file() -> Path | None:
         return None
     from dsv32_jax.files import home_directory
 
+    # Python turns this off. Lines that are pasted together are one message then.
+    readline.parse_and_bind("set enable-bracketed-paste on")
     try:
         file = home_directory() / ".local/state/dsv32-jax/chat_history"
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -36,6 +36,11 @@ def loaded(
     )
 
 
+def name_of(model: str) -> str:
+    """Of a --model, for people: "org/name" of the hub, or the last part of a directory."""
+    return model if model.count("/") == 1 and not Path(model).exists() else Path(model).resolve().name
+
+
 def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
     """Wrong values show before a model is loaded, which can take minutes."""
     from dsv32_jax.language_model import check_sampling

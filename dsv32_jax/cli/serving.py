@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import check_sampling, loaded, sampling_of
+from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, sampling_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -88,7 +88,7 @@ def serve(
 
     check_sampling(temperature, top_p, 0)
     settings = Settings(
-        name=name or (model if model.count("/") == 1 and not Path(model).exists() else Path(model).resolve().name),
+        name=name or name_of(model),
         api_key=os.environ.get("DSV32_API_KEY") if api_key is None else api_key,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
