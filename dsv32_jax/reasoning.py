@@ -13,33 +13,54 @@ class ReasoningSplit:
     Args:
       tokenizer: of the model.
       prompt: the rendered chat; the model is reasoning from the start where it ends with `<think>`.
+      thinking: it was asked to reason. Else, and where no `<think>` begins the text, all is answer.
+
+    Attributes:
+      reasoning, answer: what has come so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str):
+    def __init__(self, tokenizer: Tokenizer, prompt: str, thinking: bool):
         # Where these are special tokens, decoded text lacks them.
-        self._texts = {ids[0]: text for text in (OPEN, CLOSE) if len(ids := tokenizer.encode(text)) == 1}
-        self._reasoning = prompt.rstrip().endswith(OPEN)
-        self._begun = False
+        self._tags = {ids[0]: tag for tag in (OPEN, CLOSE) if len(ids := tokenizer.encode(tag)) == 1}
+        self._opened = prompt.rstrip().endswith(OPEN)
+        self._wanted = thinking or self._opened
+        self._closed = False
         self._held = ""
+        self.reasoning = self.answer = ""
 
     def add(self, token: int, text: str) -> tuple[str, str]:
         """(reasoning, answer) that one more token brings; what may be the beginning of `</think>` is held back."""
-        tag = self._texts.get(token)
-        tagged = text if tag is None or tag in text else text + tag
-        if not self._reasoning and not self._begun and tagged.lstrip().startswith(OPEN):
-            self._reasoning, tagged = True, tagged.lstrip().removeprefix(OPEN)
-        if not self._reasoning:
-            self._begun = self._begun or bool(text.strip())
+        if self._closed or not self._wanted:
+            self.answer += text
             return "", text
-        reasoning, closed, answer = (self._held + tagged).partition(CLOSE)
-        if closed:
-            self._reasoning, self._begun, self._held = False, True, ""
-            return reasoning, answer
-        held = next((n for n in range(len(CLOSE) - 1, 0, -1) if reasoning.endswith(CLOSE[:n])), 0)
-        self._held = reasoning[len(reasoning) - held :]
-        return reasoning[: len(reasoning) - held], ""
+        tag = self._tags.get(token, "")
+        text = self._held + (text if tag in text else text + tag)
+        if not self._opened and not (self.reasoning + self.answer).strip() and text.lstrip().startswith(OPEN):
+            self._opened, text = True, text.lstrip().removeprefix(OPEN)
+        before, self._closed, after = self._cut(text)
+        if self._opened:
+            self.reasoning += before
+            self.answer += after
+            return before, after
+        if not self._closed:
+            self.answer += before
+            return "", before
+        # No `<think>` announced what came until now, and yet it was no answer.
+        self.reasoning, self.answer = self.answer + before, after
+        return before, after
 
     def finish(self) -> tuple[str, str]:
         """(reasoning, answer) that were held back."""
         held, self._held = self._held, ""
-        return held, ""
+        if self._opened:
+            self.reasoning += held
+            return held, ""
+        self.answer += held
+        return "", held
+
+    def _cut(self, text: str) -> tuple[str, bool, str]:
+        """(text before `</think>`, whether it came, text after it)."""
+        before, tag, after = text.partition(CLOSE)
+        held = 0 if tag else next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
+        self._held = text[len(text) - held :]
+        return before[: len(before) - held], bool(tag), after

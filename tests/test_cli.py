@@ -11,7 +11,6 @@ import pytest
 
 import dsv32_jax
 from dsv32_jax import convert, loading
-from dsv32_jax.cli import main
 from tests.harness import golden_directory, load_oracle, one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")
@@ -22,37 +21,6 @@ def programs_for_all_lengths():
     """Commands share the programs of a model, however long their prompts are."""
     with one_shape():
         yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return str(golden_directory("tiny") / "model")
-
-
-@pytest.fixture
-def dsv32(capsys):
-    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def refused(dsv32):
-    """Runs a command that must fail with one line on standard error, and returns that line."""
-
-    def run(*arguments):
-        code, out, err = dsv32(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return run
 
 
 def token_file(path, oracle):

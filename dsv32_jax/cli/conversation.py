@@ -83,19 +83,20 @@ class Conversation:
         prompt = self._tokenizer.render_chat([*self._context(), _message("user", message)], thinking=self.thinking)
         ids = self._tokenizer.encode(prompt)
         limit = self._room(message, len(ids))
-        split = ReasoningSplit(self._tokenizer, prompt)
+        split = ReasoningSplit(self._tokenizer, prompt, self.thinking)
         turn = Turn(message)
         tokens = 0
         try:
             self._m.warmup([len(ids)], limit)
             for piece in self._m.stream([ids], limit, **self._sampling):
                 tokens += 1
-                yield from _added(turn, *split.add(piece.token, piece.text or ""))
-            yield from _added(turn, *split.finish())
+                yield from _parts(*split.add(piece.token, piece.text or ""))
+            yield from _parts(*split.finish())
             ended = piece.token in self._m.eos_ids and not self._sampling.get("ignore_eos")
             turn.finish_reason = "stop" if ended else "length"
         finally:
             if tokens:
+                turn.reasoning, turn.answer = split.reasoning, split.answer
                 self.turns.append(turn)
 
     def reset(self) -> None:
@@ -137,10 +138,8 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _added(turn: Turn, reasoning: str, answer: str) -> Iterator[Part]:
+def _parts(reasoning: str, answer: str) -> Iterator[Part]:
     if reasoning:
-        turn.reasoning += reasoning
         yield Part("reasoning", reasoning)
     if answer:
-        turn.answer += answer
         yield Part("answer", answer)
