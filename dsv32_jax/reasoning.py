@@ -36,7 +36,7 @@ class ReasoningSplit:
         tag = self._tags.get(token, "")
         text = self._held + (text if tag in text else text + tag)
         if not self._opened and not (self.reasoning + self.answer).strip() and text.lstrip().startswith(OPEN):
-            self._opened, text = True, text.lstrip().removeprefix(OPEN)
+            self._opened, text, self.answer = True, text.lstrip().removeprefix(OPEN), ""
         before, self._closed, after = self._cut(text)
         if self._opened:
             self.reasoning += before

@@ -181,5 +181,5 @@ def read_until(terminal: int, end: bytes, seconds: float = 60) -> bytes:
     while end not in seen:
         ready, _, _ = select.select([terminal], [], [], seconds)
         assert ready, f"{end!r} did not come: {seen!r}"
-        seen += os.read(terminal, 65536)
+        seen += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
     return seen

@@ -31,7 +31,7 @@ def test_every_token_is_new_once_with_enough_before_it(count, has_bos, window, d
 
 @pytest.mark.parametrize("wrong", [(1, None), (None, 0), (8, 8), (8, 9)])
 def test_lengths_that_would_leave_tokens_out_are_refused(wrong):
-    with pytest.raises(UserError, match="--window|--stride"):
+    with pytest.raises(UserError, match=r"--window|--stride"):
         check_windows(*wrong)
 
 

@@ -191,7 +191,7 @@ class Session:
                         self.terminal.say("")
                     return
                 except KeyboardInterrupt:
-                    self._interrupted("\n(/exit or Ctrl-D leaves)")
+                    self._interrupted("\n(/exit leaves, and so does Ctrl-D)")
                     if not self.terminal.interactive:
                         raise
                 except UserError as error:

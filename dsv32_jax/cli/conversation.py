@@ -84,18 +84,17 @@ class Conversation:
         ids = self._tokenizer.encode(prompt)
         limit = self._room(message, len(ids))
         split = ReasoningSplit(self._tokenizer, prompt, self.thinking)
-        turn = Turn(message)
-        tokens = 0
+        turn, token = Turn(message), None
         try:
             self._m.warmup([len(ids)], limit)
             for piece in self._m.stream([ids], limit, **self._sampling):
-                tokens += 1
-                yield from _parts(*split.add(piece.token, piece.text or ""))
+                token = piece.token
+                yield from _parts(*split.add(token, piece.text or ""))
             yield from _parts(*split.finish())
-            ended = piece.token in self._m.eos_ids and not self._sampling.get("ignore_eos")
+            ended = token in self._m.eos_ids and not self._sampling.get("ignore_eos")
             turn.finish_reason = "stop" if ended else "length"
         finally:
-            if tokens:
+            if token is not None:
                 turn.reasoning, turn.answer = split.reasoning, split.answer
                 self.turns.append(turn)
 
