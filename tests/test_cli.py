@@ -171,7 +171,9 @@ def test_convert_then_generate_is_the_same(dsv32, tiny, tmp_path):
     assert dsv32(*run, tmp_path / "converted")[1] == dsv32(*run, tiny)[1]
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "score", "info", "convert", "fidelity"])
+@pytest.mark.parametrize(
+    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+)
 def test_help_has_an_example(dsv32, verb):
     code, out, _ = dsv32(verb, "--help")
     assert code == 0 and f"Example: dsv32 {verb}" in out
