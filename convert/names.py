@@ -41,16 +41,6 @@ LAYER = {
     "ffn.experts.down": "mlp.experts.{expert}.down_proj.weight",
 }
 
-PLAIN = ("router", "head_weights", "norm", "bias")
-"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
-LINEARS = tuple(f".{name}" for name in LAYER if not any(part in name for part in PLAIN))
-"""How the paths of linears end: what the released checkpoint has in FP8."""
-
-
-def is_linear(path: str) -> bool:
-    """Whether a parameter is one that schemes are for."""
-    return path.endswith(LINEARS)
-
 
 def hf_name(path: str, config: ModelConfig) -> str:
     """The HF name of a parameter; of stacked experts with "{expert}" in it."""

@@ -36,7 +36,8 @@ BUILT_IN_TEMPLATE = """\
   {{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}
 {%- endif -%}
 """
-_BUILT_IN_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+END_OF_REASONING = "</think>"
+_BUILT_IN_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", END_OF_REASONING)
 
 
 class Tokenizer:
@@ -46,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path):
-        directory = Path(directory)
+        self.directory = directory = Path(directory)
         path = directory / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -93,6 +94,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
         return self._tokenizer.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
+
+    def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
+        """The reasoning and the text of an answer to a chat that was encoded with the same `thinking`.
+
+        A model that reasons ends that with "</think>". Without one, all of it is reasoning that was cut off.
+        """
+        if not thinking:
+            return None, self.decode(ids)
+        end = self._tokenizer.token_to_id(END_OF_REASONING)
+        if end in ids:
+            at = list(ids).index(end)
+            return self.decode(ids[:at]), self.decode(ids[at + 1 :])
+        reasoning, _, text = self.decode(ids).partition(END_OF_REASONING)
+        return reasoning, text
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
