@@ -13,6 +13,9 @@ MTP = {
     "head": "shared_head.head.weight",
 }
 
+MTP_PATHS = "mtp."
+"""How the paths of the MTP layer's parameters begin."""
+
 LAYER = {
     "attn_norm": "input_layernorm.weight",
     "ffn_norm": "post_attention_layernorm.weight",
@@ -62,6 +65,27 @@ def hf_name(path: str, config: ModelConfig) -> str:
         return f"model.layers.{layer}.{LAYER[rest]}"
     prefix = f"model.layers.{config.num_hidden_layers}."
     return prefix + (LAYER[rest.removeprefix("layer.")] if rest.startswith("layer.") else MTP[rest])
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """How the names of the MTP layer's tensors begin."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def without_mtp(names: str) -> str:
+    """What to do about files without the MTP layer that their config announces; `names` is how its names begin."""
+    return (
+        f"num_nextn_predict_layers announces an MTP layer and the files have no {names}*: load without it (mtp=False, "
+        "--no-mtp), or set num_nextn_predict_layers to 0 in config.json"
+    )
+
+
+def undeclared_mtp(names: str) -> str:
+    """The same about files with an MTP layer that their config does not announce."""
+    return (
+        f"the files have an MTP layer, {names}*, and num_nextn_predict_layers is 0: set it to 1 in config.json, or "
+        "load without the layer (mtp=False, --no-mtp)"
+    )
 
 
 def group_of(path: str) -> str:

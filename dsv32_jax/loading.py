@@ -25,6 +25,7 @@ def load(
     attention: str = "sparse",
     index_topk: int | None = None,
     backend: str = "auto",
+    mtp: bool = True,
     memory_check: bool = True,
 ) -> LanguageModel:
     """Loads a checkpoint.
@@ -38,6 +39,7 @@ def load(
       attention: "sparse", or "dense" (every token attends to all before it).
       index_topk: tokens that each query attends to; default: the config's.
       backend: of the kernels: "auto", "mosaic_gpu", "reference" or "interpret".
+      mtp: False leaves out the multi-token prediction layer, also where config.json announces one that the files lack.
       memory_check: refuse a checkpoint whose files are larger than the free memory.
 
     Raises:
@@ -45,6 +47,8 @@ def load(
     """
     directory = find(name_or_path)
     config = ModelConfig.from_hf(directory / "config.json")
+    if not mtp:
+        config = config.replace(num_nextn_predict_layers=0)
     options = Options.default(
         config,
         compute_dtype=compute_dtype,
@@ -66,7 +70,7 @@ def load(
     from dsv32_jax import convert
 
     read = convert.load_hf if convert.checkpoint_kind(directory) == "hf" else convert.load_orbax
-    return LanguageModel(read(directory, config), config, tokenizer, options, generation_config)
+    return LanguageModel(read(directory, config, mtp=mtp), config, tokenizer, options, generation_config)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
