@@ -49,6 +49,10 @@ RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
     ),
     **dict.fromkeys(("qk_head_dim", "q_head_dim"), lambda config: config.qk_head_dim),
     **dict.fromkeys(("moe_layer_start_index", "num_dense_layers"), lambda config: config.first_k_dense_replace),
+    **dict.fromkeys(
+        ("route_scale", "router_scaling_factor", "moe_router_scaling_factor", "moe_routed_scaling_factor"),
+        lambda config: config.routed_scaling_factor,
+    ),
     "mlp_only_layers": lambda config: list(range(config.first_k_dense_replace)),
     **dict.fromkeys(("num_mtp_layers", "mtp_num_layers"), lambda config: config.num_nextn_predict_layers),
     **dict.fromkeys(
@@ -87,8 +91,10 @@ FAMILY = _each(
     ("index_skip_topk_offset", (2,), "every layer chooses by its own indexer; with index_topk_freq 1 any offset does"),
     ("moe_router_dtype router_dtype", ("float32", "fp32"), "the router's product and scores are float32"),
     ("mlp_bias", (False,), "no feed-forward layer has a bias"),
+    ("index_kpool index_block_size index_topk_blocks index_local_blocks indexer_compress_ratio", _OFF,
+     "the indexer scores and chooses single tokens"),
     ("per_layer_config", ({},), "all layers have the same sizes"),
-)
+)  # fmt: skip
 """Fields of this family, by transformers, vLLM and SGLang."""
 
 OTHERS = _each(
@@ -102,7 +108,11 @@ OTHERS = _each(
      "the scale of attention does not depend on positions"),
     ("query_pre_attn_scalar", (), "the scale of attention follows from the widths of a head and from YaRN"),
     ("clip_qkv qkv_clip", _OFF, "queries, keys and values are not clipped"),
-    ("attn_output_gate attention_gate gated_attention use_output_gate", _OFF, "the output of attention has no gate"),
+    ("attn_output_gate attention_gate gated_attention gated_attn use_attention_gate use_output_gate", _OFF,
+     "the output of attention has no gate"),
+    ("attention_value_scale", _ONE, "values are not scaled"),
+    ("attention_k_eq_v", _OFF, "keys and values are different parts of the latent's product"),
+    ("use_bidirectional_attention", _OFF, "attention is causal"),
     ("mla_scale_q_lora mla_scale_kv_lora", _OFF, "latents are not scaled"),
     ("num_kv_shared_layers", _OFF, "every layer has its own keys and values"),
     ("cla_share_factor", _ONE, "every layer has its own keys and values"),
@@ -110,7 +120,7 @@ OTHERS = _each(
     ("position_embedding_type", ("rope", "rotary"), "positions are RoPE's"),
     ("partial_rotary_factor rotary_pct rotary_percent rotary_percentage rope_pct rope_ratio rope_scaling_factor", _ONE,
      "all of qk_rope_head_dim is rotated, by rope_theta's frequencies"),
-    ("rope_local_base_freq local_rope_theta global_rope_theta swa_rope_theta compress_rope_theta", (),
+    ("rope_local_base_freq local_rope_theta global_rope_theta swa_rope_theta layer_rope_theta compress_rope_theta", (),
      "all layers rotate by rope_theta"),
     ("no_rope_layers", ([],), "every layer has RoPE"),
     ("no_rope_layer_interval", _OFF, "every layer has RoPE"),
@@ -120,8 +130,8 @@ OTHERS = _each(
      "the residual stream has RMSNorm"),
     ("layernorm_zero_centered_gamma layernorm_1p zero_centered_gamma use_gemma_norm", _OFF,
      "RMSNorm multiplies by its weight"),
-    ("use_post_norm post_norm sandwich_norm apply_residual_connection_post_layernorm parallel_attn "
-     "parallel_residual use_parallel_residual", _OFF,
+    ("use_post_norm post_norm sandwich_norm use_sandwich_norm norm_after apply_residual_connection_post_layernorm "
+     "parallel_attn parallel_residual use_parallel_residual", _OFF,
      "a layer is attention and then feed-forward, each after its norm"),
     ("embed_layer_norm embedding_norm use_embedding_layernorm normalize_embeddings scale_embedding "
      "scale_embeddings", _OFF,
@@ -145,6 +155,7 @@ OTHERS = _each(
     ("use_shared_expert_gate shared_expert_gate", _OFF, "the shared expert has no gate"),
     ("mtp_layer_types", (["indexed_attention"], ["deepseek_sparse_attention"], ["sparse"]),
      "the MTP layer has an indexer, sparse attention and experts"),
+    ("moe_latent_size", (), "experts read the residual stream at its full width"),
     ("n_zero_experts zero_expert_num num_hash_layers", (0,), "experts are chosen among n_routed_experts"),
     ("compress_ratios o_groups o_lora_rank", ([], 0), "attention is that of DeepSeek-V3.2"),
     ("hc_mult", _ONE, "there is one residual stream"),
@@ -160,7 +171,8 @@ OTHERS = _each(
 
 _PATTERNS = _each(
     ("*softcap* *soft_cap* *logit_cap*", _OFF, "neither attention scores nor logits are capped"),
-    ("*_multiplier mup_*", _ONE,
+    ("mup_*", (False, 1), "widths are not those of muP"),
+    ("*_multiplier", _ONE,
      "nothing is multiplied by a constant beside the softmax scale and the routing weights"),
     ("*qk_norm* *qk_layernorm* *query_key_norm* q_norm k_norm", _OFF,
      "only the latents and the index keys have a norm"),

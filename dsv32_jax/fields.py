@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,7 +27,7 @@ def near_miss(name: str, known: Iterable[str]) -> str | None:
 
 def number(name: str, value: object) -> None:
     """Refuses what is not a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{name} is {value!r}; it must be a finite number above 0")
 
 

@@ -3,12 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.generation_config import read_generation_config
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, checkpoint_bytes, human
 from dsv32_jax.model import Options
@@ -58,7 +58,7 @@ def load(
         backend=backend,
     )
     tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-    generation_config = read_generation_config(directory)
+    generation_config = read_generation_config(directory, config.vocab_size)
     if memory_check:
         needed, (free, place) = checkpoint_bytes(directory), available_bytes()
         if needed > free:
@@ -96,12 +96,6 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
             f"where there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
         ) from error
-
-
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """`generation_config.json` as a dict, empty where there is none."""
-    path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
 
 
 def use_compilation_cache() -> None:
