@@ -122,10 +122,9 @@ class ModelConfig:
         only("tie_word_embeddings", self.tie_word_embeddings, False)
         only("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, 1)
         only("norm_topk_prob", self.norm_topk_prob, True, False)
-        if self.architectures is not None and _ARCHITECTURE not in self.architectures:
-            raise UserError(
-                f"architectures is {list(self.architectures)!r}; it must have {_ARCHITECTURE!r} among them or be absent"
-            )
+        names = self.architectures
+        if names is not None and not (isinstance(names, tuple) and _ARCHITECTURE in names):
+            raise UserError(f"architectures is {names!r}; it must be a list with {_ARCHITECTURE!r} in it or be absent")
         for name in _SIZES:
             integer(name, getattr(self, name), 1)
         integer("first_k_dense_replace", self.first_k_dense_replace, 0)
@@ -145,7 +144,8 @@ class ModelConfig:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be a text, a number, true, false or null")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            for token in value if isinstance(value, tuple) else () if value is None else (value,):
+            several = isinstance(value, tuple) and name == "eos_token_id"
+            for token in value if several else () if value is None else (value,):
                 integer(name, token, 0)
                 if token >= self.vocab_size:
                     raise UserError(f"{name} {token} is outside vocab_size {self.vocab_size}")

@@ -16,8 +16,15 @@ from dsv32_jax.rope_scaling import NeutralFields
 __all__ = ["CompressedTensors", "Group", "QuantizationConfig", "read_quantization_config"]
 
 
+_KEPT = "weights stay as they are stored; act_quant=False and --no-act-quant leave their inputs as they are"
+_OF_LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dequantize": ((False,), _KEPT),
+    "run_compressed": ((True,), _KEPT),
+    "use_optimized_inference": ((True, False), _KEPT),
+}
+"""Options of transformers' loader, which it writes into a config."""
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "dequantize": ((False,), "weights stay in FP8; act_quant=False and --no-act-quant leave their inputs as they are"),
+    "dequantize": _OF_LOADING["dequantize"],
     "modules_to_convert": (([],), "nothing but linears is stored in FP8"),
     "expert_dtype": (("fp8",), "experts are stored as the other linears are"),
     "is_checkpoint_fp8_serialized": ((True,), "weights are stored in FP8"),
@@ -181,13 +188,16 @@ class CompressedTensors:
         where = "quantization_config"
         optional = {
             "format", "ignore", "quantization_status", "kv_cache_scheme", "global_compression_ratio", "version",
-            "sparsity_config", "transform_config",
+            "sparsity_config", "transform_config", *_OF_LOADING,
         }  # fmt: skip
         needed = {"quant_method", "config_groups"}
         block = check_keys(where, raw, frozenset(optional | needed), frozenset(needed))
         only(f"{where}.quantization_status", block.get("quantization_status"), "compressed", None)
+        for name, (accepted, reason) in _OF_LOADING.items():
+            neutral(f"{where}.{name}", block.get(name), accepted, reason)
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if block.get(name):
+            dense = isinstance(block.get(name), Mapping) and block[name].get("format") == "dense"
+            if block.get(name) and not (name == "sparsity_config" and dense):
                 raise UserError(f"{where}.{name} is {block[name]!r}; it must be absent or null")
         groups = block["config_groups"]
         if not isinstance(groups, Mapping) or not groups:

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import dsv32_jax
@@ -37,3 +39,15 @@ def test_nulls_in_generation_config_do_not_hide_the_config(directory):
     write(directory / "generation_config.json", dict.fromkeys(nulls))
     m = dsv32_jax.load(directory)
     assert (m.generation_config, m.eos_ids) == ({}, (1,))
+
+
+def test_an_fp8_checkpoint_as_transformers_writes_it_is_the_same_model(tmp_path):
+    source = golden_directory("tiny128_fp8") / "model"
+    directory = shutil.copytree(source, tmp_path / "fp8")
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]["fmt"]
+    config["quantization_config"]["modules_to_not_convert"] = None
+    write(directory / "config.json", config)
+    same, own = dsv32_jax.load(directory, mtp=False), dsv32_jax.load(source, mtp=False)
+    assert same.options == own.options
+    assert all(map(np.array_equal, jax.tree.leaves(same.model), jax.tree.leaves(own.model)))

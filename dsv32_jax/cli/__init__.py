@@ -6,7 +6,7 @@ Verbs import JAX when they run, so that --help answers at once.
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
 import typer
 
@@ -59,9 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """One line, without the place in this package's code."""
-    text = str(message) if category is CheckpointWarning else warnings.formatwarning(message, category, *place)
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; what a checkpoint's files say is not a matter of a place in the code."""
+    text = str(message) if category is CheckpointWarning else f"{filename}:{lineno}: {category.__name__}: {message}"
     print("warning: " + " ".join(text.split()), file=sys.stderr)
 
 
