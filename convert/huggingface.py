@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsv32_jax.config import ModelConfig, read_json
-from dsv32_jax.convert.names import hf_name, mtp_prefix, undeclared_mtp, without_mtp
+from dsv32_jax.convert.names import hf_name, is_mtp, mtp_prefix, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import (
     OFFICIAL,
     TensorSpec,
@@ -58,17 +58,21 @@ class HFReader:
         self.shards: dict[str, Shard] = {}
         self.entries: dict[str, tuple[Path, Entry]] = {}
         problems: list[str] = []
+        passed_over: list[str] = []
         absent: list[tuple[str, str]] = []
         for file, expected in self.shard_files().items():
             entries, metadata = read_header(directory / file)
             self.shards[file] = Shard(metadata, {name: (e.dtype, e.shape) for name, e in entries.items()})
             for name, entry in entries.items():
                 if self.passes_over(name):
+                    passed_over.append(name)
                     continue
                 if name in self.entries:
                     problems.append(f"{name} is in two shards")
                 self.entries[name] = (directory / file, entry)
             absent += [(name, file) for name in sorted((expected or set()) - set(entries))]
+        if not is_mtp(passed_over, config):  # a config with one layer too few names another layer by that number
+            problems += [f"unexpected {name}" for name in passed_over]
         whole = any(name.startswith(mtp_prefix(config)) for name in self.entries)
         problems += [
             f"{name} is not in {file}, where the index has it"
@@ -110,7 +114,8 @@ class HFReader:
     def mismatches(self, specs: dict[str, TensorSpec]) -> Iterable[str]:
         """Everything missing, unexpected, misshapen or of a wrong dtype."""
         prefix, settled = mtp_prefix(self.config), False
-        if self.config.has_mtp != any(name.startswith(prefix) for name in self.entries):
+        held = [name for name in self.entries if name.startswith(prefix)]
+        if not held if self.config.has_mtp else is_mtp(held, self.config):
             yield without_mtp(prefix) if self.config.has_mtp else undeclared_mtp(prefix)
             specs, settled = {name: spec for name, spec in specs.items() if not name.startswith(prefix)}, True
         for name, spec in specs.items():

@@ -1,5 +1,7 @@
 """Hugging Face tensor names: the one table from the checkpoint's names to this model's parameters."""
 
+from collections.abc import Collection
+
 from dsv32_jax.config import ModelConfig
 
 MODEL = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -70,6 +72,11 @@ def hf_name(path: str, config: ModelConfig) -> str:
 def mtp_prefix(config: ModelConfig) -> str:
     """How the names of the MTP layer's tensors begin."""
     return f"model.layers.{config.num_hidden_layers}."
+
+
+def is_mtp(names: Collection[str], config: ModelConfig) -> bool:
+    """Whether tensors that are named so are an MTP layer's, which alone joins an embedding to a hidden state."""
+    return mtp_prefix(config) + MTP["eh_proj"] in names
 
 
 def without_mtp(names: str) -> str:

@@ -37,6 +37,7 @@ _SIZES = (
 _REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
 # Attributes that are not fields of the file under their own name.
 _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
+# Attributes that nothing but training reads; any plain value will do.
 _PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
 

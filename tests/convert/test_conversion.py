@@ -340,3 +340,13 @@ def test_a_shard_of_the_mtp_layer_alone_may_be_missing(fp8):
     with pytest.raises(UserError, match=r"missing shard model-mtp.safetensors; num_nextn_predict_layers .*mtp=False"):
         convert.load_hf(fp8)
     assert convert.load_hf(fp8, mtp=False).mtp is None
+
+
+def test_a_layer_too_many_is_no_mtp_layer(golden, tmp_path):
+    directory = shutil.copytree(golden("tiny/model"), tmp_path / "tiny")
+    config = json.loads((directory / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (directory / "config.json").write_text(json.dumps(config))
+    for mtp in (True, False):
+        with pytest.raises(UserError, match=rf"unexpected model\.layers\.{config['num_hidden_layers']}\."):
+            convert.load_hf(directory, mtp=mtp)
