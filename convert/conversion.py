@@ -51,7 +51,9 @@ def load_hf(
     directory: str | os.PathLike[str],
     config: ModelConfig | None = None,
     placement: Placement | None = None,
+    *,
     dequantize: str | None = None,
+    mtp: bool = True,
 ) -> DeepseekV32:
     """The model of a Hugging Face checkpoint directory; each parameter goes to its device as soon as it is read.
 
@@ -60,17 +62,19 @@ def load_hf(
       config: that of the directory where None.
       placement: sharding by parameter path; everything on the first device where None.
       dequantize: "float32" or "bfloat16": what quantised weights become, each as soon as it is read.
+      mtp: False leaves out the multi-token prediction layer, whether or not the files have one.
 
     Raises:
       UserError: what `HFReader` finds wrong.
     """
     directory = Path(directory)
     refuse_unfinished(directory)
-    config = config or ModelConfig.from_hf(directory)
-    reader = HFReader(directory, config)
+    config = config_to_load(directory, config, mtp)
+    reader = HFReader(directory, config, mtp=mtp)
     parameters = {}
-    with progress_bar(f"loading {directory.name}", total_bytes(directory)) as advance:
-        for path in named_parameters(abstract_model(config)):
+    paths = list(named_parameters(abstract_model(config)))
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for path in paths:
             leaf = reader.read(path)
             advance(nbytes(leaf))
             placed = jax.tree.map(jnp.asarray, leaf) if placement is None else jax.device_put(leaf, placement(path))
@@ -82,13 +86,15 @@ def load_orbax(
     directory: str | os.PathLike[str],
     config: ModelConfig | None = None,
     placement: Placement | None = None,
+    *,
     dequantize: str | None = None,
+    mtp: bool = True,
 ) -> DeepseekV32:
     """The model of a converted checkpoint; arguments and errors as those of `load_hf`."""
     directory = Path(directory)
     refuse_unfinished(directory)
-    config = config or ModelConfig.from_hf(directory)
-    reader = OrbaxReader(directory, config)
+    config = config_to_load(directory, config, mtp)
+    reader = OrbaxReader(directory, config, mtp=mtp)
     parameters: dict[str, Any] = {}
     for group in groups_of(list(reader.parameters)):
         leaves = reader.read_group(group, placement)
@@ -106,6 +112,12 @@ def assembled(config: ModelConfig, parameters: dict[str, Any], dequantize: str |
     if dequantize:
         config = config.replace(quantization_config=None)
     return replace_parameters(abstract_model(config), parameters)
+
+
+def config_to_load(directory: Path, config: ModelConfig | None, mtp: bool) -> ModelConfig:
+    """The given config or the directory's, without the MTP layer where that is not wanted."""
+    config = config or ModelConfig.from_hf(directory)
+    return config if mtp else config.replace(num_nextn_predict_layers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,11 +271,6 @@ def matrix(leaf: Any, at: tuple[int, ...]) -> Any:
 def nbytes(leaf: Any) -> int:
     """Bytes of a parameter or of a whole model, concrete or abstract."""
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
-
-
-def total_bytes(directory: Path) -> int:
-    """Bytes of a checkpoint's tensor files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def identity(source: Path, to: str, change: dict[str, Any] | None) -> dict[str, Any]:

@@ -191,7 +191,9 @@ def quantization_config(
         return None
     if used == {"fp8_block"} and set(schemes) == linears:
         had = config.quantization_config
-        return had if isinstance(had, QuantizationConfig) else QuantizationConfig()
+        if not isinstance(had, QuantizationConfig):
+            return QuantizationConfig()
+        return had.with_all_quantized(hf_name(path, config).removesuffix(".weight") for path in linears)
     families: dict[str, dict[str, list[int]]] = {}  # module pattern -> scheme -> layers
     for path in sorted(linears):
         module = hf_name(path, config).removesuffix(".weight")

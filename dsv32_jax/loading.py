@@ -3,12 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.generation_config import read_generation_config
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import checkpoint_bytes
 from dsv32_jax.model import DeepseekV32, Options
@@ -30,6 +30,7 @@ def load(
     backend: str = "auto",
     dequantize: str | None = None,
     debug: bool = False,
+    mtp: bool = True,
     memory_check: bool = True,
 ) -> LanguageModel:
     """Loads a checkpoint.
@@ -46,6 +47,7 @@ def load(
       dequantize: "float32" or "bfloat16": quantised weights become plain arrays, each as it is read, and activations
         are not quantised unless `act_quant` says so. Gradients need it. "bfloat16" is exact for FP8 whose scales are
         powers of two.
+      mtp: False leaves out the multi-token prediction layer, also where config.json announces one that the files lack.
       debug: check in each step what parts of the model give one another; slow, for a notebook in which one is changed.
       memory_check: refuse a checkpoint that takes more than the free memory.
 
@@ -56,6 +58,8 @@ def load(
     config = ModelConfig.from_hf(directory / "config.json")
     if dequantize is not None:
         check_dequantized(dequantize)
+    if not mtp:
+        config = config.replace(num_nextn_predict_layers=0)
     options = Options.default(
         config if dequantize is None else config.replace(quantization_config=None),
         compute_dtype=compute_dtype,
@@ -66,7 +70,7 @@ def load(
         debug=debug,
     )
     tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-    generation_config = read_generation_config(directory)
+    generation_config = read_generation_config(directory, config.vocab_size)
     from dsv32_jax import convert
 
     if memory_check:
@@ -78,7 +82,7 @@ def load(
             check_room(needed, f"{directory}: its weights in {dequantize}", hint)
     use_compilation_cache()
     read = convert.load_hf if convert.checkpoint_kind(directory) == "hf" else convert.load_orbax
-    model = read(directory, config, dequantize=dequantize)
+    model = read(directory, config, mtp=mtp, dequantize=dequantize)
     return LanguageModel(model, model.config, tokenizer, options, generation_config)
 
 
@@ -130,12 +134,6 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
             f"where there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
         ) from error
-
-
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """`generation_config.json` as a dict, empty where there is none."""
-    path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
 
 
 def use_compilation_cache() -> None:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def loaded(
-    model: str, compute_dtype: str | None, no_act_quant: bool, attention: str, index_topk: int | None, backend: str
+    model: str,
+    compute_dtype: str | None,
+    no_act_quant: bool,
+    attention: str,
+    index_topk: int | None,
+    backend: str,
+    no_mtp: bool = False,
 ) -> "LanguageModel":
     """The model that the flags name, with their options."""
     from dsv32_jax.loading import load
@@ -31,6 +37,7 @@ def loaded(
         attention=attention,
         index_topk=index_topk,
         backend=backend,
+        mtp=not no_mtp,
     )
 
 
