@@ -1,10 +1,11 @@
 """What a model thinks before it answers, apart from the answer."""
 
+from dsv32_jax.tokenizer import END_OF_REASONING as CLOSE
 from dsv32_jax.tokenizer import Tokenizer
 
 __all__ = ["ReasoningSplit"]
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
 
 
 class ReasoningSplit:

@@ -134,7 +134,7 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     engine.metrics = Metrics()
     engine.pool.forget()
     begun = time.monotonic()
-    requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
+    requests = [engine.add(one.prompt, SamplingParams(one.new, temperature=0.0, ignore_eos=True)) for one in work]
     used, steady = [], {}
     while engine.busy:
         engine.step()
@@ -162,7 +162,7 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     """One static batch; every request comes at its start, and is done when the whole batch is."""
     rows, most = [one.prompt for one in work], max(one.new for one in work)
     begun, times = time.monotonic(), []
-    for piece in lm.stream(rows, most, ignore_eos=True):
+    for piece in lm.stream(rows, most, temperature=0.0, ignore_eos=True):
         if piece.row == 0:
             times.append(time.monotonic())
     seconds = time.monotonic() - begun
@@ -190,7 +190,7 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
     longest = max(lengths) + new
     for length in pieces.values():
         rows = [[1] * length] + [[1] * min(pieces.values())] * (len(work) - 1)
-        for _ in itertools.islice(lm.stream(rows, longest - length, ignore_eos=True), 2 * len(work)):
+        for _ in itertools.islice(lm.stream(rows, longest - length, temperature=0.0, ignore_eos=True), 2 * len(work)):
             pass
 
 
@@ -210,7 +210,7 @@ def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, f
     def first_token(beginning: list[int]) -> float:
         prompt = beginning + prompts.draw(rng, BLOCK_SIZE)
         begun = time.monotonic()
-        engine.generate([prompt], SamplingParams(1, ignore_eos=True))
+        engine.generate([prompt], SamplingParams(1, temperature=0.0, ignore_eos=True))
         return time.monotonic() - begun
 
     measured = []

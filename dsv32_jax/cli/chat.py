@@ -23,6 +23,7 @@ from dsv32_jax.cli.options import (
     MaxNewTokens,
     Model,
     NoActQuant,
+    NoMtp,
     Seed,
     System,
     Temperature,
@@ -59,6 +60,7 @@ def chat(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
 ) -> None:
     """Talk to the model: one line is one message; /help lists commands, /exit or the end of input leaves.
@@ -68,7 +70,7 @@ def chat(
     Example: dsv32 chat --model DIR --system "Answer in one sentence."
     """
     check_sampling(temperature, top_p, seed)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
     from dsv32_jax.cli.conversation import Conversation
 
     sampling = sampling_of(m, temperature, top_p, seed, ignore_eos)

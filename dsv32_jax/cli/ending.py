@@ -17,11 +17,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
-from dsv32_jax.errors import UserError
+from dsv32_jax.errors import CheckpointWarning, SurroundingsWarning, UserError
 
 __all__ = ["code_of", "end_process", "prepare_process"]
 
@@ -35,7 +35,9 @@ def code_of(command: Callable[[], None]) -> int:
             # Names of files may hold any bytes, and a terminal may lack the characters of a text.
             stream.reconfigure(errors="backslashreplace")
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            command()
         sys.stdout.flush()
         return 0
     except typer.Exit as exit:
@@ -68,6 +70,20 @@ def wrong(message: str) -> int:
 def say(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody listens
         print(line, file=sys.stderr, flush=True)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; what is wrong with files and surroundings is not a matter of a place in the code."""
+    theirs = issubclass(category, CheckpointWarning | SurroundingsWarning)
+    text = str(message) if theirs else f"{filename}:{lineno}: {category.__name__}: {message}"
+    say("warning: " + " ".join(text.split()))
 
 
 @contextlib.contextmanager
@@ -110,7 +126,7 @@ def _flush() -> None:
 
 
 def prepare_process() -> None:
-    """Opens what is closed of the three standard streams, and lets a warning take one line."""
+    """Opens what is closed of the three standard streams."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -118,7 +134,6 @@ def prepare_process() -> None:
             # Else the next file that is opened gets this number, and what is meant for the screen goes into it.
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-    warnings.showwarning = lambda message, *_, **__: say(f"warning: {' '.join(str(message).split())}")
 
 
 def end_process(code: int) -> NoReturn:

@@ -15,6 +15,7 @@ from dsv32_jax.cli.options import (
     IndexTopk,
     Json,
     NoActQuant,
+    NoMtp,
     TextFile,
     TokenIds,
 )
@@ -37,6 +38,7 @@ def fidelity(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
 ) -> None:
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
@@ -54,7 +56,7 @@ def fidelity(
     traces: list[list[Any]] = []
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
-        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend)
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
         if text is not None and not traces:
             rows = _pieces(m, text, window, windows)
         with progress_bar(f"tracing {Path(name).name}", len(rows), "sequences") as advance:
