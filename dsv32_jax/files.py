@@ -1,18 +1,105 @@
-"""Files that are whole or not there."""
+"""Files and directories that are whole or not there, and that one writer at a time makes."""
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from dsv32_jax.errors import UserError
+
+TRIES = 100
+"""Looks, 10 ms apart, for the process id of a holder that has not written it yet."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its ending; it becomes `path` if the block ends well, else it is removed."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    """A temporary name beside `path`, with its ending; it becomes `path` if the block ends well, else it is removed.
+
+    Each call has a name of its own: of several writers, in whatever process or thread, the last one's file stays, whole.
+    """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # gone, or never to be made: that error is on its way already
             temporary.unlink()
+
+
+class LockedPath(os.PathLike[str]):
+    """A path that `locked` has made its caller's alone; it stands for the path where one is to be written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+
+@contextlib.contextmanager
+def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
+    """Makes a file or directory that is to be written its caller's alone, against other processes and threads.
+
+    The lock is the operating system's, on the file `.<name>.lock` beside the target: it ends with the process that holds
+    it, in whatever way that ends. The file holds the process id and is removed at the end.
+
+    Args:
+      target: what is to be written; its parent directory is made. A `LockedPath` is handed on as it is: what a caller
+        has locked, the functions that it calls may write.
+
+    Raises:
+      UserError: somebody else is writing it; the message names the process.
+      OSError: the lock's file cannot be written.
+    """
+    if isinstance(target, LockedPath):
+        yield target
+        return
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f".{target.name}.lock")
+    lock = FileLock(file, timeout=0)
+    for _ in range(TRIES):
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            if is_running(holder := process_in(file)):
+                break
+            time.sleep(0.01)  # the holder is about to write its id, or to remove the file
+    if not lock.is_locked:
+        raise UserError(f"{target}: process {holder or 'unknown'} is writing it; wait for its end, or give another path")
+    # Where a file system has no locks, filelock makes a file that is the lock; it looks after that file itself.
+    native = not isinstance(lock, SoftFileLock)
+    try:
+        if native:
+            file.write_text(str(os.getpid()))
+        yield LockedPath(target)
+    finally:
+        if native:
+            file.unlink(missing_ok=True)  # before the release: whoever has it open sees that it is no longer the lock
+        lock.release()
+
+
+def process_in(file: Path) -> int | None:
+    """The process id that a lock's file holds."""
+    try:
+        return int(file.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_running(process: int | None) -> bool:
+    """Whether there is such a process on this machine."""
+    if process is None:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
