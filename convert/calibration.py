@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
-from dsv32_jax.convert.finite import check_finite, check_statistics
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.convert.names import is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
@@ -35,8 +35,7 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
       UserError: there is no memory for it, or a weight or what comes of it is NaN or infinite.
     """
     parameters = named_parameters(lm.model)
-    for path, leaf in parameters.items():
-        check_finite(path, leaf, lm.model.config)
+    check_all_finite(parameters, lm.model.config)
     linears = {path: leaf for path, leaf in parameters.items() if is_linear(path)}
     # In float32, and twice the moments: what a window adds, and the sum.
     needed = sum(

@@ -1,8 +1,10 @@
 """The files beside a checkpoint's tensors: its config, texts, tokenizer and code."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ COPIED = (
     *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "*.md"),
     *("*.py", "encoding/**/*"),
 )
-"""What every conversion copies, to either layout, so that nothing is lost on the way back: settings, the tokenizer in any
-of its forms, chat templates, licences and cards, and code (of `auto_map`, and DeepSeek's own encoding of chats), which
-is never run here. Not copied: tensors in other formats, and folders such as `inference` that are about the files as they
-were."""
+"""What every conversion copies, to either layout, so that nothing is lost on the way back: settings, the tokenizer in
+any of its forms, chat templates, licences and cards, and code (of `auto_map`, and DeepSeek's own encoding of chats),
+which is never run here. Not copied: tensors in other formats, and folders such as `inference` that are about the files
+as they were."""
 
 
 def companions(directory: Path) -> Iterator[Path]:
@@ -56,12 +58,16 @@ def plain_dtype(parameters: Mapping[str, Any]) -> str | None:
 
     That is what config.json calls `torch_dtype` or `dtype`: released FP8 checkpoints say bfloat16 there.
     """
-    sizes: dict[str, int] = {}
-    for leaf in parameters.values():
-        if not isinstance(leaf, QTensor) and len(leaf.shape) > 1:
-            name = np.dtype(leaf.dtype).name
-            sizes[name] = sizes.get(name, 0) + int(np.prod(leaf.shape))
-    return max(sizes, key=lambda name: sizes[name], default=None)
+    plain = (leaf for leaf in parameters.values() if not isinstance(leaf, QTensor) and len(leaf.shape) > 1)
+    return most_of((np.dtype(leaf.dtype).name, math.prod(leaf.shape)) for leaf in plain)
+
+
+def most_of(sizes: Iterable[tuple[str, int]]) -> str | None:
+    """The name whose sizes have the largest sum."""
+    sums: Counter[str] = Counter()
+    for name, size in sizes:
+        sums[name] += size
+    return max(sums, key=lambda name: sums[name], default=None)
 
 
 def said_dtypes(config: ModelConfig) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def convert(
     """Writes `source` (either layout) to `target` in the layout `to`.
 
     The work is done in `target` + ".partial", which is renamed at the end; run again after an interruption, it goes on
-    where it stopped, unless the source or what is asked for has changed: then it begins anew. One process or thread at a
-    time can write a target. Tokenizer, templates, licences, cards and code go along, see
+    where it stopped, unless the source or what is asked for has changed: then it begins anew. One process or thread at
+    a time can write a target. Tokenizer, templates, licences, cards and code go along, see
     `dsv32_jax.convert.companions.COPIED`; config.json says what the new files hold.
 
     Args:

@@ -60,6 +60,12 @@ def check_finite(path: str, leaf: Any, config: ModelConfig) -> None:
             )
 
 
+def check_all_finite(parameters: Mapping[str, Any], config: ModelConfig) -> None:
+    """`check_finite` of each parameter, by path."""
+    for path, leaf in parameters.items():
+        check_finite(path, leaf, config)
+
+
 def first_not_finite(array: np.ndarray) -> int | None:
     """The flat index of the first value that is NaN or infinite."""
     if array.dtype not in EXPONENTS:
@@ -79,6 +85,6 @@ def check_statistics(statistics: Mapping[str, Statistics]) -> None:
         for name in ("rows", "largest", "moments"):
             if not bool(jnp.isfinite(getattr(one, name)).all()):
                 raise UserError(
-                    f"{path}: the statistics of its inputs ({name}) are NaN or infinite; calibrate on another text, and "
-                    "look for such weights in the layers before it"
+                    f"{path}: the statistics of its inputs ({name}) are NaN or infinite; calibrate on another text, "
+                    "and look for such weights in the layers before it"
                 )

@@ -78,12 +78,14 @@ class OrbaxWriter:
         (work.directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
     def write_group(self, group: str, parameters: Iterable[tuple[str, Any]]) -> None:
-        """All parameters of one unit of streaming."""
-        self.checkpointer.save(
-            (self.params / group).absolute(),
-            args=ocp.args.StandardSave({path: as_dict(leaf) for path, leaf in parameters}),
-            force=True,
-        )
+        """All parameters of one unit of streaming; raises OSError."""
+        item = (self.params / group).absolute()
+        leaves = {path: as_dict(leaf) for path, leaf in parameters}
+        try:
+            self.checkpointer.save(item, args=ocp.args.StandardSave(leaves), force=True)
+        except Exception as error:  # Orbax has several for a disk that is full
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise OSError(None, reason, str(item)) from error
 
 
 class OrbaxReader:

@@ -19,7 +19,7 @@ import numpy as np
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import PROVENANCE, Change, matrix, rewrite, without_provenance
-from dsv32_jax.convert.finite import check_finite, check_statistics
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.convert.names import is_linear
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
@@ -63,15 +63,15 @@ def quantize_model(
     check_ranges(ranges)
     statistics = statistics or {}
     check_statistics(statistics)
-    for path, leaf in parameters.items():
-        check_finite(path, leaf, model.config)
-    for path, scheme in schemes.items():
-        parameters[path] = _as(path, parameters[path], scheme, statistics.get(path), ranges)
-        check_finite(path, parameters[path], model.config)
-    changed = replace_parameters(model, parameters)
+    check_all_finite(parameters, model.config)
+    made = {path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()}
+    parameters |= made
     found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
-    new_config = quantization_config(found, model.config)
-    changed.config = model.config.replace(quantization_config=new_config, unknown=without_provenance(model.config))
+    changed = replace_parameters(model, parameters)
+    changed.config = model.config.replace(
+        quantization_config=quantization_config(found, model.config), unknown=without_provenance(model.config)
+    )
+    check_all_finite(made, changed.config)
     return changed
 
 
@@ -162,8 +162,7 @@ def _change(
         unknown=(*without_provenance(config), (PROVENANCE, json.dumps(note))),
     )
     check_statistics(statistics)
-    for path, one in weights.items():
-        check_finite(path, one, config)
+    check_all_finite(weights, config)
 
     def leaf(path: str, value: Any) -> Any:
         value = weights.get(path, value)
@@ -185,8 +184,9 @@ def _change(
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
         return quantized(value.shape, scheme)
 
-    asked = {"schemes": after, "ranges": ranges, "provenance": provenance}
-    return Change(new_config, leaf, abstract, {**asked, "arrays": digest({"statistics": statistics, "weights": weights})})
+    arrays = digest({"statistics": statistics, "weights": weights})
+    asked = {"schemes": after, "ranges": ranges, "provenance": provenance, "arrays": arrays}
+    return Change(new_config, leaf, abstract, asked)
 
 
 def digest(arrays: Any) -> str | None:

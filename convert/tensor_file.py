@@ -30,11 +30,12 @@ NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its safetensors dtype, shape, and first byte in the file."""
+    """Where a tensor lies: its safetensors dtype, shape, first byte in the file, and how many bytes it has."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    size: int
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str] | None]:
@@ -58,8 +59,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str] | None]:
     metadata = header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     return {
-        name: Entry(value["dtype"], tuple(value["shape"]), 8 + size + value["data_offsets"][0])
+        name: Entry(value["dtype"], tuple(value["shape"]), 8 + size + begin, end - begin)
         for name, value in entries
+        for begin, end in [value["data_offsets"]]
     }, metadata
 
 

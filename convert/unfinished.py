@@ -1,4 +1,4 @@
-"""Checkpoint directories in the making: one writer a target, and what an interrupted run of the same work had finished."""
+"""Checkpoint directories in the making: one writer a target, and what an interrupted run of the same had finished."""
 
 import json
 import os
@@ -57,7 +57,7 @@ class Unfinished:
         begun = f".{Path(JOURNAL).stem}."  # a journal that was not whole yet
         if journal is None and directory.exists():
             if not directory.is_dir() or any(not path.name.startswith(begun) for path in directory.iterdir()):
-                raise UserError(f"{directory}: is in the way and no unfinished conversion; move it, or give another path")
+                raise UserError(f"{directory}: is no unfinished conversion, and in the way; move it")
         self.identity = json.loads(json.dumps(identity))
         self.done: set[str] = set()
         directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,8 @@ def new_directory(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
             refuse_existing(Path(path))
             yield path
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{target}: cannot be written ({where}{error.strerror or error})") from error
 
 
 def refuse_existing(target: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ TRIES = 100
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, with its ending; it becomes `path` if the block ends well, else it is removed.
 
-    Each call has a name of its own: of several writers, in whatever process or thread, the last one's file stays, whole.
+    Each call has a name of its own: of several writers, in whatever process or thread, the last one's file stays.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
     try:
@@ -28,6 +29,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone, or never to be made: that error is on its way already
             temporary.unlink()
+
+
+def replace_directory(fresh: Path, directory: Path) -> None:
+    """Gives a whole directory the name of another, which is then removed; the caller has locked that name."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of an interrupted call
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class LockedPath(os.PathLike[str]):
@@ -44,8 +55,8 @@ class LockedPath(os.PathLike[str]):
 def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
     """Makes a file or directory that is to be written its caller's alone, against other processes and threads.
 
-    The lock is the operating system's, on the file `.<name>.lock` beside the target: it ends with the process that holds
-    it, in whatever way that ends. The file holds the process id and is removed at the end.
+    The lock is the operating system's, on the file `.<name>.lock` beside the target: it ends with the process that
+    holds it, in whatever way that ends. The file holds the process id and is removed at the end.
 
     Args:
       target: what is to be written; its parent directory is made. A `LockedPath` is handed on as it is: what a caller
@@ -71,7 +82,7 @@ def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
                 break
             time.sleep(0.01)  # the holder is about to write its id, or to remove the file
     if not lock.is_locked:
-        raise UserError(f"{target}: process {holder or 'unknown'} is writing it; wait for its end, or give another path")
+        raise UserError(f"{target}: process {holder or 'unknown'} is writing it; wait for it, or give another path")
     # Where a file system has no locks, filelock makes a file that is the lock; it looks after that file itself.
     native = not isinstance(lock, SoftFileLock)
     try:
