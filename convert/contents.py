@@ -155,7 +155,8 @@ def orbax_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]
             if written is not None and any(
                 part != (written if not quantised else written.get(name)) for name, part in found.items()
             ):
-                disagreements.append(f"{path}: is {found}, and {DESCRIPTION} says {written}")
+                shown = " and ".join(f"{part['dtype']} {part['shape']}" for part in found.values())
+                disagreements.append(f"{path}: is {shown}, and {DESCRIPTION} says otherwise")
             values = parts["values"] if quantised else leaf
             dtype = np.dtype(values.dtype).name
             kind = SCHEME_OF.get(dtype, dtype) if quantised else dtype

@@ -22,6 +22,7 @@ from dsv32_jax.convert.companions import companions, copy_files, with_dtype, wri
 from dsv32_jax.convert.finite import check_finite
 from dsv32_jax.convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
 from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
+from dsv32_jax.convert.stored import stored_parameters
 from dsv32_jax.convert.unfinished import new_directory, refuse_unfinished, unfinished
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32, abstract_model
@@ -70,7 +71,7 @@ def load_hf(
     reader = HFReader(directory, config)
     parameters = {}
     with progress_bar(f"loading {directory.name}", total_bytes(directory)) as advance:
-        for path in named_parameters(abstract_model(config)):
+        for path in reader.stored:
             leaf = reader.read(path)
             advance(nbytes(leaf))
             if placement is None:
@@ -159,7 +160,7 @@ def rewrite(
         files = state_of(source)
         change = change_of(config)
         reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
-        paths = list(named_parameters(abstract_model(config)))
+        paths = list(stored_parameters(config))
         leaves = {path: reader.describe(path) for path in paths}
         new_config, asked = config, None
         if change is not None:

@@ -45,10 +45,10 @@ def check_finite(path: str, leaf: Any, config: ModelConfig) -> None:
         parts = {"values": leaf.values, "scales": leaf.scales}
     for part, array in parts.items():
         at = first_not_finite(np.asarray(array))
-        problem = "NaN or infinite; a weight must be finite"
+        rule = "weights and scales must be finite"
         if at is None and part == "scales":
             at = next(iter(np.flatnonzero(np.asarray(array) <= 0).tolist()), None)
-            problem = "0 or negative; a scale must be positive"
+            rule = "scales must be positive"
         if at is not None:
             place = [int(index) for index in np.unravel_index(at, array.shape)]
             name = hf_name(path, config)
@@ -56,7 +56,7 @@ def check_finite(path: str, leaf: Any, config: ModelConfig) -> None:
                 name = name.format(expert=place.pop(0))
             value = np.asarray(array).reshape(-1)[at]
             raise UserError(
-                f"{name}{suffixes(leaf, config)[part]} ({path}) is {value} at {place}: {problem}; get this tensor again"
+                f"{name}{suffixes(leaf, config)[part]} ({path}) is {value} at {place}; {rule}: get its file again"
             )
 
 
