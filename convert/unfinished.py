@@ -63,6 +63,7 @@ class Unfinished:
         directory.mkdir(parents=True, exist_ok=True)
         if journal and identity is not None and journal.get("identity") == self.identity:
             self.done = set(journal["done"])
+            self.write_journal()
         else:
             self.restart()
 
@@ -87,6 +88,14 @@ class Unfinished:
         self.done.add(group)
         self.write_journal()
 
+    def complete(self, target: Path) -> None:
+        """Gives the directory its name."""
+        self.write_journal(complete=True)
+        try:
+            self.directory.rename(target)
+        finally:
+            (target / JOURNAL).unlink(missing_ok=True)
+
     def write_journal(self, complete: bool = False) -> None:
         """What a later run reads; `complete`: only the directory's name is missing."""
         journal = {"identity": self.identity, "done": sorted(self.done), "complete": complete}
@@ -105,13 +114,11 @@ def unfinished(target: str | os.PathLike[str], identity: dict[str, Any] | None) 
     work = Unfinished(target.with_name(target.name + PARTIAL), identity)
     try:
         yield work
+        work.complete(target)
     except BaseException as error:
         if identity is None or isinstance(error, UserError):
             shutil.rmtree(work.directory, ignore_errors=True)
         raise
-    work.write_journal(complete=True)
-    work.directory.rename(target)
-    (target / JOURNAL).unlink()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from dsv32_jax.errors import UserError
 
@@ -73,26 +73,37 @@ def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f".{target.name}.lock")
     lock = FileLock(file, timeout=0)
+    try:
+        if (holder := acquire(lock, file)) is not None:
+            raise UserError(f"{target}: process {holder} is writing it; wait for it, or give another path")
+        if is_native(lock):
+            file.write_text(str(os.getpid()))
+        yield LockedPath(target)
+    finally:
+        try:
+            if lock.is_locked and is_native(lock):
+                file.unlink(missing_ok=True)  # before the release: who has it open sees that it is no longer the lock
+        finally:
+            lock.release()
+
+
+def is_native(lock: BaseFileLock) -> bool:
+    """Whether the lock is the system's. Where there is none, a file's existence is it, which filelock looks after."""
+    return not isinstance(lock, SoftFileLock)
+
+
+def acquire(lock: BaseFileLock, file: Path) -> int | None:
+    """Takes the lock; or returns the process that has it, 0 where that does not say so."""
+    holder = None
     for _ in range(TRIES):
         try:
             lock.acquire()
-            break
+            return None
         except Timeout:
             if is_running(holder := process_in(file)):
                 break
             time.sleep(0.01)  # the holder is about to write its id, or to remove the file
-    if not lock.is_locked:
-        raise UserError(f"{target}: process {holder or 'unknown'} is writing it; wait for it, or give another path")
-    # Where a file system has no locks, filelock makes a file that is the lock; it looks after that file itself.
-    native = not isinstance(lock, SoftFileLock)
-    try:
-        if native:
-            file.write_text(str(os.getpid()))
-        yield LockedPath(target)
-    finally:
-        if native:
-            file.unlink(missing_ok=True)  # before the release: whoever has it open sees that it is no longer the lock
-        lock.release()
+    return holder or 0
 
 
 def process_in(file: Path) -> int | None:
@@ -105,11 +116,11 @@ def process_in(file: Path) -> int | None:
 
 def is_running(process: int | None) -> bool:
     """Whether there is such a process on this machine."""
-    if process is None:
+    if process is None or process <= 0:
         return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True

@@ -63,7 +63,7 @@ def test_a_target_is_locked_against_this_thread_and_others(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "no number", "999999999", str(os.getpid())])
+@pytest.mark.parametrize("content", ["", "no number", "-1", "9" * 9, "9" * 30, str(os.getpid())])
 def test_a_lock_file_that_nobody_holds_is_stale(tmp_path, content):
     """After a crash of the machine; its process id may be another process's by now."""
     (tmp_path / ".out.lock").write_text(content)
