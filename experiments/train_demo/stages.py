@@ -26,6 +26,7 @@ from dsv32_jax.experiments.train_demo.training import (
     optimizer_state,
     to_model,
 )
+from dsv32_jax.files import locked, replace_directory
 
 LOG_EVERY = 20
 SAVE_SECONDS = 120.0
@@ -78,7 +79,15 @@ class Training:
           until: name of the last stage to run; all where None.
           weights: a bfloat16 checkpoint in the Hugging Face layout to begin with.
           first: the stage that begins with `weights`.
+
+        Raises:
+          UserError: another process trains in this folder.
         """
+        with locked(self.folder):
+            return self.run(until, weights, first)
+
+    def run(self, until: str | None, weights: Path | None, first: str | None) -> Params:
+        """`train` in a folder that is this process's alone."""
         last = len(self.stages) - 1 if until is None else self.stage_number(until)
         number, step = 0, 0
         state = None
@@ -179,7 +188,8 @@ class Training:
     def export(self, params: Params, name: str) -> Path:
         """The bfloat16 checkpoint of a stage, in the Hugging Face layout."""
         directory = self.folder / name
-        if directory.exists():
-            shutil.rmtree(directory)
-        convert.export_model(to_model(self.config, params), directory, tokenizer_files=self.data)
+        fresh = directory.with_name(name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted run
+        convert.export_model(to_model(self.config, params), fresh, tokenizer_files=self.data)
+        replace_directory(fresh, directory)
         return directory
