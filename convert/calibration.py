@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
@@ -31,9 +32,10 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
       windows: ids of one length, at least 2; each is a text of its own.
 
     Raises:
-      UserError: there is no memory for it.
+      UserError: there is no memory for it, or a weight or what comes of it is NaN or infinite.
     """
     parameters = named_parameters(lm.model)
+    check_all_finite(parameters, lm.model.config)
     linears = {path: leaf for path, leaf in parameters.items() if is_linear(path)}
     # In float32, and twice the moments: what a window adds, and the sum.
     needed = sum(
@@ -61,6 +63,7 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
             cache = KVCache.create(lm.config, table.size, options, layers=layers)
             total = jax.block_until_ready(_observed(model, batch, cache, total, options))
             advance(1)
+    check_statistics(total)
     return total
 
 

@@ -131,7 +131,9 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        from dsv32_jax.convert.companions import COPIED
+
+        return Path(snapshot_download(name, allow_patterns=[*COPIED, "*.json", "*.safetensors"]))
     except Exception as error:  # no network, no such repository, no permission, no package: the way out is the same
         raise UserError(
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "

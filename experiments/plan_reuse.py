@@ -7,7 +7,6 @@ those steps; what it does to the model is measured here, on held-out text, again
 A whole prompt computes the same at once: token t takes the choice of token t - t % N, in every layer.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments import command_line, held_out
 from dsv32_jax.experiments.reading import progress
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
@@ -115,7 +114,7 @@ def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default="demo", help="a checkpoint; default: the demo model")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="texts")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -132,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.command_line import require
 from dsv32_jax.experiments.reading import json_lines, progress
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import extract
@@ -37,6 +38,7 @@ HELD_OUT = 0.015  # of the documents
 SHARE = 0.15  # the most one package may have of the whole
 VERSION = 4  # of the extracted texts; counted up when `extract` gives other text
 SHORT, LONG = 4_000, 200_000  # characters: pages below are joined with the next, documents above are split
+_UNKNOWN_PACKAGE = "(?i)unable to locate|candidate|find a source"
 _UNIQUE = 60  # characters from which a paragraph may occur only once
 _COMMON = re.compile(
     r"\b(?:the|of|to|a|an|is|in|and|for|that|this|are|be|with|it|if|or|as|on|by|you|can|not|from|will)\b"
@@ -67,6 +69,12 @@ def build(data_dir: Path) -> dict[str, Any]:
     documents_file, manifest_file = data_dir / "documents.jsonl.xz", data_dir / "manifest.json"
     if documents_file.exists() and manifest_file.exists():
         return json.loads(manifest_file.read_text("utf-8"))
+    require(
+        "the corpus",
+        "lxml",
+        extra="train",
+        programs={"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "mandoc": "mandoc", "pod2text": "perl"},
+    )
     files, missing = collect(data_dir)
     books = _read_packages(files, data_dir)
     documents = select([document for package in PACKAGES for document in books.get(package.name, ())], PACKAGES)
@@ -407,9 +415,12 @@ def _downloaded(name: str, folder: Path) -> Path | None:
 def _download(package: Package, folder: Path) -> Path | None:
     """Downloads a package, or what its metapackage now depends on."""
     for name in (package.name, *(_depends(package.meta) if package.meta else ())):
-        result = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, check=False)
+        result = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, text=True, check=False)
         if result.returncode == 0 and (file := _downloaded(name, folder)):
             return file
+        if result.returncode and not re.search(_UNKNOWN_PACKAGE, result.stderr):
+            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise UserError(f"apt-get download {name}: {said[-1]}; run it again to go on")
     return None
 
 
