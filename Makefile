@@ -17,9 +17,10 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ -z "$$found" ]; then \
 	  echo "error: Python 3.12 or newer is needed; found $${seen:-none}" >&2; exit 1; \
 	fi; \
-	[ -x $(PYTHON) ] || $$found -m venv .venv
-	$(PYTHON) -m pip install --quiet -r requirements.lock
-	$(PYTHON) -m pip install --quiet --no-deps -e .
+	[ -x $(PYTHON) ] || { echo "making .venv with $$seen"; $$found -m venv .venv; }
+	@echo "installing the versions of requirements.lock into .venv; where they must be downloaded this takes minutes"
+	$(PYTHON) -m pip install --disable-pip-version-check -r requirements.lock
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	@touch $@
 
 demo: setup

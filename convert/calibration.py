@@ -17,6 +17,7 @@ from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.observation import Observed, Statistics, observing
 from dsv32_jax.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import dense
 
 
@@ -51,13 +52,17 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
     exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
     options = dataclasses.replace(lm.options, **exact)
     total: dict[str, Statistics] = {}
-    for window in windows:
-        ids = np.asarray(window, np.int32)
-        places = np.arange(len(ids), dtype=np.int32)
-        table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
-        batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
-        cache = KVCache.create(lm.config, table.size, options, layers=lm.config.num_hidden_layers + lm.config.has_mtp)
-        total = _observed(model, batch, cache, total, options)
+    layers = lm.config.num_hidden_layers + lm.config.has_mtp
+    pieces = list(windows)
+    with progress_bar("calibrating", len(pieces), "windows") as advance:
+        for window in pieces:
+            ids = np.asarray(window, np.int32)
+            places = np.arange(len(ids), dtype=np.int32)
+            table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
+            batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
+            cache = KVCache.create(lm.config, table.size, options, layers=layers)
+            total = jax.block_until_ready(_observed(model, batch, cache, total, options))
+            advance(1)
     check_statistics(total)
     return total
 

@@ -3,9 +3,7 @@
 import dataclasses
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
@@ -27,6 +23,7 @@ from dsv32_jax.convert.unfinished import new_directory, refuse_unfinished, unfin
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import QTensor
 
 OTHER = {"hf": "orbax", "orbax": "hf"}
@@ -101,9 +98,12 @@ def load_orbax(
     config = config_to_load(directory, config, mtp)
     reader = OrbaxReader(directory, config, mtp=mtp)
     parameters: dict[str, Any] = {}
-    for group in groups_of(list(reader.parameters)):
-        leaves = reader.read_group(group, placement)
-        parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
+    paths = list(reader.parameters)
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for group in groups_of(paths):
+            leaves = reader.read_group(group, placement)
+            advance(sum(map(nbytes, leaves.values())))
+            parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
     return assembled(config, parameters, dequantize)
 
 
@@ -317,18 +317,3 @@ def state_of(source: Path) -> dict[str, list[int]]:
     files = {*companions(source), *(source / name for name in names), *(source / PARAMS).rglob("*")}
     states = {str(path.relative_to(source)): path.stat() for path in sorted(files) if path.is_file()}
     return {name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states.items()}
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Any]:
-    """A bar with bytes, rate and time left on stderr, silent where that is no terminal; yields `advance(bytes)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda size: progress.advance(task, size)

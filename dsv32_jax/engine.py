@@ -30,6 +30,7 @@ from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.model import Options
 from dsv32_jax.packing import Draw, pack
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.request import MOST_LOGPROBS, Completion, Event, LogProbs, Request, SamplingParams
 from dsv32_jax.sampling import log_probabilities
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
@@ -226,12 +227,14 @@ class Engine:
         self._programs = dict(zip(shapes, all_at_once(self.programs()), strict=True))
         nothing = Step([], [], [])
         runs = RUNS_UNTIL_RECORDED if jax.default_backend() == "gpu" else 1
-        for shape in shapes * runs:
-            self._start(nothing, *shape, Drawing())
-        for drawing in (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True)):
-            self._start(nothing, *shapes[0], drawing)
-        self._copy([])
-        jax.block_until_ready(self.cache)
+        others = (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True))
+        steps = [*((shape, Drawing()) for shape in shapes * runs), *((shapes[0], drawing) for drawing in others)]
+        with progress_bar("warming up", len(steps), "steps") as advance:
+            for shape, drawing in steps:
+                self._start(nothing, *shape, drawing)
+                advance(1)
+            self._copy([])
+            jax.block_until_ready(self.cache)
         return len(shapes)
 
     # ---- a step ----

@@ -1,6 +1,7 @@
-"""Files and directories that are whole or not there, and that one writer at a time makes."""
+"""Files and directories that are whole or not there, that one writer at a time makes, and where the user's own are."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -125,3 +126,15 @@ def is_running(process: int | None) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def home_directory() -> Path:
+    """The user's. Raises OSError where there is none."""
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # no $HOME, and no entry for the user's id
+        raise FileNotFoundError(errno.ENOENT, "no home directory is known", "~") from error
+    # Python takes an empty $HOME for the root directory. And to make a home is not ours.
+    if os.environ.get("HOME") == "" or not home.is_absolute() or not home.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a home directory", str(home))
+    return home

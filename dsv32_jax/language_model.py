@@ -24,6 +24,7 @@ from dsv32_jax.memory import describe
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
 from dsv32_jax.params import named_parameters
 from dsv32_jax.parts import dequantized, with_weights
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.prompts import Prompts, rows_of
 from dsv32_jax.results import Answer, Generation, Piece, Score
 from dsv32_jax.sampling import NOT_FINITE, check_sampling, not_finite, row_keys, sample
@@ -309,8 +310,10 @@ class LanguageModel:
         rows = self.rows(prompts)
         max_new_tokens = self.new_tokens(rows, max_new_tokens)
         tokens = np.full((len(rows), max_new_tokens), -1, np.int32)
-        for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
-            tokens[:, n] = ids
+        with progress_bar("generating", max_new_tokens, "tokens") as advance:
+            for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
+                tokens[:, n] = ids
+                advance(1)
         texts = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in tokens]
         stopped = np.isin(tokens, self.eos_ids).any(axis=1) & (not ignore_eos)
         return Generation(tokens, texts, ["stop" if stop else "length" for stop in stopped])

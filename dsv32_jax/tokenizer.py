@@ -96,9 +96,11 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
-        return self._tokenizer.decode([int(id) for id in ids if id >= 0 and int(id) not in self._specials])
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
+        """The text of `ids`, without special tokens unless they are asked for. Ids below 0 and ids that no token has
+        are left out."""
+        wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self._specials)]
+        return self._tokenizer.decode(wanted, skip_special_tokens=False)
 
     def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
         """The reasoning and the text of an answer to a chat that was encoded with the same `thinking`.
@@ -113,6 +115,18 @@ class Tokenizer:
             return self.decode(ids[:at]), self.decode(ids[at + 1 :])
         reasoning, _, text = self.decode(ids).partition(END_OF_REASONING)
         return reasoning, text
+
+    def token_text(self, id: int) -> str | None:
+        """What one id stands for, special tokens written out; bytes that are no whole character as U+FFFD. None where
+        no token has the id."""
+        if not 0 <= id < 2**32 or self._tokenizer.id_to_token(id) is None:
+            return None
+        return self._tokenizer.decode([id], skip_special_tokens=False)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that are no text."""
+        return frozenset(self._specials)
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import dsv32_jax
-from dsv32_jax import convert, loading
-from dsv32_jax.cli import main
+from dsv32_jax import convert, loading, parts
 from dsv32_jax.convert import calibration
 from dsv32_jax.errors import UserError
 from dsv32_jax.files import locked
@@ -27,37 +26,6 @@ def programs_for_all_lengths():
     """Commands share the programs of a model, however long their prompts are."""
     with one_shape():
         yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return str(golden_directory("tiny") / "model")
-
-
-@pytest.fixture
-def dsv32(capsys):
-    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def refused(dsv32):
-    """Runs a command that must fail with one line on standard error, and returns that line."""
-
-    def run(*arguments):
-        code, out, err = dsv32(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return run
 
 
 def token_file(path, oracle):
@@ -248,7 +216,9 @@ def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_pat
     assert "exists" in refused(*quantize, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "score", "info", "convert", "fidelity"])
+@pytest.mark.parametrize(
+    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+)
 def test_help_has_an_example(dsv32, verb):
     code, out, _ = dsv32(verb, "--help")
     assert code == 0 and f"Example: dsv32 {verb}" in out
@@ -440,7 +410,7 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):
-    monkeypatch.setattr(loading, "available_bytes", lambda: (1000, "host memory"))
+    monkeypatch.setattr(parts, "available_bytes", lambda: (1000, "host memory"))
     assert "host memory has 1.0 kB free" in refused("generate", "--model", tiny, "--prompt", "a")
 
 
