@@ -17,7 +17,10 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ -z "$$found" ]; then \
 	  echo "error: Python 3.12 or newer is needed; found $${seen:-none}" >&2; exit 1; \
 	fi; \
-	[ -x $(PYTHON) ] || $$found -m venv .venv
+	if ! $(PYTHON) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  [ ! -e .venv ] || echo ".venv is half made or of a Python older than 3.12: it is made anew"; \
+	  $$found -m venv --clear .venv; \
+	fi
 	$(PYTHON) -m pip install --quiet -r requirements.lock
 	$(PYTHON) -m pip install --quiet --no-deps -e .
 	@touch $@
