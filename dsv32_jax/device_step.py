@@ -20,12 +20,25 @@ from dsv32_jax.model import Batch, Options
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.speculation import After, draft
 
-__all__ = ["Drawing", "Drawn", "Draws", "Shape", "copy_blocks", "draft_step", "draw", "engine_step"]
+__all__ = [
+    "NOT_FINITE",
+    "Drawing",
+    "Drawn",
+    "Draws",
+    "Shape",
+    "compiled",
+    "copy_blocks",
+    "draft_step",
+    "draw",
+    "engine_step",
+]
 
 Flat = TypeVar("Flat", np.ndarray, Array)
 ALIGNED = 64
 """Numbers: XLA gives a kernel a part of the flat array where it lies, and Mosaic takes none but at multiples of 256
 bytes."""
+NOT_FINITE = -2
+"""In a token's place: some of the logits that it would be drawn from are infinite or no numbers."""
 
 
 class Shape(NamedTuple):
@@ -97,9 +110,17 @@ class Drawing:
 class Drawn:
     """What a step drew: int32 [R]; where a row asks for it, what `log_probabilities` says; drafts behind the tokens."""
 
-    tokens: Array
-    told: tuple[Array, Array, Array] | None
-    drafts: Array | None
+    tokens: Any
+    told: tuple[Any, ...] | None
+    drafts: Any
+
+    def fetched(self) -> "Drawn":
+        """The same as NumPy arrays; waits for the device."""
+        return Drawn(
+            np.asarray(self.tokens),
+            None if self.told is None else tuple(map(np.asarray, self.told)),
+            None if self.drafts is None else np.asarray(self.drafts),
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "shape", "options"), donate_argnames="cache")
@@ -131,9 +152,13 @@ def engine_step(
 
 @functools.partial(jax.jit, static_argnames=("greedy", "nucleus"))
 def draw(logits: Array, draws: Draws, *, greedy: bool, nucleus: bool) -> Array:
-    """Tokens int32 [R] from logits [R, V]; `greedy` and `nucleus` as in `sample`."""
+    """Tokens int32 [R] from logits [R, V], `NOT_FINITE` where those are not.
+
+    `greedy` and `nucleus` as in `sample`.
+    """
     keys = row_keys(draws.seeds, draws.numbers, draws.places)
-    return sample(logits, keys, draws.temperature, draws.top_p, greedy=greedy, nucleus=nucleus)
+    tokens = sample(logits, keys, draws.temperature, draws.top_p, greedy=greedy, nucleus=nucleus)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), tokens, NOT_FINITE)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "shape", "options"), donate_argnames="cache")
@@ -153,6 +178,18 @@ def draft_step(
     after = After(given["after_ids"], given["after_rows"])
     model = jax.tree.unflatten(structure, leaves)
     return draft(model, states, shape.batch(flat), after, tokens, cache, options)
+
+
+def compiled(
+    model: tuple[list[Any], Any], shape: Shape, drawn: Any, cache: Any, options: Options, speculate: bool
+) -> tuple[Any, Any]:
+    """The programs of a shape: the step, and the draft of an engine that speculates. All arrays may be abstract."""
+    flat, how = np.zeros(shape.size, np.int32), {"shape": shape, "options": options}
+    step = engine_step.lower(*model, flat, drawn, cache, **how)
+    if not speculate:
+        return step.compile(), None
+    states, *_ = step.out_info
+    return step.compile(), draft_step.lower(*model, flat, states, drawn, cache, **how).compile()
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

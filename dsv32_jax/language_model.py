@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dsv32_jax import arguments
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
@@ -261,6 +262,14 @@ class LanguageModel:
                         text += decoders[row].finish()
                 yield Piece(row, token, text)
 
+    def sampling_defaults(self) -> tuple[float, float]:
+        """(temperature, top_p) where a caller gives none: greedy, unless the generation config says `do_sample`."""
+        found = self.generation_config
+        if not found.get("do_sample"):
+            return 0.0, 1.0
+        temperature, top_p = (found.get(name) for name in ("temperature", "top_p"))
+        return 1.0 if temperature is None else float(temperature), 1.0 if top_p is None else float(top_p)
+
     def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
         """Compiles what `generate` runs for prompts of these lengths together, several programs at a time.
 
@@ -416,6 +425,8 @@ class LanguageModel:
             if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
                 raise UserError(f"token ids: {array.dtype} {list(array.shape)}; must be int32 [T] or [B, T]")
             prompts = list(np.atleast_2d(array))
+        elif not isinstance(prompts, Sequence):
+            raise UserError(f"prompt: of type {type(prompts).__name__}; must be a text, token ids, or a list of these")
         elif len(prompts) and isinstance(prompts[0], int | np.integer):
             prompts = [prompts]
         if not len(prompts):
@@ -458,12 +469,10 @@ class LanguageModel:
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
     """Raises `UserError` for values that `generate` does not take."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature: {temperature}; must be 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p: {top_p}; must be above 0 and at most 1")
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed: {seed}; must be in 0..{2**31 - 1}")
+    # The device has float32.
+    arguments.number("temperature", temperature, "0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
+    arguments.number("top_p", top_p, "above 0 and at most 1", above=0, most=1)
+    arguments.integer("seed", seed, 0, 2**31 - 1)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))

@@ -94,6 +94,10 @@ class Tokenizer:
         """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
         return self._tokenizer.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
 
+    def is_special(self, id: int) -> bool:
+        """The id is of a special token, which `decode` leaves out."""
+        return id in self._specials
+
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
         known = self._bytes.get(id)
