@@ -134,7 +134,7 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     engine.metrics = Metrics()
     engine.pool.forget()
     begun = time.monotonic()
-    requests = [engine.add(one.prompt, SamplingParams(one.new, ignore_eos=True)) for one in work]
+    requests = [engine.add(one.prompt, SamplingParams(one.new, temperature=0.0, ignore_eos=True)) for one in work]
     used, steady = [], {}
     while engine.busy:
         engine.step()
@@ -210,7 +210,7 @@ def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, f
     def first_token(beginning: list[int]) -> float:
         prompt = beginning + prompts.draw(rng, BLOCK_SIZE)
         begun = time.monotonic()
-        engine.generate([prompt], SamplingParams(1, ignore_eos=True))
+        engine.generate([prompt], SamplingParams(1, temperature=0.0, ignore_eos=True))
         return time.monotonic() - begun
 
     measured = []

@@ -94,7 +94,7 @@ def of_host(engine: Engine, requests: list[Request]) -> float:
 
 def add(engine: Engine, prompts: list[list[int]], new: int) -> list[Request]:
     """The prompts, each to be continued by so many tokens."""
-    return [engine.add(prompt, SamplingParams(new, ignore_eos=True)) for prompt in prompts]
+    return [engine.add(prompt, SamplingParams(new, temperature=0.0, ignore_eos=True)) for prompt in prompts]
 
 
 def until_continued(engine: Engine, requests: list[Request], count: int) -> None:
