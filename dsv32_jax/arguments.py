@@ -37,7 +37,7 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(
-    name: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, most: float
+    name: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:
     """A finite number; `what` says of which range."""
     if isinstance(value, bool):

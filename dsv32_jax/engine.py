@@ -343,8 +343,9 @@ def limits_of(lm: LanguageModel, tokens: int | None, sequences: int, prompt_toke
     if prompt_tokens is None:
         longer = kernels and 2 * tokens <= LARGEST_CHUNK_FOR_KERNELS
         prompt_tokens = LARGEST_CHUNK_FOR_KERNELS if longer else tokens
+    prompt_tokens = integer("max_prompt_tokens", prompt_tokens, 1)
     try:
-        return Limits(tokens, sequences, integer("max_prompt_tokens", prompt_tokens, 1))
+        return Limits(tokens, sequences, prompt_tokens)
     except ValueError as error:
         raise UserError(f"max_{error}") from error
 

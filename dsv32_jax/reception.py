@@ -66,8 +66,8 @@ class Reception(Changing):
 
     def cancel(self, request: Request) -> None:
         """Ends a request; its blocks are free for the next step."""
+        self._check_known(request)
         if not request.finished:
-            self._check_known(request)
             self._give_up([request])
 
     def stream(self, request: Request) -> Stream:
