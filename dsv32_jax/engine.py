@@ -323,8 +323,10 @@ class Engine(Reception):
             gained.append(completion.times)
             if completion.finish_reason:
                 self._finish(sequence)
-            if (event := self._outbox.put(request, n, token, text, silent)) is not None:
-                events.append(event)
+            if silent or request.readers:
+                self._outbox.put(request, n, token, text)
+            else:
+                events.append(Event(request, n, token, text))
         self.metrics.tokens(gained)
         return events
 

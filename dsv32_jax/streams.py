@@ -35,14 +35,11 @@ class Outbox:
         """Of the step that begins: a reader makes it; asked once."""
         return self._caller.__dict__.pop("silent", False)
 
-    def put(self, request: Request, completion: int, token: int, text: str, silent: bool) -> Event | None:
-        """A token has come; returns its event if the step is to return it."""
-        if not (request.readers or silent):
-            return Event(request, completion, token, text)
+    def put(self, request: Request, completion: int, token: int, text: str) -> None:
+        """A token has come whose event the step does not return: somebody reads the request, or made the step."""
         request.unread.append((completion, token, text))
         if not request.readers:
             self._waiting.add(request)
-        return None
 
     def rest(self) -> list[Event]:
         """What a step returns before its own events."""
