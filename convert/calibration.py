@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.observation import Observed, Statistics, observing
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.quant import dense
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,12 @@ def checkpoint_kind(directory: str | os.PathLike[str]) -> str:
 
 
 def load_hf(
-    directory: str | os.PathLike[str], config: ModelConfig | None = None, placement: Placement | None = None
+    directory: str | os.PathLike[str],
+    config: ModelConfig | None = None,
+    placement: Placement | None = None,
+    *,
+    dequantize: str | None = None,
+    mtp: bool = True,
 ) -> DeepseekV32:
     """The model of a Hugging Face checkpoint directory; each parameter goes to its device as soon as it is read.
 
@@ -56,38 +61,63 @@ def load_hf(
       directory: has config.json and safetensors.
       config: that of the directory where None.
       placement: sharding by parameter path; everything on the first device where None.
+      dequantize: "float32" or "bfloat16": what quantised weights become, each as soon as it is read.
+      mtp: False leaves out the multi-token prediction layer, whether or not the files have one.
 
     Raises:
       UserError: what `HFReader` finds wrong.
     """
     directory = Path(directory)
     refuse_unfinished(directory)
-    config = config or ModelConfig.from_hf(directory)
-    reader = HFReader(directory, config)
+    config = config_to_load(directory, config, mtp)
+    reader = HFReader(directory, config, mtp=mtp)
     parameters = {}
-    with progress_bar(f"loading {directory.name}", total_bytes(directory)) as advance:
-        for path in named_parameters(abstract_model(config)):
+    paths = list(named_parameters(abstract_model(config)))
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for path in paths:
             leaf = reader.read(path)
             advance(nbytes(leaf))
-            if placement is None:
-                parameters[path] = jax.tree.map(jnp.asarray, leaf)
-            else:
-                parameters[path] = jax.device_put(leaf, placement(path))
-    return replace_parameters(abstract_model(config), parameters)
+            placed = jax.tree.map(jnp.asarray, leaf) if placement is None else jax.device_put(leaf, placement(path))
+            parameters[path] = as_wanted(placed, dequantize)
+    return assembled(config, parameters, dequantize)
 
 
 def load_orbax(
-    directory: str | os.PathLike[str], config: ModelConfig | None = None, placement: Placement | None = None
+    directory: str | os.PathLike[str],
+    config: ModelConfig | None = None,
+    placement: Placement | None = None,
+    *,
+    dequantize: str | None = None,
+    mtp: bool = True,
 ) -> DeepseekV32:
     """The model of a converted checkpoint; arguments and errors as those of `load_hf`."""
     directory = Path(directory)
     refuse_unfinished(directory)
-    config = config or ModelConfig.from_hf(directory)
-    reader = OrbaxReader(directory, config)
+    config = config_to_load(directory, config, mtp)
+    reader = OrbaxReader(directory, config, mtp=mtp)
     parameters: dict[str, Any] = {}
     for group in groups_of(list(reader.parameters)):
-        parameters |= reader.read_group(group, placement)
+        leaves = reader.read_group(group, placement)
+        parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
+    return assembled(config, parameters, dequantize)
+
+
+def as_wanted(leaf: Any, dequantize: str | None) -> Any:
+    """A parameter, as a plain array of a dtype where it is quantised and shall not be."""
+    return leaf.dequantize(dequantize) if dequantize and isinstance(leaf, QTensor) else leaf
+
+
+def assembled(config: ModelConfig, parameters: dict[str, Any], dequantize: str | None) -> DeepseekV32:
+    """The model of a config and its parameters, of which none is quantised any more where that was asked for."""
+    if dequantize:
+        config = config.replace(quantization_config=None)
     return replace_parameters(abstract_model(config), parameters)
+
+
+def config_to_load(directory: Path, config: ModelConfig | None, mtp: bool) -> ModelConfig:
+    """The given config or the directory's, without the MTP layer where that is not wanted."""
+    config = config or ModelConfig.from_hf(directory)
+    return config if mtp else config.replace(num_nextn_predict_layers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +211,7 @@ def export_model(
     directory: str | os.PathLike[str],
     *,
     tokenizer_files: str | os.PathLike[str] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model in memory as a Hugging Face checkpoint.
@@ -189,11 +220,14 @@ def export_model(
       model: with concrete parameters; its config is written as config.json.
       directory: must not exist.
       tokenizer_files: a directory whose tokenizer and generation files are copied.
+      generation_config: written as generation_config.json instead of the one there.
       shard_bytes: the most that a file holds (of one tensor, more).
 
     Raises:
-      UserError: `directory` exists or cannot be written.
+      UserError: `directory` exists or cannot be written, or `tokenizer_files` has no tokenizer any more.
     """
+    if tokenizer_files is not None and not (Path(tokenizer_files) / "tokenizer.json").is_file():
+        raise UserError(f"tokenizer_files {tokenizer_files}: has no tokenizer.json")
     leaves = named_parameters(model)
     with unfinished(Path(directory), None) as (work, _, _):
         writer = HFWriter(work, model.config, plan_shards(model.config, leaves, shard_bytes), None)
@@ -203,6 +237,8 @@ def export_model(
             write_config(work, model.config)
         else:
             copy_files(Path(tokenizer_files), work, model.config)
+        if generation_config is not None:
+            write_json(work / "generation_config.json", generation_config)
 
 
 def to_bfloat16(config: ModelConfig) -> Change:
@@ -235,11 +271,6 @@ def matrix(leaf: Any, at: tuple[int, ...]) -> Any:
 def nbytes(leaf: Any) -> int:
     """Bytes of a parameter or of a whole model, concrete or abstract."""
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
-
-
-def total_bytes(directory: Path) -> int:
-    """Bytes of a checkpoint's tensor files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def identity(source: Path, to: str, change: dict[str, Any] | None) -> dict[str, Any]:
@@ -305,7 +336,11 @@ def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:
 
 def write_config(directory: Path, config: ModelConfig) -> None:
     """config.json."""
-    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config.to_hf())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsv32_jax.config import ModelConfig, read_json
-from dsv32_jax.convert.names import hf_name
+from dsv32_jax.convert.names import hf_name, is_mtp, mtp_prefix, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import (
     OFFICIAL,
     TensorSpec,
@@ -46,25 +46,39 @@ class Shard:
 class HFReader:
     """A checked checkpoint directory: all headers are read and held against the config before any data."""
 
-    def __init__(self, directory: Path, config: ModelConfig):
-        """Raises UserError: a missing, truncated or corrupt shard, or everything that does not fit the config."""
+    def __init__(self, directory: Path, config: ModelConfig, *, mtp: bool = True):
+        """Raises UserError: a missing, truncated or corrupt shard, or everything that does not fit the config.
+
+        Without `mtp` the config has no MTP layer, and the files may have one that is passed over.
+        """
         self.directory, self.config = directory, config
+        self.passed_over = None if mtp else mtp_prefix(config)
         self.stored = stored_parameters(config)
         self.index_metadata: dict[str, Any] | None = None
         self.shards: dict[str, Shard] = {}
         self.entries: dict[str, tuple[Path, Entry]] = {}
-        problems = []
+        problems: list[str] = []
+        passed_over: list[str] = []
+        absent: list[tuple[str, str]] = []
         for file, expected in self.shard_files().items():
             entries, metadata = read_header(directory / file)
             self.shards[file] = Shard(metadata, {name: (e.dtype, e.shape) for name, e in entries.items()})
             for name, entry in entries.items():
+                if self.passes_over(name):
+                    passed_over.append(name)
+                    continue
                 if name in self.entries:
                     problems.append(f"{name} is in two shards")
                 self.entries[name] = (directory / file, entry)
-            if expected is not None:
-                problems += [
-                    f"{name} is not in {file}, where the index has it" for name in sorted(expected - set(entries))
-                ]
+            absent += [(name, file) for name in sorted((expected or set()) - set(entries))]
+        if not is_mtp(passed_over, config):  # a config with one layer too few names another layer by that number
+            problems += [f"unexpected {name}" for name in passed_over]
+        whole = any(name.startswith(mtp_prefix(config)) for name in self.entries)
+        problems += [
+            f"{name} is not in {file}, where the index has it"
+            for name, file in absent
+            if whole or not name.startswith(mtp_prefix(config))
+        ]
         problems += self.mismatches(hf_tensors(config, self.stored))
         if problems:
             more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
@@ -83,13 +97,27 @@ class HFReader:
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{self.directory / INDEX}: {file!r} is not a file name")
-            files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
+            if not self.passes_over(name):
+                files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
         if missing := [file for file in files if not (self.directory / file).exists()]:
-            raise UserError(f"{self.directory}: missing shard{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}")
+            prefix = mtp_prefix(self.config)
+            only_mtp = all(name.startswith(prefix) for file in missing for name in files[file] or ())
+            hint = f"; {without_mtp(prefix)}" if self.config.has_mtp and only_mtp else ""
+            shards = f"shard{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}"
+            raise UserError(f"{self.directory}: missing {shards}{hint}")
         return dict(sorted(files.items()))
+
+    def passes_over(self, name: str) -> bool:
+        """Whether a tensor is of an MTP layer that is not wanted."""
+        return self.passed_over is not None and name.startswith(self.passed_over)
 
     def mismatches(self, specs: dict[str, TensorSpec]) -> Iterable[str]:
         """Everything missing, unexpected, misshapen or of a wrong dtype."""
+        prefix, settled = mtp_prefix(self.config), False
+        held = [name for name in self.entries if name.startswith(prefix)]
+        if not held if self.config.has_mtp else is_mtp(held, self.config):
+            yield without_mtp(prefix) if self.config.has_mtp else undeclared_mtp(prefix)
+            specs, settled = {name: spec for name, spec in specs.items() if not name.startswith(prefix)}, True
         for name, spec in specs.items():
             if name not in self.entries:
                 weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
@@ -106,6 +134,8 @@ class HFReader:
                 hint = " (config.json has no quantization_config)" if self.config.quantization_config is None else ""
                 yield f"{name} is {entry.dtype}, expected {' or '.join(allowed)}{hint * (entry.dtype not in FLOATS)}"
         for name in self.entries:
+            if settled and name.startswith(prefix):
+                continue
             if name not in specs:
                 yield f"unexpected {name}"
             elif specs[name].part == "scales" and self.official:

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.quant import Weight, dense, is_qtensor
 
 FOLDS = {

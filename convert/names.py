@@ -1,5 +1,7 @@
 """Hugging Face tensor names: the one table from the checkpoint's names to this model's parameters."""
 
+from collections.abc import Collection
+
 from dsv32_jax.config import ModelConfig
 
 MODEL = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -12,6 +14,9 @@ MTP = {
     "norm": "shared_head.norm.weight",
     "head": "shared_head.head.weight",
 }
+
+MTP_PATHS = "mtp."
+"""How the paths of the MTP layer's parameters begin."""
 
 LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -41,16 +46,6 @@ LAYER = {
     "ffn.experts.down": "mlp.experts.{expert}.down_proj.weight",
 }
 
-PLAIN = ("router", "head_weights", "norm", "bias")
-"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
-LINEARS = tuple(f".{name}" for name in LAYER if not any(part in name for part in PLAIN))
-"""How the paths of linears end: what the released checkpoint has in FP8."""
-
-
-def is_linear(path: str) -> bool:
-    """Whether a parameter is one that schemes are for."""
-    return path.endswith(LINEARS)
-
 
 def hf_name(path: str, config: ModelConfig) -> str:
     """The HF name of a parameter; of stacked experts with "{expert}" in it."""
@@ -62,6 +57,32 @@ def hf_name(path: str, config: ModelConfig) -> str:
         return f"model.layers.{layer}.{LAYER[rest]}"
     prefix = f"model.layers.{config.num_hidden_layers}."
     return prefix + (LAYER[rest.removeprefix("layer.")] if rest.startswith("layer.") else MTP[rest])
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """How the names of the MTP layer's tensors begin."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def is_mtp(names: Collection[str], config: ModelConfig) -> bool:
+    """Whether tensors that are named so are an MTP layer's, which alone joins an embedding to a hidden state."""
+    return mtp_prefix(config) + MTP["eh_proj"] in names
+
+
+def without_mtp(names: str) -> str:
+    """What to do about files without the MTP layer that their config announces; `names` is how its names begin."""
+    return (
+        f"num_nextn_predict_layers announces an MTP layer and the files have no {names}*: load without it (mtp=False, "
+        "--no-mtp), or set num_nextn_predict_layers to 0 in config.json"
+    )
+
+
+def undeclared_mtp(names: str) -> str:
+    """The same about files with an MTP layer that their config does not announce."""
+    return (
+        f"the files have an MTP layer, {names}*, and num_nextn_predict_layers is 0: set it to 1 in config.json, or "
+        "load without the layer (mtp=False, --no-mtp)"
+    )
 
 
 def group_of(path: str) -> str:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.convert.huggingface import Shard, plan_shards
-from dsv32_jax.convert.names import group_of
+from dsv32_jax.convert.names import MTP_PATHS, group_of, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor, scheme_of
@@ -83,8 +83,11 @@ class OrbaxWriter:
 class OrbaxReader:
     """A converted checkpoint, held against its config before any data is read."""
 
-    def __init__(self, directory: Path, config: ModelConfig):
-        """Raises UserError: not such a checkpoint, another format, or parameters that do not fit the config."""
+    def __init__(self, directory: Path, config: ModelConfig, *, mtp: bool = True):
+        """Raises UserError: not such a checkpoint, another format, or parameters that do not fit the config.
+
+        Without `mtp` the config has no MTP layer, and the files may have one that is passed over.
+        """
         self.directory = directory
         content = read_json(directory / DESCRIPTION)
         if content.get("format") != FORMAT:
@@ -93,15 +96,23 @@ class OrbaxReader:
             )
         if lacking := [key for key in ("parameters", "index_metadata", "shards") if key not in content]:
             raise UserError(f"{directory / DESCRIPTION}: has no {' or '.join(lacking)}; convert again")
-        self.parameters: dict[str, Any] = content["parameters"]
+        self.parameters: dict[str, Any] = {
+            path: leaf for path, leaf in content["parameters"].items() if mtp or not path.startswith(MTP_PATHS)
+        }
         self.index_metadata = content["index_metadata"]
         self.shards = {
             file: Shard(shard["metadata"], {name: (dtype, tuple(shape)) for name, dtype, shape in shard["tensors"]})
             for file, shard in content["shards"].items()
         }
         expected = stored_parameters(config)
-        problems = [f"missing {path}" for path in expected if path not in self.parameters]
-        problems += [f"unexpected {path}" for path in self.parameters if path not in expected]
+        problems = []
+        if config.has_mtp != any(path.startswith(MTP_PATHS) for path in self.parameters):
+            problems.append((without_mtp if config.has_mtp else undeclared_mtp)(MTP_PATHS))
+            expected = {path: leaf for path, leaf in expected.items() if not path.startswith(MTP_PATHS)}
+        problems += [f"missing {path}" for path in expected if path not in self.parameters]
+        problems += [
+            f"unexpected {path}" for path in self.parameters if path not in expected and not path.startswith(MTP_PATHS)
+        ]
         plain = may_be_plain(config)
         for path in expected:
             if path not in self.parameters:

@@ -1,7 +1,7 @@
 """A model with its linears in other schemes: in memory, or from checkpoint to checkpoint.
 
 The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding, head, router, norms and the indexer's
-head weights stay as they are: `dsv32_jax.convert.names.PLAIN`.
+head weights stay as they are: `dsv32_jax.params.PLAIN`.
 """
 
 import json
@@ -18,14 +18,13 @@ import numpy as np
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import Change, matrix, rewrite
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
 from dsv32_jax.convert.stored import quantization_config, quantized, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.quant import SCHEMES, dense, quantize_weight, scheme_of
 
 UNQUANTISED = "bf16"

@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.convert.names import hf_name, is_linear
+from dsv32_jax.convert.names import hf_name
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
+from dsv32_jax.params import is_linear, named_parameters
 from dsv32_jax.quant import QTensor, quantize_weight
 from dsv32_jax.quantization_config import CompressedTensors, Group, QuantizationConfig
 from pallas_kernels.quant_matmul import pack_int4, unpack_int4
@@ -191,7 +191,9 @@ def quantization_config(
         return None
     if used == {"fp8_block"} and set(schemes) == linears:
         had = config.quantization_config
-        return had if isinstance(had, QuantizationConfig) else QuantizationConfig()
+        if not isinstance(had, QuantizationConfig):
+            return QuantizationConfig()
+        return had.with_all_quantized(hf_name(path, config).removesuffix(".weight") for path in linears)
     families: dict[str, dict[str, list[int]]] = {}  # module pattern -> scheme -> layers
     for path in sorted(linears):
         module = hf_name(path, config).removesuffix(".weight")

@@ -4,15 +4,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv32_jax.config import ModelConfig as ModelConfig
+    from dsv32_jax.context import Options as Options
     from dsv32_jax.engine import Engine as Engine
+    from dsv32_jax.errors import UserError as UserError
     from dsv32_jax.language_model import LanguageModel as LanguageModel
     from dsv32_jax.loading import load as load
     from dsv32_jax.request import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "LanguageModel", "SamplingParams", "load"]
+__all__ = ["Engine", "LanguageModel", "ModelConfig", "Options", "SamplingParams", "UserError", "load"]
 
-MODULES = {"Engine": "engine", "LanguageModel": "language_model", "SamplingParams": "request", "load": "loading"}
+MODULES = {
+    "Engine": "engine",
+    "LanguageModel": "language_model",
+    "ModelConfig": "config",
+    "Options": "context",
+    "SamplingParams": "request",
+    "UserError": "errors",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -20,3 +31,9 @@ def __getattr__(name: str) -> Any:
     if name in MODULES:
         return getattr(importlib.import_module(f"dsv32_jax.{MODULES[name]}"), name)
     raise AttributeError(f"module 'dsv32_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names and the modules that are imported, for completion in a notebook."""
+    modules = [name for name, value in globals().items() if getattr(value, "__name__", "") == f"{__name__}.{name}"]
+    return sorted([*__all__, "__version__", "__doc__", "__path__", *modules])

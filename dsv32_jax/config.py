@@ -1,8 +1,9 @@
 """ModelConfig: the fields of a Hugging Face `config.json` of model type `deepseek_v32`, checked.
 
-Attribute names are the file's names and the defaults are the values of the 671B model. Unknown fields are kept and
-written back by `to_hf`; a field that is one typing slip away from a known one is refused, because silently ignoring it
-would run another model than the one the file describes.
+Attribute names are the file's names and the defaults are the values of the 671B model. `dsv32_jax.config_fields` says
+what other fields may hold; all are kept and written back by `to_hf`. A field that nobody knows is named in a warning;
+one that is a typing slip away from a known one is refused, because passing over it would run another model than the
+one the file describes.
 """
 
 from __future__ import annotations
@@ -10,66 +11,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.errors import UserError
-from dsv32_jax.fields import check_keys, integer, near_miss, number, only
+from dsv32_jax.config_fields import check_beside, check_field, refuse_typing_slips, unknown
+from dsv32_jax.errors import CheckpointWarning, UserError
+from dsv32_jax.fields import integer, number, only
 from dsv32_jax.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
+from dsv32_jax.rope_scaling import NeutralFields, RopeScaling, read_rope, write_rope
 
-# Fields that other tools write, that this model does not read, and that look like fields it does read.
-_HARMLESS = frozenset({"dtype", "head_dim", "qk_head_dim", "pad_token_id", "decoder_start_token_id", "rope_interleave"})
+__all__ = ["PRESETS", "ModelConfig", "RopeScaling", "read_json"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """YaRN: rotation frequencies interpolated by `factor`, and the constants of the softmax scale."""
-
-    type: str = "yarn"
-    factor: float = 40
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32
-    beta_slow: float = 1
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-    type_keys: tuple[str, ...] = ("type",)  # how the file spells the type: "type", "rope_type" or both
-
-    def __post_init__(self) -> None:
-        only("rope_scaling.type", self.type, "yarn")
-        integer("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
-        for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            number(f"rope_scaling.{name}", getattr(self, name))
-        if self.factor < 1:
-            raise UserError(f"rope_scaling.factor is {self.factor!r}; it must be at least 1")
-        if self.beta_fast < self.beta_slow:
-            raise UserError(
-                f"rope_scaling.beta_fast {self.beta_fast!r} is below rope_scaling.beta_slow {self.beta_slow!r}; "
-                "beta_fast must be the larger one"
-            )
-        if self.mscale != self.mscale_all_dim:
-            raise UserError(
-                f"rope_scaling.mscale {self.mscale!r} differs from rope_scaling.mscale_all_dim "
-                f"{self.mscale_all_dim!r}; only equal values are supported (cos and sin are not scaled)"
-            )
-
-    @classmethod
-    def from_hf(cls, raw: object, where: str = "rope_scaling") -> RopeScaling:
-        names = frozenset(f.name for f in dataclasses.fields(cls)) - {"type", "type_keys"}
-        block = dict(check_keys(where, raw, names | {"type", "rope_type"}, names))
-        spelled = tuple(key for key in ("type", "rope_type") if key in block)
-        kinds = [block.pop(key) for key in spelled]
-        if not kinds:
-            raise UserError(f"{where}.type is missing; the only supported value is 'yarn'")
-        for key, kind in zip(spelled, kinds, strict=True):
-            only(f"{where}.{key}", kind, "yarn")
-        return cls(type="yarn", type_keys=spelled, **block)
-
-    def to_hf(self) -> dict[str, Any]:
-        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("type", "type_keys")}
-        return dict(sorted((block | dict.fromkeys(self.type_keys, self.type)).items()))
-
+_ARCHITECTURE = "DeepseekV32ForCausalLM"
 
 # Must be in the file: a default would silently be another model's size.
 _SIZES = (
@@ -80,7 +36,9 @@ _SIZES = (
 )  # fmt: skip
 _REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
 # Attributes that are not fields of the file under their own name.
-_INTERNAL = frozenset({"unknown", "rope_in_parameters"})
+_INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
+# Attributes that nothing but training reads; any plain value will do.
+_PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +50,7 @@ class ModelConfig:
     """
 
     model_type: str = "deepseek_v32"
-    architectures: tuple[str, ...] | None = ("DeepseekV32ForCausalLM",)
+    architectures: tuple[str, ...] | None = (_ARCHITECTURE,)
     # Sizes.
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -125,7 +83,7 @@ class ModelConfig:
     # Positions and norms.
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000
-    rope_scaling: RopeScaling | None = RopeScaling()
+    rope_scaling: RopeScaling | None = RopeScaling()  # noqa: RUF009  (frozen)
     quantization_config: QuantizationConfig | CompressedTensors | None = QuantizationConfig()  # noqa: RUF009  (frozen)
     # One supported value each.
     attention_bias: bool = False
@@ -137,20 +95,23 @@ class ModelConfig:
     # Token ids.
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
-    # No effect on inference.
+    # No effect on inference: dropout and initial values are for training, and tensors' types are those of the files.
     attention_dropout: float = 0.0
     ep_size: int = 1
     initializer_range: float = 0.02
     torch_dtype: str | None = "bfloat16"
     transformers_version: str | None = "4.44.2"
     use_cache: bool = True
-    # Kept only to be written back: (name, JSON text) of fields nobody reads; rope fields as transformers 5 nests them.
-    unknown: tuple[tuple[str, str], ...] = ()
+    # Kept to be written back: (name, JSON text) of the fields of `dsv32_jax.config_fields` and of those that nobody
+    # knows; whether the rope fields are nested as in transformers 5, and what else is in their block.
+    unknown: NeutralFields = ()
     rope_in_parameters: bool = False
+    rope_neutral: NeutralFields = ()
 
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
+        check_beside(self, self.beside)
 
     def _check_values(self) -> None:
         only("model_type", self.model_type, "deepseek_v32")
@@ -162,6 +123,9 @@ class ModelConfig:
         only("tie_word_embeddings", self.tie_word_embeddings, False)
         only("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, 1)
         only("norm_topk_prob", self.norm_topk_prob, True, False)
+        names = self.architectures
+        if names is not None and not (isinstance(names, tuple) and _ARCHITECTURE in names):
+            raise UserError(f"architectures is {names!r}; it must be a list with {_ARCHITECTURE!r} in it or be absent")
         for name in _SIZES:
             integer(name, getattr(self, name), 1)
         integer("first_k_dense_replace", self.first_k_dense_replace, 0)
@@ -176,9 +140,13 @@ class ModelConfig:
                 f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig, "
                 "CompressedTensors or None"
             )
+        for name in _PASSED_OVER:
+            if not isinstance(getattr(self, name), str | int | float | None):
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a text, a number, true, false or null")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            for token in value if isinstance(value, tuple) else () if value is None else (value,):
+            several = isinstance(value, tuple) and name == "eos_token_id"
+            for token in value if several else () if value is None else (value,):
                 integer(name, token, 0)
                 if token >= self.vocab_size:
                     raise UserError(f"{name} {token} is outside vocab_size {self.vocab_size}")
@@ -239,6 +207,11 @@ class ModelConfig:
                 )
 
     @property
+    def beside(self) -> dict[str, Any]:
+        """Fields of the file that are no attribute, by name as they were read."""
+        return {name: json.loads(text) for name, text in self.unknown}
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head: nope and rope features."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -271,53 +244,70 @@ class ModelConfig:
         """Read a `config.json`, a directory that holds one, or its parsed content.
 
         Raises `UserError` for a file that is missing or not JSON, for a size that is missing, for a name that is nearly
-        a known one, and for everything the constructor refuses.
+        a known one, and for everything the constructor refuses. Warns (`CheckpointWarning`) once, by name, of fields
+        that nobody knows.
         """
+        where = "config"
         if not isinstance(source, Mapping):
-            source = read_json(Path(source) / "config.json" if Path(source).is_dir() else Path(source))
+            path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+            source, where = read_json(path), str(path)
         raw = dict(source)
-        known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
-        rope_in_parameters = "rope_parameters" in raw
-        if rope_in_parameters:
-            _unnest_rope(raw)
-        unknown = []
-        for name in [name for name in raw if name not in known]:
-            if name not in _HARMLESS and (meant := near_miss(name, known | {"rope_parameters"})):
-                raise UserError(f"{name} is not a field of this config; did you mean {meant}?")
-            unknown.append((name, json.dumps(raw.pop(name), ensure_ascii=False)))
         if "model_type" in raw:  # first: of another model's config nothing else is worth reporting
             only("model_type", raw["model_type"], "deepseek_v32")
+        known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
+        rope, beside = read_rope(raw)
+        beside |= {name: raw.pop(name) for name in [name for name in raw if name not in known]}
+        refuse_typing_slips(beside, known)
         if missing := sorted(_REQUIRED - raw.keys()):
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
-        if raw.setdefault("rope_scaling", None) is not None:
-            where = "rope_parameters" if rope_in_parameters else "rope_scaling"
-            raw["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], where)
         if raw.setdefault("quantization_config", None) is not None:
             raw["quantization_config"] = read_quantization_config(raw["quantization_config"])
-        raw.setdefault("num_nextn_predict_layers", 0)
+        raw["num_nextn_predict_layers"] = 0 if (mtp := raw.get("num_nextn_predict_layers")) is None else mtp
         for name, value in raw.items():
             if isinstance(value, list):
                 raw[name] = tuple(value)
-        return cls(**raw, unknown=tuple(unknown), rope_in_parameters=rope_in_parameters)
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
+        config = cls(**raw, **rope, unknown=texts)
+        if nobody_knows := unknown(name for name, value in beside.items() if value is not None):
+            message = (
+                f"{where}: fields that this model does not know are passed over: {', '.join(sorted(nobody_knows))}"
+            )
+            warnings.warn(message, CheckpointWarning, stacklevel=1)  # of here: a file that is read twice warns once
+        return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json`, sorted by name: every field, and the unknown ones as they were read."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _INTERNAL}
+        """The content of a `config.json`, sorted by name: all attributes, and the fields beside them as read."""
+        skipped = _INTERNAL | {"rope_theta", "rope_scaling"}
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
         out = {name: list(value) if isinstance(value, tuple) else value for name, value in out.items()}
-        out["rope_scaling"] = self.rope_scaling.to_hf() if self.rope_scaling else None
-        if self.rope_in_parameters:
-            block = out.pop("rope_scaling") or {"rope_type": "default"}
-            out["rope_parameters"] = dict(sorted((block | {"rope_theta": out.pop("rope_theta")}).items()))
         if self.quantization_config is None:
             del out["quantization_config"]
         else:
             out["quantization_config"] = self.quantization_config.to_hf()
-        out |= {name: json.loads(text) for name, text in self.unknown}
-        return dict(sorted(out.items()))
+        return dict(sorted((out | write_rope(self) | self.beside).items()))
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with other values, checked again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with other values, checked again.
+
+        Of the fields beside the attributes (`mlp_layer_types`, `num_experts`, ...), those that no longer agree are left
+        out, for they only said again what has changed.
+        """
+        if changes.keys() & {"rope_scaling", "rope_theta"}:
+            changes = {"rope_neutral": ()} | changes
+        if "unknown" in changes:
+            return dataclasses.replace(self, **changes)
+        config = dataclasses.replace(self, **changes, unknown=())
+        return dataclasses.replace(
+            config, unknown=tuple(entry for entry in self.unknown if config._agrees(entry[0], self))
+        )
+
+    def _agrees(self, name: str, other: ModelConfig) -> bool:
+        """Whether a field beside the attributes of another config fits this one."""
+        try:
+            check_field(self, name, other.beside[name], other.beside)
+        except UserError:
+            return False
+        return True
 
     @classmethod
     def deepseek_v32(cls) -> ModelConfig:
@@ -360,21 +350,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")
     return raw
-
-
-def _unnest_rope(raw: dict[str, Any]) -> None:
-    """Turn transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
-    block = raw.pop("rope_parameters")
-    if not isinstance(block, Mapping):
-        raise UserError(f"rope_parameters is {block!r}; it must be an object")
-    for name in ("rope_scaling", "rope_theta"):
-        if raw.get(name) is not None:
-            raise UserError(f"{name} and rope_parameters are both given; keep one of them")
-    block = dict(block)
-    if "rope_theta" not in block:
-        raise UserError("rope_parameters.rope_theta is missing; the config must give it")
-    raw["rope_theta"] = block.pop("rope_theta")
-    raw["rope_scaling"] = None if block == {"rope_type": "default"} else block
 
 
 PRESETS = {"671b": ModelConfig.deepseek_v32(), "tiny": ModelConfig.tiny()}

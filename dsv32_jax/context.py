@@ -28,6 +28,7 @@ class Options:
       backend: of every op, see `pallas_kernels`.
       absorb: attention in the latent space; False expands every head's keys and values (slow: the specification).
       cache_dtype: form of the cache's latent rows, "float32", "bfloat16" or "fp8"; the compute dtype where None.
+      debug: check what parts that may be somebody else's give (see `checks`); slow, for tests and notebooks.
     """
 
     compute_dtype: str = "float32"
@@ -37,6 +38,7 @@ class Options:
     backend: str = "auto"
     absorb: bool = True
     cache_dtype: str | None = None
+    debug: bool = False
 
     def __post_init__(self):
         for field, allowed in {

@@ -21,7 +21,6 @@ from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.speculation import After, draft
 
 __all__ = [
-    "NOT_FINITE",
     "Drawing",
     "Drawn",
     "Draws",
@@ -37,8 +36,6 @@ Flat = TypeVar("Flat", np.ndarray, Array)
 ALIGNED = 64
 """Numbers: XLA gives a kernel a part of the flat array where it lies, and Mosaic takes none but at multiples of 256
 bytes."""
-NOT_FINITE = -2
-"""In a token's place: some of the logits that it would be drawn from are infinite or no numbers."""
 
 
 class Shape(NamedTuple):
@@ -152,13 +149,9 @@ def engine_step(
 
 @functools.partial(jax.jit, static_argnames=("greedy", "nucleus"))
 def draw(logits: Array, draws: Draws, *, greedy: bool, nucleus: bool) -> Array:
-    """Tokens int32 [R] from logits [R, V], `NOT_FINITE` where those are not.
-
-    `greedy` and `nucleus` as in `sample`.
-    """
+    """Tokens int32 [R] from logits [R, V]; `greedy` and `nucleus` as in `sample`."""
     keys = row_keys(draws.seeds, draws.numbers, draws.places)
-    tokens = sample(logits, keys, draws.temperature, draws.top_p, greedy=greedy, nucleus=nucleus)
-    return jnp.where(jnp.isfinite(logits).all(axis=-1), tokens, NOT_FINITE)
+    return sample(logits, keys, draws.temperature, draws.top_p, greedy=greedy, nucleus=nucleus)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "shape", "options"), donate_argnames="cache")

@@ -30,7 +30,6 @@ from dsv32_jax.blocks import BLOCK_SIZE, BlockPool
 from dsv32_jax.cache import KVCache
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.device_step import (
-    NOT_FINITE,
     Drawing,
     Drawn,
     Shape,
@@ -47,7 +46,7 @@ from dsv32_jax.model import Options
 from dsv32_jax.packing import Draw, pack, step_sizes, table_widths
 from dsv32_jax.reception import Reception
 from dsv32_jax.request import MOST_LOGPROBS, Event, LogProbs
-from dsv32_jax.sampling import log_probabilities
+from dsv32_jax.sampling import NOT_FINITE, log_probabilities
 from dsv32_jax.scheduler import Limits, Scheduler, Sequence, Step
 from dsv32_jax.speculation import take
 

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Bad input: one line that names the field, file, tensor or flag and says what would be right."""
+
+
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint's files that is passed over."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Trace:
     """What every layer did over the tokens of one sequence; NumPy arrays over T tokens and L layers (M with experts).
 
@@ -32,6 +32,18 @@ class Trace:
     experts: np.ndarray
     expert_weights: np.ndarray
     logits: np.ndarray
+
+    def __repr__(self) -> str:
+        """The sizes, and what the shares of `topk` and `attention` come to, instead of millions of numbers."""
+        layers, tokens, k = self.topk.shape
+        sizes = f"{layers} layers, {tokens} tokens, {k} chosen positions, {len(self.experts)} layers with experts"
+        on_chosen = ", ".join(f"{mass(*pair):.3f}" for pair in zip(self.attention, self.topk, strict=True))
+        arrays = "\n".join(
+            f"  {field.name:<15} {array.dtype} {list(array.shape)}"
+            for field in dataclasses.fields(self)
+            if (array := getattr(self, field.name)) is not None
+        )
+        return f"Trace of {sizes}\n{arrays}\n  attention that falls on the chosen positions, by layer: {on_chosen}"
 
     @staticmethod
     def from_step(logits: Any, recorded: Mapping[str, Any], tokens: int) -> "Trace":

@@ -2,11 +2,14 @@
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv32_jax.errors import UserError
+
+_SHOWN = 60
+"""Characters of a value that a message shows."""
 
 # Below this similarity two names are taken to be different words (`n_group` for `num_group` scores 0.88).
 _NEAR_MISS = 0.86
@@ -24,7 +27,7 @@ def near_miss(name: str, known: Iterable[str]) -> str | None:
 
 def number(name: str, value: object) -> None:
     """Refuses what is not a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
@@ -40,6 +43,29 @@ def only(name: str, value: object, *supported: object) -> None:
     if not any(type(value) is type(s) and value == s for s in supported):
         words = " or ".join("absent" if s is None else json.dumps(s) for s in supported)
         raise UserError(f"{name} is {value!r}; the only supported value is {words}")
+
+
+def same(value: object, other: object) -> bool:
+    """Whether two JSON values mean the same: 1 is 1.0, and neither is true."""
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return len(value) == len(other) and all(map(same, value, other))
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    return value == other
+
+
+def neutral(name: str, value: object, accepted: Iterable[object], reason: str) -> None:
+    """Refuses what is neither null nor one of the values under which nothing else is computed."""
+    accepted = tuple(accepted)
+    if value is not None and not any(same(value, one) for one in accepted):
+        right = " or ".join([*map(shown, accepted), "absent"])
+        raise UserError(f"{name} is {shown(value)}; it must be {right}: {reason}")
+
+
+def shown(value: object) -> str:
+    """A JSON value as a message has it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def check_keys(where: str, raw: object, known: frozenset[str], required: frozenset[str]) -> Mapping[str, Any]:

@@ -4,23 +4,31 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dsv32_jax import arguments
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.checks import shown_as_user_errors
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
+from dsv32_jax.memory import describe
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
-from dsv32_jax.sampling import row_keys, sample
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.params import named_parameters
+from dsv32_jax.parts import dequantized, with_weights
+from dsv32_jax.prompts import Prompts, rows_of
+from dsv32_jax.results import Answer, Generation, Piece, Score
+from dsv32_jax.sampling import NOT_FINITE, check_sampling, not_finite, row_keys, sample
+from dsv32_jax.snapshot import Snapshot
+from dsv32_jax.tokenizer import Message, Tokenizer
 from pallas_kernels.backend import BackendError
 from pallas_kernels.paging import slots_of
 
@@ -30,50 +38,21 @@ SMALLEST_CHUNK_FOR_KERNELS, LARGEST_CHUNK_FOR_KERNELS = 128, 2048
 """With kernels a shorter piece saves little time, since weights are read for it all the same, and must be compiled; a
 piece of 2048 tokens takes twice the time of one of 512. References would need memory for every head's scores."""
 
-Prompts = str | Sequence[Any] | np.ndarray | Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What `generate` returns.
-
-    tokens: int32 [B, N], N = `max_new_tokens`; -1 after a row's end-of-sentence token.
-    texts: one text a row (special tokens left out), or None without a tokenizer.
-    finish_reasons: "stop" (end of sentence) or "length", one a row.
-    """
-
-    tokens: np.ndarray
-    texts: list[str] | None
-    finish_reasons: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What `score` returns.
-
-    log_likelihoods: float32 [B, T - 1]; entry t is log p(ids[t + 1] | ids[: t + 1]), 0 where that token is absent.
-    tokens: how many tokens were scored (each row's first has nothing before it).
-    log_likelihood: their sum. perplexity: exp(-log_likelihood / tokens).
-    """
-
-    log_likelihoods: np.ndarray
-    tokens: int
-    log_likelihood: float
-    perplexity: float
-
-
-class Piece(NamedTuple):
-    """One newly generated token of one row; `text` is what it completes (None without a tokenizer)."""
-
-    row: int
-    token: int
-    text: str | None
+CONFIG_OF_TEXT = frozenset({"bos_token_id", "eos_token_id", "max_position_embeddings"})
+"""Fields in which the config of a `LanguageModel` may differ from its model's: no step reads them."""
+DEFAULT_NEW_TOKENS = 256
 
 
 class LanguageModel:
-    """A model ready to use. `model`, `config`, `tokenizer` and `options` are plain attributes, free to be replaced.
+    """A model ready to use.
 
-    generation_config: the checkpoint's `generation_config.json` as a dict; its `eos_token_id` goes before the config's.
+    `model`, `config`, `tokenizer`, `options` and `generation_config` are plain attributes, free to be replaced, and so
+    is every weight (`m.model.head = ...`): each call looks at what there is when it begins. `with_parts` makes another
+    model instead, which shares the rest. Replacing a method of a class (`MLA.select = ...`) is not supported: what was
+    compiled before keeps the old one.
+
+    generation_config: the checkpoint's `generation_config.json` as a dict. Its `eos_token_id` goes before the config's,
+      and what it says of sampling holds where a call says nothing: see `sampling_defaults`.
     """
 
     def __init__(
@@ -89,24 +68,117 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.options = options or Options.default(config)
         self.generation_config = generation_config or {}
-        eos = self.generation_config.get("eos_token_id", config.eos_token_id)
-        self.eos_ids: tuple[int, ...] = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-        self._flattened: tuple[Any, ...] | None = None
+        self._flattened: tuple[Snapshot, Options, ModelConfig, list[Any], Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({describe(self.model)}; {self.options})"
 
     # Passing a module to a jitted function costs the host some microseconds a leaf at every call; a flat list costs far
-    # less. Replacing `self.model` or `self.options` flattens anew.
+    # less.
     def flat_model(self) -> tuple[list[Any], Any]:
-        """Leaves of the `prepared` model and their structure, for jitted functions that are called often."""
-        model, options = self.model, self.options
-        if self._flattened is None or self._flattened[0] is not model or self._flattened[1] != options:
-            self._flattened = None  # there may be no room for two
-            self._flattened = (model, options, *jax.tree.flatten(prepared(model, options)))
-        return self._flattened[2:]
+        """Leaves of the `prepared` model and their structure, for jitted functions that are called often.
 
-    def _step(self, batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
-        leaves, structure = self.flat_model()
-        with _user_error():
-            return _flat_step(leaves, structure, batch, cache, self.options)
+        The same lists again until the model, a weight of it, the options or the config is replaced.
+        """
+        if not self._flattened or not self._flattened[0].shows(self.model):
+            self._flattened = None  # there may be no room for two
+        if self._flattened is None or self._flattened[1:3] != (self.options, self.config):
+            self._check_config()
+            self._flattened = None
+            flat = jax.tree.flatten(prepared(self.model, self.options))
+            self._flattened = (Snapshot(self.model), self.options, self.config, *flat)
+        return self._flattened[3:]
+
+    def _step(self) -> Callable[[Batch, KVCache], tuple[Array, KVCache]]:
+        """`step` of the model and the options as they are now."""
+        flat, options = self.flat_model(), self.options
+
+        def run(batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
+            with _user_error():
+                out = _flat_step(*flat, batch, cache, options)
+                return jax.block_until_ready(out) if options.debug else out
+
+        return run
+
+    def _check_config(self) -> None:
+        """A step computes by the model's own config: another one here would be read in part."""
+        own, other = (vars(config) for config in (self.model.config, self.config))
+        for name in own:
+            if own[name] != other[name] and name not in CONFIG_OF_TEXT:
+                raise UserError(
+                    f"config: {name} is {other[name]!r}, and the model's own config says {own[name]!r}; "
+                    "a step computes by the latter, so the two must agree"
+                )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a sentence: of the generation config, or of the config."""
+        eos = self.generation_config.get("eos_token_id")
+        eos = self.config.eos_token_id if eos is None else eos
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def sampling_defaults(self) -> tuple[float, float]:
+        """(temperature, top_p) where a call says nothing: the generation config's if it says `do_sample`, or greedy."""
+        if not self.generation_config.get("do_sample"):
+            return 0.0, 1.0
+        temperature, top_p = (self.generation_config.get(name) for name in ("temperature", "top_p"))
+        return 1.0 if temperature is None else float(temperature), 1.0 if top_p is None else float(top_p)
+
+    def sampling(self, temperature: float | None, top_p: float | None, seed: int) -> tuple[float, float]:
+        """(temperature, top_p) of a call; `UserError` where a value is wrong."""
+        defaults = self.sampling_defaults()
+        temperature, top_p = (b if a is None else a for a, b in zip((temperature, top_p), defaults, strict=True))
+        check_sampling(temperature, top_p, seed)
+        return temperature, top_p
+
+    # ---- another model ----
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """Every parameter by its path ("layers.3.attn.q_a"), to be read: an array, or a `QTensor`."""
+        return MappingProxyType(named_parameters(self.model))
+
+    def with_parts(self, *, weights: Mapping[str, Any] | None = None) -> "LanguageModel":
+        """This model with other parts; it shares the rest, and stays as it is.
+
+        Args:
+          weights: by path, as in `weights`: arrays of the parameter's shape in float32, bfloat16 or float16, or a
+            `QTensor` in place of a linear. The MTP layer has its own embedding and head, `mtp.embed` and `mtp.head`.
+
+        Raises:
+          UserError: a path that the model has not, or an array of another shape or dtype.
+        """
+        model = with_weights(self.model, weights or {})
+        return LanguageModel(model, self.config, self.tokenizer, self.options, self.generation_config)
+
+    def dequantized(self, dtype: str = "float32", *, memory_check: bool = True) -> "LanguageModel":
+        """This model with plain weights instead of quantised ones, and unquantised activations: it has gradients.
+
+        Args:
+          dtype: "float32" or "bfloat16". `load(..., dequantize=dtype)` gives the same without the quantised weights
+            beside it.
+          memory_check: refuse what does not fit into the free memory.
+
+        Raises:
+          UserError: an unknown dtype, or there is no room.
+        """
+        model = dequantized(self.model, dtype, memory_check=memory_check)
+        config = self.config.replace(quantization_config=None)
+        options = dataclasses.replace(self.options, act_quant=False)
+        return LanguageModel(model, config, self.tokenizer, options, self.generation_config)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the model, its tokenizer and its generation config as a Hugging Face checkpoint.
+
+        Args:
+          directory: must not exist.
+
+        Raises:
+          UserError: it exists or cannot be written, or the config says another scheme of a weight than it has.
+        """
+        from dsv32_jax.loading import save
+
+        save(self, directory)
 
     # ---- forward ----
 
@@ -147,7 +219,10 @@ class LanguageModel:
             targets = np.zeros(logits.shape[0], np.int32)
             known = rows[row][start + 1 : stop + 1]
             targets[: len(known)] = known
-            found[row, start : start + len(known)] = np.asarray(_log_likelihood(logits, targets))[: len(known)]
+            values = np.asarray(_log_likelihood(logits, targets))[: len(known)]
+            if not np.isfinite(values).all():
+                raise not_finite(row, start + int(np.argmin(np.isfinite(values))))
+            found[row, start : start + len(known)] = values
             if out is not None:
                 out[row, start:stop] = np.asarray(logits)[: stop - start]
         count = sum(len(row) - 1 for row in rows)
@@ -162,13 +237,15 @@ class LanguageModel:
         rows = self.rows(ids)
         if len(rows) != 1:
             raise UserError(f"trace: {len(rows)} sequences; give one")
+        self._check_config()
         (row,) = rows
         size = _padded(len(row), SMALLEST_CHUNK)
         tables = self._block_tables(1, len(row))
         cache = KVCache.create(self.config, tables.size, self.options)
         batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
         with _user_error():
-            logits, _, recorded = step_with_trace(self.model, batch, cache, self.options)
+            stepped = step_with_trace(self.model, batch, cache, self.options)
+            logits, _, recorded = jax.block_until_ready(stepped)
         return Trace.from_step(logits, recorded, len(row))
 
     def run_layer(self, layer: int, hidden: np.ndarray | Array) -> dict[str, np.ndarray]:
@@ -189,12 +266,14 @@ class LanguageModel:
             raise UserError(f"layer: {layer}; must be in 0..{self.config.num_hidden_layers - 1}")
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size or not len(hidden):
             raise UserError(f"hidden: {list(hidden.shape)}; must be [T, {self.config.hidden_size}]")
+        self._check_config()
         tokens = len(hidden)
         table = self._block_tables(1, tokens)[0]
         cache = KVCache.create(self.config, table.size, self.options)
         batch = _prompt_batch([0] * tokens, 0, tokens, tokens, table, np.arange(tokens, dtype=np.int32))
         with _user_error():
-            record = run_layer(self.model, layer, jnp.asarray(hidden), batch, cache, self.options)[2]
+            ran = run_layer(self.model, layer, jnp.asarray(hidden), batch, cache, self.options)
+            record = jax.block_until_ready(ran)[2]
         seen = {name: np.asarray(value) for name, value in record.items()}
         return {
             name: value[:, :tokens] if name in ("index_scores", "attention") else value for name, value in seen.items()
@@ -207,8 +286,8 @@ class LanguageModel:
         prompts: Prompts,
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> Generation:
@@ -219,11 +298,13 @@ class LanguageModel:
             beginning-of-sentence token in front. What a row receives does not depend on the other rows.
           max_new_tokens: at least 1; the longest prompt plus this must fit in `max_position_embeddings`. Default:
             that of the generation config, or 256, or what fits.
-          temperature, top_p, seed: see `sampling.sample`; temperature 0 is greedy and the same for every seed.
+          temperature, top_p: see `sampling.sample`; temperature 0 is greedy and the same for every seed. Default: of
+            the generation config, see `sampling_defaults`.
+          seed: the same seed gives the same tokens.
           ignore_eos: go on after an end-of-sentence token.
 
         Raises:
-          UserError: naming the argument, or the prompt and position, that is wrong.
+          UserError: naming the argument, or the prompt and position, that is wrong; or logits are not finite.
         """
         rows = self.rows(prompts)
         max_new_tokens = self.new_tokens(rows, max_new_tokens)
@@ -239,8 +320,8 @@ class LanguageModel:
         prompts: Prompts,
         max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> Iterator[Piece]:
@@ -262,13 +343,38 @@ class LanguageModel:
                         text += decoders[row].finish()
                 yield Piece(row, token, text)
 
-    def sampling_defaults(self) -> tuple[float, float]:
-        """(temperature, top_p) where a caller gives none: greedy, unless the generation config says `do_sample`."""
-        found = self.generation_config
-        if not found.get("do_sample"):
-            return 0.0, 1.0
-        temperature, top_p = (found.get(name) for name in ("temperature", "top_p"))
-        return 1.0 if temperature is None else float(temperature), 1.0 if top_p is None else float(top_p)
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int | None = None,
+        *,
+        thinking: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Answer:
+        """Answers a message, or the last one of a conversation.
+
+        Args:
+          messages: a text, which is one message of the user; or mappings with `role` (system, user, assistant) and
+            `content`, as `Answer.messages` is.
+          thinking: let the model reason before it answers.
+          max_new_tokens, temperature, top_p, seed: as those of `generate`; reasoning counts too.
+
+        Raises:
+          UserError: what `generate` raises, or the checkpoint has no tokenizer or no chat template.
+        """
+        if self.tokenizer is None:
+            raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        ids = self.tokenizer.encode_chat(turns, thinking=thinking)
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        result = self.generate([ids], max_new_tokens, **how)
+        tokens = result.tokens[0][result.tokens[0] >= 0]
+        reasoning, text = self.tokenizer.decode_answer(tokens.tolist(), thinking=thinking)
+        return Answer(
+            text, reasoning, result.finish_reasons[0], tokens, [*turns, {"role": "assistant", "content": text}]
+        )
 
     def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
         """Compiles what `generate` runs for prompts of these lengths together, several programs at a time.
@@ -305,8 +411,8 @@ class LanguageModel:
         self,
         rows: list[list[int]],
         max_new_tokens: int,
-        temperature: float,
-        top_p: float,
+        temperature: float | None,
+        top_p: float | None,
         seed: int,
         ignore_eos: bool,
     ) -> Iterator[np.ndarray]:
@@ -315,7 +421,8 @@ class LanguageModel:
         The next step is started before the tokens of this one are fetched, so that the device does not wait for the
         host. A row that has ended is therefore computed once more; nobody sees what comes of it.
         """
-        check_sampling(temperature, top_p, seed)
+        temperature, top_p = self.sampling(temperature, top_p, seed)
+        run = self._step()
         lengths = np.array([len(row) for row in rows], np.int32)
         batch = len(rows)
         tables = self._block_tables(batch, int(lengths.max()) + max_new_tokens)
@@ -325,7 +432,7 @@ class LanguageModel:
             for start, stop, size in self._chunks(len(row)):
                 # Only the logits after the last prompt token are wanted; -1 asks for none and keeps the shape.
                 wanted = np.array([stop - start - 1 if stop == len(row) else -1], np.int32)
-                logits, cache = self._step(_prompt_batch(row, start, stop, size, table, wanted), cache)
+                logits, cache = run(_prompt_batch(row, start, stop, size, table, wanted), cache)
                 if stop == len(row):
                     last.append(logits)
         numbers = np.arange(batch, dtype=np.int32)
@@ -348,9 +455,12 @@ class LanguageModel:
                     block_tables=tables,
                     logit_rows=numbers,
                 )
-                logits, cache = self._step(flat, cache)
+                logits, cache = run(flat, cache)
                 following = draw(logits, n + 1)
             taken = np.where(running, ids, -1).astype(np.int32)
+            if (taken == NOT_FINITE).any():
+                number = int(np.argmax(taken == NOT_FINITE))
+                raise not_finite(number, int(lengths[number]) + n - 1)
             yield taken
             if not ignore_eos:
                 running = running & ~np.isin(taken, self.eos_ids)
@@ -378,12 +488,13 @@ class LanguageModel:
         The cache is used again for the next row: what an earlier row left lies at positions that causality hides until
         they are written anew.
         """
+        run = self._step()
         tables = self._block_tables(1, max(map(len, rows)))
         cache = KVCache.create(self.config, tables.size, self.options)
         for number, row in enumerate(rows):
             for start, stop, size in self._chunks(len(row), all_logits=True):
                 wanted = np.where(np.arange(size) < stop - start, np.arange(size), -1).astype(np.int32)
-                logits, cache = self._step(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
+                logits, cache = run(_prompt_batch(row, start, stop, size, tables[0], wanted), cache)
                 yield number, start, stop, logits
 
     def new_tokens(self, rows: list[list[int]], max_new_tokens: int | None) -> int:
@@ -391,9 +502,9 @@ class LanguageModel:
         longest = max(map(len, rows))
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
-            max_new_tokens = max(1, min(int(self.generation_config.get("max_new_tokens") or 256), room))
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens}; must be at least 1")
+            max_new_tokens = max(1, min(int(self.generation_config.get("max_new_tokens") or DEFAULT_NEW_TOKENS), room))
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens!r}; must be a whole number, at least 1")
         if max_new_tokens > room:
             raise UserError(
                 f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is longer than the cache can be; "
@@ -417,62 +528,8 @@ class LanguageModel:
         return out
 
     def rows(self, prompts: Prompts) -> list[list[int]]:
-        """Prompts in any accepted form as checked lists of ids, without the absent positions at the right."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, np.ndarray | Array):
-            array = np.asarray(prompts)
-            if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-                raise UserError(f"token ids: {array.dtype} {list(array.shape)}; must be int32 [T] or [B, T]")
-            prompts = list(np.atleast_2d(array))
-        elif not isinstance(prompts, Sequence):
-            raise UserError(f"prompt: of type {type(prompts).__name__}; must be a text, token ids, or a list of these")
-        elif len(prompts) and isinstance(prompts[0], int | np.integer):
-            prompts = [prompts]
-        if not len(prompts):
-            raise UserError("prompt: none given")
-        return [self._row(number, prompt) for number, prompt in enumerate(prompts)]
-
-    def _row(self, number: int, prompt: str | Sequence[int] | np.ndarray | Array) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("prompt: the checkpoint has no tokenizer.json; give token ids instead of text")
-            if not prompt:
-                raise UserError(f"prompt {number}: empty; it must have at least one character")
-            prompt = self.tokenizer.encode(prompt, bos=True)
-        try:
-            ids = np.asarray(prompt)
-        except ValueError:  # lists of different lengths, one in the other
-            ids = np.array(None)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise UserError(f"prompt {number}: must be a text or a flat list of integer token ids")
-        (present,) = np.nonzero(ids != -1)
-        if not present.size:
-            raise UserError(f"prompt {number}: empty; it must have at least one token")
-        ids = ids[: present[-1] + 1]
-        (wrong,) = np.nonzero((ids < 0) | (ids >= self.config.vocab_size))
-        if wrong.size:
-            where = f"prompt {number}, position {wrong[0]}"
-            if ids[wrong[0]] == -1:
-                raise UserError(f"{where}: -1 in the middle; absent positions are at the right")
-            raise UserError(
-                f"{where}: token {ids[wrong[0]]} is not in 0..{self.config.vocab_size - 1} "
-                f"(vocab_size {self.config.vocab_size})"
-            )
-        if len(ids) > self.config.max_position_embeddings:
-            raise UserError(
-                f"prompt {number}: {len(ids)} tokens is longer than the cache can be; "
-                f"at most max_position_embeddings = {self.config.max_position_embeddings}"
-            )
-        return ids.tolist()
-
-
-def check_sampling(temperature: float, top_p: float, seed: int) -> None:
-    """Raises `UserError` for values that `generate` does not take."""
-    # The device has float32.
-    arguments.number("temperature", temperature, "0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
-    arguments.number("top_p", top_p, "above 0 and at most 1", above=0, most=1)
-    arguments.integer("seed", seed, 0, 2**31 - 1)
+        """Prompts in any accepted form as checked lists of ids; see `prompts.rows_of`."""
+        return rows_of(prompts, self.config, self.tokenizer)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "options"), donate_argnames=("cache",))
@@ -511,9 +568,10 @@ def _prompt_batch(row: list[int], start: int, stop: int, size: int, table: np.nd
 
 @contextlib.contextmanager
 def _user_error() -> Iterator[None]:
-    """A backend that an op lacks is the user's choice, so the user's error."""
+    """A backend that an op lacks is the user's choice, so the user's error; what `checks` refuse, too."""
     try:
-        yield
+        with shown_as_user_errors():
+            yield
     except BackendError as error:
         raise UserError(f"backend: {error}") from error
 

@@ -3,15 +3,18 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.generation_config import read_generation_config
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.memory import available_bytes, checkpoint_bytes, human
-from dsv32_jax.model import Options
+from dsv32_jax.memory import checkpoint_bytes
+from dsv32_jax.model import DeepseekV32, Options
+from dsv32_jax.parts import check_dequantized, check_room, dequantized_bytes, with_weights
+from dsv32_jax.quant import scheme_of
+from dsv32_jax.quantization_config import QuantizationConfig
 from dsv32_jax.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
@@ -25,6 +28,9 @@ def load(
     attention: str = "sparse",
     index_topk: int | None = None,
     backend: str = "auto",
+    dequantize: str | None = None,
+    debug: bool = False,
+    mtp: bool = True,
     memory_check: bool = True,
 ) -> LanguageModel:
     """Loads a checkpoint.
@@ -38,35 +44,71 @@ def load(
       attention: "sparse", or "dense" (every token attends to all before it).
       index_topk: tokens that each query attends to; default: the config's.
       backend: of the kernels: "auto", "mosaic_gpu", "reference" or "interpret".
-      memory_check: refuse a checkpoint whose files are larger than the free memory.
+      dequantize: "float32" or "bfloat16": quantised weights become plain arrays, each as it is read, and activations
+        are not quantised unless `act_quant` says so. Gradients need it. "bfloat16" is exact for FP8 whose scales are
+        powers of two.
+      mtp: False leaves out the multi-token prediction layer, also where config.json announces one that the files lack.
+      debug: check in each step what parts of the model give one another; slow, for a notebook in which one is changed.
+      memory_check: refuse a checkpoint that takes more than the free memory.
 
     Raises:
       UserError: naming the file, field or argument that is wrong.
     """
     directory = find(name_or_path)
     config = ModelConfig.from_hf(directory / "config.json")
+    if dequantize is not None:
+        check_dequantized(dequantize)
+    if not mtp:
+        config = config.replace(num_nextn_predict_layers=0)
     options = Options.default(
-        config,
+        config if dequantize is None else config.replace(quantization_config=None),
         compute_dtype=compute_dtype,
         act_quant=act_quant,
         attention=attention,
         index_topk=index_topk,
         backend=backend,
+        debug=debug,
     )
     tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-    generation_config = read_generation_config(directory)
-    if memory_check:
-        needed, (free, place) = checkpoint_bytes(directory), available_bytes()
-        if needed > free:
-            raise UserError(
-                f"{directory}: its weights take {human(needed)} and {place} has {human(free)} free; "
-                f"`dsv32 info --model {directory} --memory` tells what fits"
-            )
-    use_compilation_cache()
+    generation_config = read_generation_config(directory, config.vocab_size)
     from dsv32_jax import convert
 
+    if memory_check:
+        hint = f"; `dsv32 info --model {directory} --memory` tells what fits"
+        if dequantize is None:
+            check_room(checkpoint_bytes(directory), f"{directory}: its weights", hint)
+        else:
+            needed = dequantized_bytes(convert.stored_parameters(config), dequantize)
+            check_room(needed, f"{directory}: its weights in {dequantize}", hint)
+    use_compilation_cache()
     read = convert.load_hf if convert.checkpoint_kind(directory) == "hf" else convert.load_orbax
-    return LanguageModel(read(directory, config), config, tokenizer, options, generation_config)
+    model = read(directory, config, mtp=mtp, dequantize=dequantize)
+    return LanguageModel(model, model.config, tokenizer, options, generation_config)
+
+
+def save(lm: LanguageModel, directory: str | os.PathLike[str]) -> None:
+    """`LanguageModel.save`."""
+    from dsv32_jax import convert
+
+    files = None if lm.tokenizer is None else lm.tokenizer.directory
+    convert.export_model(
+        with_true_schemes(lm), directory, tokenizer_files=files, generation_config=lm.generation_config
+    )
+
+
+def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
+    """The model with the config of `lm`, and a quantization_config that says of every linear what it is."""
+    from dsv32_jax.convert.stored import quantization_config
+
+    present = {path: scheme_of(leaf) for path, leaf in lm.weights.items()}
+    schemes = {path: scheme for path, scheme in present.items() if scheme is not None}
+    said = lm.config.quantization_config
+    # The released form leaves it open which linears are plain; any other names every one.
+    if not (isinstance(said, QuantizationConfig) and set(schemes.values()) == {"fp8_block"}):
+        said = quantization_config(schemes, lm.config)
+    model = with_weights(lm.model, {})
+    model.config = lm.config.replace(quantization_config=said)
+    return model
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -92,12 +134,6 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
             f"where there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
         ) from error
-
-
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """`generation_config.json` as a dict, empty where there is none."""
-    path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
 
 
 def use_compilation_cache() -> None:

@@ -10,6 +10,7 @@ import jax
 
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.params import named_parameters
 
 GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
 # Left to XLA's temporary buffers and the runtime when memory is planned.
@@ -30,6 +31,21 @@ def parameter_counts(parameters: Mapping[str, Any]) -> tuple[int, dict[str, int]
         for array in jax.tree.leaves(leaf):
             by_dtype[str(array.dtype)] += math.prod(array.shape) * array.dtype.itemsize
     return count, dict(by_dtype)
+
+
+def describe(model: Any) -> str:
+    """A model in a line: its sizes, and how many bytes lie on which devices."""
+    config, parameters = model.config, named_parameters(model)
+    count, by_dtype = parameter_counts(parameters)
+    arrays = jax.tree.leaves(parameters)
+    devices = sorted({str(device) for array in arrays if isinstance(array, jax.Array) for device in array.devices()})
+    parts = [
+        f"{config.num_hidden_layers} layers{' and MTP' if model.mtp else ''}",
+        f"hidden_size {config.hidden_size}",
+        f"{config.n_routed_experts} experts",
+        f"{count:,} parameters: " + ", ".join(f"{human(size)} {dtype}" for dtype, size in sorted(by_dtype.items())),
+    ]
+    return f"{config.model_type}, {', '.join(parts)}{' on ' if devices else ''}{', '.join(devices)}"
 
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:

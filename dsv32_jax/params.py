@@ -21,6 +21,15 @@ def named_parameters(model: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
+PLAIN = ("router", "head_weights", "norm", "bias")
+"""In the names of a layer's parameters that no scheme takes: choices hang on them, or they are small."""
+
+
+def is_linear(path: str) -> bool:
+    """Whether a parameter is one that schemes are for: what the released checkpoint has in FP8."""
+    return path.startswith(("layers.", "mtp.layer.")) and not any(part in path for part in PLAIN)
+
+
 def replace_parameters[Model](model: Model, parameters: dict[str, Any]) -> Model:
     """`model` with other leaves; `parameters` must name exactly the parameters it has.
 

@@ -5,29 +5,57 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.fields import check_keys, only
+from dsv32_jax.fields import check_keys, neutral, only
+from dsv32_jax.rope_scaling import NeutralFields
 
 __all__ = ["CompressedTensors", "Group", "QuantizationConfig", "read_quantization_config"]
 
 
+_KEPT = "weights stay as they are stored; act_quant=False and --no-act-quant leave their inputs as they are"
+_OF_LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dequantize": ((False,), _KEPT),
+    "run_compressed": ((True,), _KEPT),
+    "use_optimized_inference": ((True, False), _KEPT),
+}
+"""Options of transformers' loader, which it writes into a config."""
+_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dequantize": _OF_LOADING["dequantize"],
+    "modules_to_convert": (([],), "nothing but linears is stored in FP8"),
+    "expert_dtype": (("fp8",), "experts are stored as the other linears are"),
+    "is_checkpoint_fp8_serialized": ((True,), "weights are stored in FP8"),
+    "kv_cache_scheme": ((), "the cache has no scales of its own"),
+    "kv_cache_quant_method": ((), "the cache has no scales of its own"),
+}
+"""Fields of the released form that are kept and written back: accepted values beside null, and the reason."""
+_PLAIN_MODULES = ("modules_to_not_convert", "ignored_layers")
+"""Lists of modules that are not quantised, for other readers; here the tensors themselves tell."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """The released checkpoint's own form: every linear in e4m3 values with one scale for each 128x128 block."""
+    """The released checkpoint's own form: every linear in e4m3 values with one scale for each 128x128 block.
+
+    Attributes:
+      fmt: of the values; None where the file does not say, which means the same.
+      scale_fmt: of the scales of activations: "ue8m0", powers of two, or None or transformers' "float", any float32.
+      beside: fields that change nothing here, written back as they were read.
+    """
 
     quant_method: str = "fp8"
-    fmt: str = "e4m3"
+    fmt: str | None = "e4m3"
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = "ue8m0"
+    beside: NeutralFields = ()
 
     def __post_init__(self) -> None:
         only("quantization_config.quant_method", self.quant_method, "fp8")
-        only("quantization_config.fmt", self.fmt, "e4m3")
+        only("quantization_config.fmt", self.fmt, "e4m3", None)
         only("quantization_config.activation_scheme", self.activation_scheme, "dynamic")
         only("quantization_config.scale_fmt", self.scale_fmt, "ue8m0", None)
         size = self.weight_block_size
@@ -36,20 +64,58 @@ class QuantizationConfig:
             raise UserError(
                 f"quantization_config.weight_block_size is {shown!r}; the only supported value is [128, 128]"
             )
+        for name, text in self.beside:
+            value = json.loads(text)
+            if name in _NEUTRAL:
+                neutral(f"quantization_config.{name}", value, *_NEUTRAL[name])
+            elif name in _PLAIN_MODULES and value is not None:
+                _strings(f"quantization_config.{name}", value)
 
     @classmethod
     def from_hf(cls, raw: object) -> QuantizationConfig:
-        known = frozenset(f.name for f in dataclasses.fields(cls))
-        block = dict(check_keys("quantization_config", raw, known, known - {"scale_fmt"}))
-        if isinstance(block["weight_block_size"], list):
+        where = "quantization_config"
+        attributes = frozenset(f.name for f in dataclasses.fields(cls)) - {"beside"}
+        known = attributes | _NEUTRAL.keys() | set(_PLAIN_MODULES)
+        block = dict(check_keys(where, raw, known, frozenset({"quant_method", "weight_block_size"})))
+        # A null means the same as an absent field, and "float" the same as an absent format of scales.
+        kept = {name: value for name, value in block.items() if name not in attributes or value is None}
+        if block.get("scale_fmt") == "float":
+            kept["scale_fmt"] = "float"
+        block = {name: value for name, value in block.items() if name not in kept}
+        if isinstance(block.get("weight_block_size"), list):
             block["weight_block_size"] = tuple(block["weight_block_size"])
-        return cls(**{"scale_fmt": None} | block)
+        if "weight_block_size" not in block:
+            only(f"{where}.weight_block_size", None, [128, 128])
+        if "quant_method" not in block:
+            only(f"{where}.quant_method", None, "fp8")
+        beside = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in kept.items())
+        return cls(**{"scale_fmt": None, "fmt": None} | block, beside=beside)
 
     def to_hf(self) -> dict[str, Any]:
-        block = dataclasses.asdict(self) | {"weight_block_size": list(self.weight_block_size)}
-        if self.scale_fmt is None:
-            del block["scale_fmt"]
-        return dict(sorted(block.items()))
+        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "beside"}
+        block["weight_block_size"] = list(self.weight_block_size)
+        beside = {name: json.loads(text) for name, text in self.beside}
+        return dict(sorted((beside | {name: value for name, value in block.items() if value is not None}).items()))
+
+    def with_all_quantized(self, modules: Iterable[str]) -> QuantizationConfig:
+        """The same without what lists these modules as not quantised; experts have "{expert}" in place of a number."""
+        parts_of = [module.split(".") for module in modules]
+        names = {
+            ".".join(parts[begin:end])
+            for parts in parts_of
+            for begin in range(len(parts))
+            for end in range(begin + 1, len(parts) + 1)
+        }
+
+        def listed(entry: str) -> bool:
+            return entry.startswith("re:") or re.sub(r"experts\.\d+", "experts.{expert}", entry.strip(".")) in names
+
+        beside = {name: json.loads(text) for name, text in self.beside}
+        for name in _PLAIN_MODULES:
+            if beside.get(name):
+                beside[name] = [entry for entry in beside[name] if not listed(entry)]
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
+        return dataclasses.replace(self, beside=texts)
 
 
 _ROW_SCALES = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
@@ -122,13 +188,16 @@ class CompressedTensors:
         where = "quantization_config"
         optional = {
             "format", "ignore", "quantization_status", "kv_cache_scheme", "global_compression_ratio", "version",
-            "sparsity_config", "transform_config",
+            "sparsity_config", "transform_config", *_OF_LOADING,
         }  # fmt: skip
         needed = {"quant_method", "config_groups"}
         block = check_keys(where, raw, frozenset(optional | needed), frozenset(needed))
         only(f"{where}.quantization_status", block.get("quantization_status"), "compressed", None)
+        for name, (accepted, reason) in _OF_LOADING.items():
+            neutral(f"{where}.{name}", block.get(name), accepted, reason)
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if block.get(name):
+            dense = isinstance(block.get(name), Mapping) and block[name].get("format") == "dense"
+            if block.get(name) and not (name == "sparsity_config" and dense):
                 raise UserError(f"{where}.{name} is {block[name]!r}; it must be absent or null")
         groups = block["config_groups"]
         if not isinstance(groups, Mapping) or not groups:
@@ -192,6 +261,7 @@ def _settings(where: str, raw: object) -> dict[str, Any]:
     """What matters of a group's weights or inputs, with the format's defaults for what is absent."""
     known = frozenset(_DEFAULTS) | _WITHOUT_EFFECT
     block = check_keys(where, raw, known, frozenset())
+    neutral(f"{where}.actorder", block.get("actorder"), ("static", "weight", False), "columns lie in their own order")
     return _DEFAULTS | {name: value for name, value in block.items() if name not in _WITHOUT_EFFECT}
 
 

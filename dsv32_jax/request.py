@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv32_jax.arguments import boolean, instance, integer
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import check_sampling
+from dsv32_jax.sampling import check_sampling
 from dsv32_jax.tokenizer import StreamDecoder
 
 __all__ = [

@@ -4,7 +4,30 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+from dsv32_jax.arguments import integer, number
+from dsv32_jax.errors import UserError
+
+NOT_FINITE = -2
+"""Drawn instead of a token from logits with a NaN, with an infinite one, or with none above -infinity."""
+
+
+def check_sampling(temperature: float, top_p: float, seed: int) -> None:
+    """Raises `UserError` for values that nothing can be drawn with."""
+    # The device has float32.
+    number("temperature", temperature, "a number, 0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
+    number("top_p", top_p, "a number above 0 and at most 1", above=0, most=1)
+    integer("seed", seed, 0, 2**31 - 1)
+
+
+def not_finite(prompt: int, position: int) -> UserError:
+    """What is raised where `NOT_FINITE` was drawn, or such logits were scored."""
+    return UserError(
+        f"prompt {prompt}, position {position}: the logits are not finite; a weight is NaN or infinite, or the numbers "
+        "outgrew the compute dtype: `trace` shows in which layer it begins"
+    )
 
 
 @jax.jit
@@ -49,25 +72,27 @@ def sample(
         than all the rest. (The device could see for itself, but the host would have to wait for what it saw.)
 
     Returns:
-      int32 [B].
+      int32 [B]; `NOT_FINITE` for a row from which nothing can be drawn.
     """
     rows = logits.shape[0]
     logits = logits.astype(jnp.float32)
+    largest = logits.max(axis=-1, keepdims=True)
+    finite = jnp.isfinite(largest[:, 0])  # a NaN anywhere is the largest
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (rows,))
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
-        return likeliest
+        return jnp.where(finite, likeliest, NOT_FINITE)
     if keys is None:
         raise ValueError("keys: None; drawing needs one key a row")
     # Less the largest, which so stays alone at 0 however small the temperature is: no two become infinite.
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)[:, None]
+    scaled = (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
     if nucleus:
         scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     # argmax of log-probability plus Gumbel noise is a draw from the distribution (Gumbel-max trick).
     drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(temperature > 0, drawn, likeliest)
+    return jnp.where(finite, jnp.where(temperature > 0, drawn, likeliest), NOT_FINITE)
 
 
 @partial(jax.jit, static_argnames="count")

@@ -15,6 +15,7 @@ import tokenizers
 
 from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
+from dsv32_jax.special_tokens import add_missing_tokens, default_template, special_tokens
 
 Message = Mapping[str, Any]
 
@@ -36,17 +37,22 @@ BUILT_IN_TEMPLATE = """\
   {{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}
 {%- endif -%}
 """
-_BUILT_IN_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+END_OF_REASONING = "</think>"
+_BUILT_IN_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<think>", END_OF_REASONING)
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory (`tokenizer.json`, and `tokenizer_config.json` where there is one).
+    """The tokenizer of a checkpoint directory.
+
+    `tokenizer.json` says how a text becomes ids; truncation, padding and dropout that were left in it are not obeyed.
+    Special tokens are those of `special_tokens`. Neither `add_bos_token` nor `add_eos_token` is obeyed: DeepSeek's own
+    files say false, although every sequence of the training began with that token; see `encode`.
 
     Raises `UserError` when a file is not what it should be, or when the tokenizer is not a byte-level one.
     """
 
     def __init__(self, directory: str | Path):
-        directory = Path(directory)
+        self.directory = directory = Path(directory)
         path = directory / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -54,16 +60,16 @@ class Tokenizer:
             raise UserError(f"{path}: not a readable tokenizer: {_one_line(error)}") from error
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":
             raise UserError(f"{path}: the decoder must be ByteLevel, as DeepSeek's is")
-        settings_file = directory / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.exists() else {}
-        self.special_tokens = {
-            name: _token_text(settings[name])
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if settings.get(name) is not None
-        }
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None) is not None:
+            self._tokenizer.model.dropout = None
+        add_missing_tokens(self._tokenizer, directory)
+        self.special_tokens = special_tokens(self._tokenizer, directory)
         self._specials = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._specials |= {id for name in self.special_tokens if (id := self._special_id(name)) is not None}
         self._bytes: dict[int, bytes] = {}  # of the ids seen so far
-        self.chat_template = self._find_template(directory, settings)
+        self.chat_template = self._find_template(directory)
 
     @property
     def vocab_size(self) -> int:
@@ -92,7 +98,21 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
-        return self._tokenizer.decode([int(id) for id in ids if id >= 0], skip_special_tokens=True)
+        return self._tokenizer.decode([int(id) for id in ids if id >= 0 and int(id) not in self._specials])
+
+    def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
+        """The reasoning and the text of an answer to a chat that was encoded with the same `thinking`.
+
+        A model that reasons ends that with "</think>". Without one, all of it is reasoning that was cut off.
+        """
+        if not thinking:
+            return None, self.decode(ids)
+        end = self._tokenizer.token_to_id(END_OF_REASONING)
+        if end in ids:
+            at = list(ids).index(end)
+            return self.decode(ids[:at]), self.decode(ids[at + 1 :])
+        reasoning, _, text = self.decode(ids).partition(END_OF_REASONING)
+        return reasoning, text
 
     def is_special(self, id: int) -> bool:
         """The id is of a special token, which `decode` leaves out."""
@@ -124,7 +144,10 @@ class Tokenizer:
     ) -> str:
         """The chat as one text. `messages` have `role` (system, user, assistant) and `content`."""
         if self.chat_template is None:
-            raise UserError("chat_template: the checkpoint has none and its tokenizer lacks DeepSeek's turn tokens")
+            raise UserError(
+                "chat_template: the checkpoint has none, or none named default, and its tokenizer lacks DeepSeek's "
+                "turn tokens"
+            )
         try:
             return _compile(self.chat_template).render(
                 messages=list(messages),
@@ -146,19 +169,18 @@ class Tokenizer:
         text = self.special_tokens.get(name)
         return None if text is None else self._tokenizer.token_to_id(text)
 
-    def _find_template(self, directory: Path, settings: Mapping[str, Any]) -> str | None:
+    def _find_template(self, directory: Path) -> str | None:
         file = directory / "chat_template.jinja"
         if file.exists():
             try:
                 return file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}: not UTF-8 text") from error
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        settings_file = directory / "tokenizer_config.json"
+        template = (read_json(settings_file) if settings_file.exists() else {}).get("chat_template")
         if template is None and all(self._tokenizer.token_to_id(token) is not None for token in _BUILT_IN_TOKENS):
             return BUILT_IN_TEMPLATE
-        return template
+        return default_template(settings_file, template)
 
 
 class StreamDecoder:
@@ -202,10 +224,6 @@ def _compile(template: str) -> jinja2.Template:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
-
-
-def _token_text(value: Any) -> str:
-    return value["content"] if isinstance(value, Mapping) else str(value)
 
 
 def _one_line(error: Exception) -> str:

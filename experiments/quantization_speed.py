@@ -28,7 +28,6 @@ from flax import nnx
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
@@ -42,7 +41,7 @@ from dsv32_jax.layers.moe import MoE
 from dsv32_jax.memory import USABLE, available_bytes
 from dsv32_jax.model import Batch, DeepseekV32, Options, abstract_model, prepared
 from dsv32_jax.numerics import Numerics
-from dsv32_jax.params import Init, named_parameters
+from dsv32_jax.params import Init, is_linear, named_parameters
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 

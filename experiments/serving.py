@@ -162,7 +162,7 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
     """One static batch; every request comes at its start, and is done when the whole batch is."""
     rows, most = [one.prompt for one in work], max(one.new for one in work)
     begun, times = time.monotonic(), []
-    for piece in lm.stream(rows, most, ignore_eos=True):
+    for piece in lm.stream(rows, most, temperature=0.0, ignore_eos=True):
         if piece.row == 0:
             times.append(time.monotonic())
     seconds = time.monotonic() - begun
@@ -190,7 +190,7 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
     longest = max(lengths) + new
     for length in pieces.values():
         rows = [[1] * length] + [[1] * min(pieces.values())] * (len(work) - 1)
-        for _ in itertools.islice(lm.stream(rows, longest - length, ignore_eos=True), 2 * len(work)):
+        for _ in itertools.islice(lm.stream(rows, longest - length, temperature=0.0, ignore_eos=True), 2 * len(work)):
             pass
 
 

@@ -84,6 +84,27 @@ def gradient_of_reference(kernel: Callable[..., Any], reference: Callable[..., A
     return op
 
 
+NO_GRADIENT_OF_WEIGHT = (
+    "a quantised weight has no gradient: it would be rounded to 0 in its own dtype; dequantise it first "
+    "(dsv32_jax: `load(..., dequantize='float32')` or `m.dequantized()`), or differentiate other parameters only"
+)
+NO_GRADIENT_OF_ROUNDING = (
+    "rounding activations has no gradient: what passes through quantised values would be 0; leave them unquantised "
+    "(dsv32_jax: `load(..., act_quant=False)`, or `load(..., dequantize='float32')`, which does both)"
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def refuse_gradient(x: jax.Array, reason: str) -> jax.Array:
+    """`x` as it is; raises NotImplementedError with the reason when it is differentiated, instead of a silent 0."""
+    return x
+
+
+@refuse_gradient.defjvp
+def _(reason: str, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(reason)
+
+
 def without_gradient(kernel: Callable[..., Any], op: str) -> Callable[..., Any]:
     """`kernel(*arrays)`, which says so when it is differentiated."""
 

@@ -12,6 +12,7 @@ import pytest
 import dsv32_jax
 from dsv32_jax import convert, loading
 from dsv32_jax.cli import main
+from dsv32_jax.errors import UserError
 from tests.harness import golden_directory, load_oracle, one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")
@@ -405,3 +406,41 @@ def test_interrupted(dsv32, tiny, monkeypatch):
 
     monkeypatch.setattr(loading, "load", interrupt)
     assert dsv32("generate", "--model", tiny, "--prompt", "a")[0] == 130
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "score", "fidelity", "serve"])
+def test_every_verb_that_loads_can_leave_out_the_mtp_layer(refused, tmp_path, monkeypatch, verb):
+    def load(name, *, mtp, **_):
+        raise UserError(f"loaded with mtp={mtp}")
+
+    monkeypatch.setattr(loading, "load", load)
+    np.save(tmp_path / "ids.npy", np.zeros((1, 4), np.int32))
+    ids = ("--token-ids", tmp_path / "ids.npy")
+    arguments = {"chat": (), "fidelity": ("a", "b", *ids), "serve": ("--port", 0)}.get(verb, ids)
+    assert "loaded with mtp=False" in refused(verb, *arguments, "--no-mtp")
+    assert "loaded with mtp=True" in refused(verb, *arguments)
+
+
+def test_fields_that_nobody_knows_are_one_line_of_warning(dsv32, tiny, tmp_path):
+    config = json.loads((golden_directory("tiny") / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"frobnication": 1}))
+    code, _, err = dsv32("info", "--config", tmp_path / "config.json")
+    assert code == 0 and err.startswith("warning: ") and err.endswith("passed over: frobnication\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "fidelity", "score"])
+def test_a_config_of_another_model_is_refused_at_every_door(refused, tiny, tmp_path, verb):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"indexer_rope_interleave": True}))
+    np.save(tmp_path / "ids.npy", np.zeros((1, 4), np.int32))
+    arguments = {
+        "info": ("--model", model),
+        "convert": (model, tmp_path / "out"),
+        "quantize": ("--model", model, "--scheme", "int8", "--out", tmp_path / "out"),
+        "fidelity": (model, model, "--token-ids", tmp_path / "ids.npy"),
+        "score": ("--model", model, "--token-ids", tmp_path / "ids.npy"),
+    }[verb]
+    assert "indexer_rope_interleave is true; it must be false or absent" in refused(verb, *arguments)
+    assert not (tmp_path / "out").exists()

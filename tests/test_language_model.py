@@ -241,6 +241,12 @@ def test_refused_prompts(random, prompt, message):
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens: 2\.5; must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens: True"),
+        ({"temperature": "0.5"}, "temperature: '0.5'; must be a number"),
+        ({"temperature": True}, "temperature: True"),
+        ({"top_p": [1.0]}, r"top_p: \[1\.0\]"),
+        ({"seed": 1.5}, r"seed: 1\.5; must be a whole number"),
         ({"max_new_tokens": 10**6}, "max_position_embeddings"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -252,6 +258,75 @@ def test_refused_prompts(random, prompt, message):
 def test_refused_settings(random, settings, message):
     with pytest.raises(UserError, match=message):
         random.generate([1, 2], **settings)
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "expected"),
+    [
+        ({}, (0.0, 1.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, (0.0, 1.0)),  # without do_sample, greedy, as the file's own library has it
+        ({"do_sample": False, "temperature": 0.6}, (0.0, 1.0)),
+        ({"do_sample": True}, (1.0, 1.0)),
+        ({"do_sample": True, "temperature": None, "top_p": None}, (1.0, 1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95}, (0.6, 0.95)),
+    ],
+)
+def test_a_call_that_says_nothing_samples_as_the_checkpoint_does(random, generation_config, expected):
+    m = LanguageModel(random.model, random.config, options=EXACT, generation_config=generation_config)
+    assert m.sampling_defaults() == expected == m.sampling(None, None, 0)
+    assert m.sampling(0.0, 0.5, 0) == (0.0, 0.5)
+    spelled = random.generate([1, 2, 3], 6, temperature=expected[0], top_p=expected[1], ignore_eos=True)
+    np.testing.assert_array_equal(m.generate([1, 2, 3], 6, ignore_eos=True).tokens, spelled.tokens)
+    pieces = m.stream([1, 2, 3], 6, ignore_eos=True)
+    assert [piece.token for piece in pieces] == spelled.tokens[0].tolist()
+
+
+def test_the_end_of_a_sentence_is_where_the_files_say_now(random):
+    m = LanguageModel(random.model, random.config, options=EXACT, generation_config={"eos_token_id": None})
+    assert m.eos_ids == (random.config.eos_token_id,)
+    m.generation_config["eos_token_id"] = [7, 8]
+    assert m.eos_ids == (7, 8)
+    m.generation_config = {}
+    m.config = random.config.replace(eos_token_id=9)
+    assert m.eos_ids == (9,)
+
+
+def test_a_config_that_the_model_does_not_compute_by_is_refused(random):
+    m = LanguageModel(random.model, random.config.replace(index_topk=3), options=EXACT)
+    for call in (m.logits, m.score, m.generate, m.trace):
+        with pytest.raises(UserError, match="config: index_topk is 3, and the model's own config says"):
+            call([1, 2, 3])
+
+
+def test_chat_continues_and_keeps_reasoning_apart(spoken, monkeypatch):
+    tokenizer = spoken.tokenizer
+    end, words = tokenizer.encode("</think>"), tokenizer.encode("It is raining.")
+    drawn = [*words, *end, *words[:2], spoken.eos_ids[0]]
+    monkeypatch.setattr(
+        LanguageModel, "_decode", lambda self, rows, *_: seen.append(rows[0]) or iter(np.array(drawn)[:, None])
+    )
+    for thinking in (False, True):
+        seen = []
+        answer = spoken.chat("Rain?", len(drawn), thinking=thinking)
+        messages = [{"role": "user", "content": "Rain?"}]
+        assert seen == [tokenizer.encode_chat(messages, thinking=thinking)]
+        assert answer.reasoning == ("It is raining." if thinking else None)
+        assert str(answer) == answer.text and answer.text.endswith(tokenizer.decode(words[:2]))
+        assert answer.finish_reason == "stop" and answer.tokens.tolist() == drawn
+        assert answer.messages == [*messages, {"role": "assistant", "content": answer.text}]
+        spoken.chat([*answer.messages, {"role": "user", "content": "Still?"}], len(drawn))
+        assert "Rain?" in tokenizer.decode(seen[1]) and "Still?" in tokenizer.decode(seen[1])
+
+
+def test_reasoning_that_is_cut_off_is_no_answer(spoken):
+    assert spoken.tokenizer.decode_answer(spoken.tokenizer.encode("It may"), thinking=True) == ("It may", "")
+
+
+def test_a_model_shows_what_it_is(random):
+    shown = repr(random)
+    for part in (random.config.model_type, f"{random.config.num_hidden_layers} layers", "bfloat16", "cpu", "EXACT"):
+        assert part in shown.replace(repr(EXACT), "EXACT"), part
+    assert f"{sum(x.size for x in jax.tree.leaves(random.model)):,} parameters" in shown
 
 
 def test_refused_text_and_single_tokens(spoken, random):

@@ -59,6 +59,18 @@ def changed(*path_and_value):
     return config
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sparsity_config": {"format": "dense", "targets": []}, "transform_config": {}, "version": "0.20.1"},
+        {"dequantize": False, "run_compressed": True, "use_optimized_inference": False, "ignore": None},
+    ],
+)
+def test_what_other_tools_add_changes_nothing(more):
+    read = read_quantization_config(W8A8 | more)
+    assert read == read_quantization_config(W8A8 | {"ignore": list(read.ignore)})
+
+
 def test_all_linears_as_other_tools_say_it():
     model = ModelConfig.tiny(quantization_config=read_quantization_config(W8A8))
     stored = {path: scheme_of(leaf) for path, leaf in stored_parameters(model).items()}
@@ -81,6 +93,10 @@ INPUTS = ("config_groups", "group_0", "input_activations")
         (changed("config_groups", "group_0", "targets", "Linear"), ["targets", "list"]),
         (changed("config_groups", "group_0", "targets", ["re:("]), ["targets", "regular expression"]),
         (changed("config_groups", {}), ["config_groups"]),
+        (changed(*WEIGHTS, "actorder", "group"), ["config_groups.group_0.weights.actorder", "static"]),
+        (changed("dequantize", True), ["quantization_config.dequantize", "false"]),
+        (changed("run_compressed", False), ["quantization_config.run_compressed", "true"]),
+        (changed("sparsity_config", {"format": "sparse-24-bitmask"}), ["sparsity_config", "absent"]),
         (changed("quantization_status", "frozen"), ["quantization_status", "compressed"]),
         (changed("kv_cache_scheme", {"num_bits": 8}), ["kv_cache_scheme"]),
         (changed("ignored", []), ["ignored", "ignore"]),

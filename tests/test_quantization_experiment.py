@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.convert.quantization import quantize_model, uniform
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.quantization import measure, planner, report, sensitivity
@@ -18,7 +17,7 @@ from dsv32_jax.experiments.sequence_model import Run
 from dsv32_jax.experiments.train_demo.evaluate import scorer, summarise
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.params import named_parameters
+from dsv32_jax.params import is_linear, named_parameters
 from tests.harness import EXACT, load_golden
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax.sampling import row_keys, sample
+from dsv32_jax.sampling import NOT_FINITE, row_keys, sample
 
 
 def keys(rows, seed=0, position=0):
@@ -93,3 +93,16 @@ def test_seed_row_and_position_each_change_the_draw():
     ]
     assert draws[0] == draws[1]
     assert len(set(draws)) == 4
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(greedy):
+    """A NaN anywhere, an infinite logit, or none above -infinity; neighbours and masked tokens stay as they are."""
+    logits = np.zeros((5, 8), np.float32)
+    logits[0, 3] = np.nan
+    logits[1, 3] = np.inf
+    logits[2] = -np.inf
+    logits[3, :7] = -np.inf
+    for temperature in (0.0, 1.0):
+        drawn = np.asarray(sample(logits, None if greedy else keys(5), temperature, 0.9, greedy=greedy))
+        assert drawn[:4].tolist() == [NOT_FINITE] * 3 + [7] and 0 <= drawn[4] < 8

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv32_jax.errors import UserError
+from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
@@ -121,3 +121,132 @@ def test_bad_files_are_named(directory):
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a readable tokenizer"):
         Tokenizer(directory)
+
+
+# ---- what other tools leave in the files ----
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+LONG = "The lighthouse keeper counts the ships that pass in the night. " * 4
+
+
+def change_tokenizer(directory, change):
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write(directory, **files):
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 600}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0,
+    "pad_token": "<｜▁pad▁｜>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(truncation=TRUNCATION),
+        lambda content: content.update(padding=PADDING),
+        lambda content: content.update(truncation=TRUNCATION, padding=PADDING),
+        lambda content: content["model"].update(dropout=0.9),
+    ],
+)
+def test_what_a_batch_or_a_training_left_in_tokenizer_json_is_not_obeyed(directory, tokenizer, change):
+    change_tokenizer(directory, change)
+    other = Tokenizer(directory)
+    assert other.encode(LONG, bos=True) == tokenizer.encode(LONG, bos=True) and len(other.encode(LONG)) > 8
+    assert other.encode_chat([HI]) == tokenizer.encode_chat([HI])
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False, None])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer_config": {}},
+        {"tokenizer_config": {"bos_token": None}},
+        {"tokenizer_config": {"bos_token": BOS}},
+        {"tokenizer_config": {"bos_token": {"content": BOS, "special": True}}},
+        {"special_tokens_map": {"bos_token": BOS}, "tokenizer_config": {"bos_token": None}},
+        {"special_tokens_map": {"bos_token": {"content": BOS}}, "config": {"bos_token_id": None}},
+        {"special_tokens_map": {"bos_token": None}},
+    ],
+)
+def test_the_bos_token_is_found_wherever_a_file_names_it(directory, tokenizer, files, add_bos_token):
+    (directory / "tokenizer_config.json").unlink()
+    files = {"config": {"bos_token_id": 0, "eos_token_id": [1, 5]}} | files
+    if "tokenizer_config" in files and add_bos_token is not None:
+        files["tokenizer_config"] = files["tokenizer_config"] | {"add_bos_token": add_bos_token}
+    write(directory, **files)
+    found = Tokenizer(directory)
+    assert (found.bos_id, found.special_tokens["bos_token"]) == (0, BOS)
+    assert found.encode("hi", bos=True) == tokenizer.encode("hi", bos=True)
+    if files["config"]["bos_token_id"] == 0:
+        assert (found.eos_id, found.special_tokens["eos_token"]) == (1, EOS)
+
+
+def test_a_special_token_that_is_only_in_the_vocabulary_is_one(directory, tokenizer):
+    def change(content):
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != BOS]
+        content["model"]["vocab"][BOS] = 0
+
+    change_tokenizer(directory, change)
+    found = Tokenizer(directory)
+    assert found.encode(f"{BOS}hi") == tokenizer.encode(f"{BOS}hi")
+    assert found.decode([0]) == found.stream_decoder().add(0) == ""
+
+
+def test_tokens_that_only_tokenizer_config_adds_are_known(directory):
+    size = Tokenizer(directory).vocab_size
+    change_settings(directory, added_tokens_decoder={str(size): {"content": "<extra>", "special": True}})
+    write(directory, added_tokens={"<more>": size + 1})
+    found = Tokenizer(directory)
+    assert found.encode("<extra><more>") == [size, size + 1]
+    assert found.decode([size, size + 1]) == "<more>"
+
+
+def test_a_bos_token_that_is_plain_text_is_none_and_is_said_so(directory):
+    change_settings(directory, bos_token=None)
+    write(directory, config={"bos_token_id": 40})
+    with pytest.warns(CheckpointWarning, match="bos_token_id 40"):
+        assert Tokenizer(directory).bos_id is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bos_token": 5}, "bos_token is 5"),
+        ({"eos_token": ["a"]}, 'eos_token is \\["a"\\]'),
+        ({"pad_token": {"text": "a"}}, "pad_token is .*text"),
+        ({"bos_token": "<s>"}, "bos_token '<s>' is no token of tokenizer.json"),
+        ({"eos_token": "</s>"}, "eos_token '</s>' is no token of tokenizer.json"),
+        ({"bos_token": EOS}, "bos_token .* is token 1, and config.json's bos_token_id is 0"),
+        ({"chat_template": 5}, "chat_template is 5"),
+        ({"chat_template": [{"name": "default"}]}, "chat_template is"),
+        ({"added_tokens_decoder": {"0": {"content": "other"}}}, "'other' is token 0"),
+        ({"added_tokens_decoder": {"0": "other"}}, "added_tokens_decoder"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder"),
+    ],
+)
+def test_settings_of_wrong_types_or_that_contradict_are_refused_by_name(directory, settings, words):
+    write(directory, config={"bos_token_id": 0})
+    change_settings(directory, **{"chat_template": None} | settings)
+    with pytest.raises(UserError, match=rf"(tokenizer_config.json: |{directory}: ).*{words}") as refusal:
+        Tokenizer(directory)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_template_named_default_is_used(directory):
+    change_settings(
+        directory, chat_template=[{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]
+    )
+    assert Tokenizer(directory).render_chat([HI]) == "a"
+    change_settings(directory, chat_template=[{"name": "tool_use", "template": "b"}])
+    with pytest.raises(UserError, match="named default"):
+        Tokenizer(directory).render_chat([HI])

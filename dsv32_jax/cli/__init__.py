@@ -4,14 +4,15 @@ Verbs import JAX when they run, so that --help answers at once.
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from dsv32_jax import __version__
 from dsv32_jax.cli import checkpoints, measuring, serving, text
-from dsv32_jax.errors import UserError
+from dsv32_jax.errors import CheckpointWarning, UserError
 
 app = typer.Typer(
     help="DeepSeek-V3.2-Exp in JAX.",
@@ -47,13 +48,28 @@ def root(
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Always leaves through SystemExit."""
     try:
-        app(args=argv, prog_name="dsv32")
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            app(args=argv, prog_name="dsv32")
     except UserError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; what a checkpoint's files say is not a matter of a place in the code."""
+    text = str(message) if category is CheckpointWarning else f"{filename}:{lineno}: {category.__name__}: {message}"
+    print("warning: " + " ".join(text.split()), file=sys.stderr)
 
 
 def fail(message: str) -> None:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def loaded(
-    model: str, compute_dtype: str | None, no_act_quant: bool, attention: str, index_topk: int | None, backend: str
+    model: str,
+    compute_dtype: str | None,
+    no_act_quant: bool,
+    attention: str,
+    index_topk: int | None,
+    backend: str,
+    no_mtp: bool = False,
 ) -> "LanguageModel":
     """The model that the flags name, with their options."""
     from dsv32_jax.loading import load
@@ -31,12 +37,13 @@ def loaded(
         attention=attention,
         index_topk=index_topk,
         backend=backend,
+        mtp=not no_mtp,
     )
 
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
     """Wrong values show before a model is loaded, which can take minutes."""
-    from dsv32_jax.language_model import check_sampling
+    from dsv32_jax.sampling import check_sampling
 
     check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
 
@@ -44,16 +51,9 @@ def check_sampling(temperature: float | None, top_p: float | None, seed: int) ->
 def sampling_of(
     m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
 ) -> dict[str, Any]:
-    """Flags first, then generation_config.json (greedy unless it says `do_sample`), then greedy."""
-    defaults = {"temperature": 0.0}
-    if m.generation_config.get("do_sample"):
-        defaults = {"temperature": 1.0, **m.generation_config}
-    return {
-        "temperature": float(defaults["temperature"]) if temperature is None else temperature,
-        "top_p": float(defaults.get("top_p", 1.0)) if top_p is None else top_p,
-        "seed": seed,
-        "ignore_eos": ignore_eos,
-    }
+    """Flags first, then what the model takes where they say nothing."""
+    temperature, top_p = m.sampling(temperature, top_p, seed)
+    return {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
 
 
 def tokenizer_of(m: "LanguageModel") -> Any:

@@ -15,6 +15,7 @@ from dsv32_jax.cli.options import (
     IndexTopk,
     Json,
     NoActQuant,
+    NoMtp,
     TokenIds,
 )
 from dsv32_jax.errors import UserError
@@ -29,6 +30,7 @@ def fidelity(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
 ) -> None:
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
@@ -42,7 +44,7 @@ def fidelity(
 
     traces = []
     for name in (first, second):  # one after the other: both need not fit at once
-        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend)
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
         traces.append([m.trace(row) for row in ids])
         del m
     try:

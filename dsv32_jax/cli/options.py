@@ -35,4 +35,5 @@ ComputeDtype = Annotated[
 NoActQuant = Annotated[
     bool, typer.Option("--no-act-quant", help="Quantise no activation, index key or latent: weights only.")
 ]
+NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out the multi-token prediction (MTP) layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -16,6 +16,7 @@ from dsv32_jax.cli.options import (
     IndexTopk,
     Model,
     NoActQuant,
+    NoMtp,
     Temperature,
     TopP,
 )
@@ -68,6 +69,7 @@ def serve(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
 ) -> None:
     """Answer OpenAI's completions and chat completions over HTTP, with Prometheus metrics at /metrics.
 
@@ -103,7 +105,7 @@ def serve(
     place = bind(host, port)
     if settings.api_key is None and not place.getsockname()[0].startswith(("127.", "::1")):
         typer.echo(f"warning: --host {host}: others can reach it, and no key is asked for; see --api-key", err=True)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
     defaults = sampling_of(m, temperature, top_p, 0, False)
     settings = dataclasses.replace(settings, temperature=defaults["temperature"], top_p=defaults["top_p"])
     engine = Engine(

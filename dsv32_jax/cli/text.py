@@ -31,6 +31,7 @@ from dsv32_jax.cli.options import (
     MaxNewTokens,
     Model,
     NoActQuant,
+    NoMtp,
     PromptFile,
     PromptFlag,
     Seed,
@@ -60,6 +61,7 @@ def generate(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
     save_tokens: Annotated[
         Path | None, typer.Option("--save-tokens", help="Write int32 [B, N] here (.npy), -1 after a row's end.")
@@ -74,7 +76,7 @@ def generate(
     prompts = prompts_of(prompt, prompt_file, token_ids)
     check_sampling(temperature, top_p, seed)
     with replacing(save_tokens, "--save-tokens") as tokens_file:
-        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
+        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
         if isinstance(prompts, list) and (system is not None or thinking):
             prompts = [tokenizer_of(m).encode_chat(chat_of(system, text), thinking=thinking) for text in prompts]
         settings = sampling_of(m, temperature, top_p, seed, ignore_eos)
@@ -122,6 +124,7 @@ def chat(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
 ) -> None:
     """Talk to the model: one line is one message; /exit or the end of input leaves.
@@ -129,7 +132,7 @@ def chat(
     Example: dsv32 chat --model DIR --system "Answer in one sentence."
     """
     check_sampling(temperature, top_p, seed)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
     settings = sampling_of(m, temperature, top_p, seed, ignore_eos)
     messages = chat_of(system)
     for line in lines("" if as_json or not sys.stdin.isatty() else "> "):
@@ -157,6 +160,7 @@ def score(
     backend: Backend = "auto",
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
+    no_mtp: NoMtp = False,
     as_json: Json = False,
     save_logits: Annotated[
         Path | None, typer.Option("--save-logits", help="Write float32 [B, T, vocab] here (.npy); 0 where absent.")
@@ -176,7 +180,7 @@ def score(
     ids = None if token_ids is None else read_token_ids(token_ids)
     inputs = [text] if ids is None else ids
     with replacing(save_logits, "--save-logits") as logits_file:
-        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend)
+        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
         out = None
         if logits_file is not None:
             # The file has the token file's own width, also where every row ends before it.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv32_jax.cache import KVCache
+from dsv32_jax.checks import check_selection
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.context import StepContext
 from dsv32_jax.layers.indexer import LAYER_NORM_EPS, Indexer
@@ -88,6 +89,8 @@ class MLA(nnx.Module):
         q_latent, q_nope, q_rope = self.queries(q_a, ctx.angles, ctx.config, ctx.numerics)
         cache = self.write(kv_a, index_key, layer, cache, ctx)
         chosen = self.select(x, q_latent, layer, cache, ctx, record)
+        if chosen is not None:
+            check_selection(chosen, ctx.batch.positions, layer, ctx.options.debug)
         attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx, record)
         return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
@@ -147,7 +150,11 @@ class MLA(nnx.Module):
     def select(
         self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None
     ) -> jax.Array | None:
-        """Logical positions int32 [T, K] that each token attends to, -1 for none; None for dense attention."""
+        """Logical positions int32 [T, K] that each token attends to; None for dense attention.
+
+        In any order, but each at most once, none after the token's own, and -1 for none only behind all others: the
+        first -1 ends a row. `Options(debug=True)` checks that, see `checks.check_selection`.
+        """
         if ctx.options.attention == "dense" and record is None:
             return None
         batch, numerics = ctx.batch, ctx.numerics
@@ -175,7 +182,7 @@ class MLA(nnx.Module):
             out = dense_mla(queries, *self.context(layer, cache, ctx), **how, chunk_bytes=CHUNK_BYTES)
         else:
             slots = physical_slots(chosen, batch.sequence, batch.block_tables)
-            present = (slots >= 0).sum(-1, dtype=jnp.int32)  # those come first
+            present = (slots >= 0).sum(-1, dtype=jnp.int32)  # those come first, by the contract of `select`
             out, _ = sparse_mla(queries, cache.kv, layer, slots, **how, lengths=present, backend=ctx.numerics.backend)
         return ctx.einsum("thc,hvc->thv", out, to_value)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dsv32_jax.arguments import boolean, instance, integer, number
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import check_sampling
+from dsv32_jax.sampling import check_sampling
 
 __all__ = ["Settings"]
 

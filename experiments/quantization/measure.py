@@ -15,12 +15,11 @@ import numpy as np
 from dsv32_jax import fidelity
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.experiments.sequence_model import Run, Sequences, decoder_layer, log_likelihoods, product
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.norm import add_rms_norm
 from dsv32_jax.model import DecoderLayer, DeepseekV32
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.quant import dense
 
 BATCH = 4

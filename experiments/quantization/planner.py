@@ -9,7 +9,6 @@ import numpy as np
 from dsv32_jax.config import read_json
 from dsv32_jax.convert import planning
 from dsv32_jax.convert.conversion import nbytes
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.convert.stored import quantized
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.quantization import sensitivity
@@ -18,7 +17,7 @@ from dsv32_jax.experiments.quantization.table import PLAN
 from dsv32_jax.experiments.quantization.variants import Setting
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.model import DeepseekV32
-from dsv32_jax.params import named_parameters
+from dsv32_jax.params import is_linear, named_parameters
 
 ADDED_KL = 0.001
 """Nats that the shipped plan's four bits may add to what eight bits everywhere lose, by the sum of the sensitivities:

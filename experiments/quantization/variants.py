@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.convert.migration import migrate
-from dsv32_jax.convert.names import is_linear
 from dsv32_jax.convert.quantization import UNQUANTISED, quantize_model, uniform
 from dsv32_jax.experiments.quantization.measure import BATCH, dequantised
 from dsv32_jax.experiments.quantization.texts import CALIBRATION, EVALUATION, LENGTH, PLANNING, Texts, statistics
@@ -17,7 +16,7 @@ from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import find, load
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
+from pallas_kernels.backend import KERNEL, NO_GRADIENT_OF_WEIGHT, gradient_of_reference, refuse_gradient, resolve
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.mosaic_gpu import fewest_tile_rows
@@ -100,7 +100,7 @@ def grouped_quant_matmul(
       used_tiles: int32 [], how many tiles hold a row at all: the first ones. The results of the others are undefined.
       backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take quantised bfloat16 rows, N in
         multiples of 64, and K in multiples of 128 in tiles of 64 rows or a multiple, of 512 in tiles of 8, 16 or 32.
-        Their gradient is the reference's.
+        Their gradient is the reference's: none for `values`, nor for rows that are quantised.
 
     Returns:
       [P, N] in the rows' dtype (bfloat16 of quantised rows), accumulated in float32.
@@ -114,6 +114,7 @@ def grouped_quant_matmul(
     check_row_scales(rows, row_scales, scales_by_group)
     reason = mosaic_gpu.unsupported_fp8(rows, values, tile_expert, quantize_input)
     chosen = resolve(backend, "grouped_quant_matmul", KERNEL, reason)
+    values = refuse_gradient(values, NO_GRADIENT_OF_WEIGHT)
 
     def plain(rows, row_scales, values, scales, tile_expert, used_tiles):
         del used_tiles
@@ -220,7 +221,7 @@ def grouped_swiglu(
       backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take bfloat16 and
         FP8 in tiles of 64 rows or a multiple, W in multiples of 128 and K of 128 (bfloat16: 64); FP8 also in tiles of
         8, 16 or 32, with K in multiples of 512. Without experts they take any number of rows. A value may be the
-        neighbour of the reference's in bfloat16. Their gradient is the reference's.
+        neighbour of the reference's in bfloat16. Their gradient is the reference's; in FP8 there is none.
 
     Returns:
       [P, W] in the rows' dtype, or values float8_e4m3fn [P, W] and scales float32 [P, W / 128] ([W / 128, P]).
@@ -238,6 +239,8 @@ def grouped_swiglu(
         raise ValueError(f"a result of {gate.shape[-2]} columns is no whole groups of {BLOCK} to quantise")
     reason = mosaic_gpu.unsupported_swiglu(rows, gate, up, tile_expert, fp8)
     chosen = resolve(backend, "grouped_swiglu", KERNEL, reason)
+    if fp8:
+        gate, up = refuse_gradient(gate, NO_GRADIENT_OF_WEIGHT), refuse_gradient(up, NO_GRADIENT_OF_WEIGHT)
     result = Result(quantize_result, scale_fmt, scales_by_group)
 
     def plain(rows, row_scales, weights, weight_scales, tile_expert, used_tiles):

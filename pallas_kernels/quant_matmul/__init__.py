@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
+from pallas_kernels.backend import KERNEL, NO_GRADIENT_OF_WEIGHT, gradient_of_reference, refuse_gradient, resolve
 from pallas_kernels.quant_matmul import few_rows, many_rows, reference
 from pallas_kernels.quant_matmul.int4 import dequantize_int4, pack_int4, quantize_weight_int4, unpack_int4
 from pallas_kernels.quant_matmul.int8 import dequantize_int8, quantize_weight_int8
@@ -67,7 +67,7 @@ def quant_matmul(
       scale_fmt: of the input's scales, see `quantize`.
       backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernels take quantised inputs and N in
         multiples of 64; K in multiples of 128 in bfloat16, of 512 in float32, which they take for up to 128 rows alone.
-        Their gradient is the reference's.
+        Their gradient is the reference's: none for `values`, nor for an x that is quantised.
 
     Returns:
       [M, N] in x's dtype, accumulated in float32.
@@ -82,6 +82,8 @@ def quant_matmul(
             f"x {x.shape}, values {values.shape} and scales {scales.shape} do not fit: "
             f"the last axes of x and values must agree and scales must be {grid}"
         )
+
+    values = refuse_gradient(values, NO_GRADIENT_OF_WEIGHT)
 
     def plain(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
         return reference.quant_matmul(x, values, scales, quantize_input, scale_fmt)

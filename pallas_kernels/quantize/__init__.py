@@ -31,7 +31,7 @@ def quantize(
       x: float [..., N].
       scale_fmt: "ue8m0" rounds scales up to powers of two; None keeps amax / 448.
       group: values to a scale; must divide N.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". None has a gradient.
 
     Returns:
       values float8_e4m3fn [..., N] and scales float32 [..., N / group]; x is about values * scales.
@@ -59,7 +59,7 @@ def rms_norm_quantize(
       weight: [N].
       eps: added to the mean square.
       scale_fmt: see `quantize`.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient;
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". None has a gradient;
         it adds up the squares in another order, so a value may be the neighbour of the reference's.
 
     Returns:
@@ -83,7 +83,7 @@ def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, ja
 
     Args:
       x: float [..., N].
-      backend: "auto", "mosaic_gpu", "interpret" or "reference". The kernel has no gradient.
+      backend: "auto", "mosaic_gpu", "interpret" or "reference". None has a gradient.
 
     Returns:
       values int8 [..., N], from -127 to 127, and scales float32 [...]; x is about values * scales.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import rowwise
+from pallas_kernels.backend import NO_GRADIENT_OF_ROUNDING, refuse_gradient
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
@@ -19,9 +20,8 @@ def round_up_to_power_of_two(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
-@jax.custom_jvp
 def round_to_e4m3(x: jax.Array) -> jax.Array:
-    """float32 values of at most 448 rounded to the nearest e4m3 value, ties to even, still float32; gradient 1.
+    """float32 values of at most 448 rounded to the nearest e4m3 value, ties to even, still float32.
 
     XLA may drop a cast to FP8 and back within one program ("excess precision"; on GPUs it does). Of values that are
     rounded already, the cast changes nothing, whether it happens or not.
@@ -32,17 +32,13 @@ def round_to_e4m3(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 2**-6, below_normal, jax.lax.bitcast_convert_type(kept, jnp.float32))
 
 
-@round_to_e4m3.defjvp
-def _(primals, tangents):
-    return round_to_e4m3(*primals), tangents[0]
-
-
 def divide(x: jax.Array, scales: jax.Array) -> jax.Array:
     """x [..., N] / scales [...], rounded once: XLA would make x * (1 / scales) of a division by a broadcast."""
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(scales[..., None], x.shape))
 
 
 def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array, jax.Array]:
+    x = refuse_gradient(x, NO_GRADIENT_OF_ROUNDING)
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
     amax = jnp.maximum(jnp.max(jnp.abs(grouped), axis=-1), SMALLEST_AMAX)
     scales = amax * jnp.float32(1 / FP8_MAX)
@@ -57,7 +53,7 @@ def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array
 
 
 def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = x.astype(jnp.float32)
+    x = refuse_gradient(x, NO_GRADIENT_OF_ROUNDING).astype(jnp.float32)
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) * jnp.float32(1 / INT8_MAX)
     values = jnp.clip(jnp.round(divide(x, scales)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return values, scales

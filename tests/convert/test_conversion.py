@@ -1,6 +1,7 @@
 """Round trips, bad checkpoints, interruptions, and the memory that a conversion takes."""
 
 import filecmp
+import itertools
 import json
 import shutil
 import tracemalloc
@@ -13,6 +14,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import dsv32_jax
 from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert import conversion
@@ -288,3 +290,63 @@ def test_a_conversion_holds_one_layer_at_a_time(tmp_path, many_layers, to):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < layer + 2**23, f"peak {peak} for layers of {layer} and {total} in all"
+
+
+def announce(directory, layers):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": layers}))
+    return directory
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_the_mtp_layer_can_be_left_out(tmp_path, layout):
+    """Also where the files and their config disagree about it; then the message says what to do."""
+    load = {"hf": convert.load_hf, "orbax": convert.load_orbax}[layout]
+
+    def in_layout(source):
+        convert.convert(source, tmp_path / f"{source.name}-{layout}", to=layout)
+        return tmp_path / f"{source.name}-{layout}"
+
+    numbers = itertools.count(1)
+    whole = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, next(numbers), leaf.dtype), abstract_model(ModelConfig.tiny())
+    )
+    convert.export_model(whole, tmp_path / "whole")
+    source = in_layout(tmp_path / "whole")
+    without = load(source, mtp=False)
+    assert without.mtp is None and not without.config.has_mtp
+    assert equal_models(without.layers, whole.layers) and equal_models(without.head, whole.head)
+    announce(source, 0)
+    with pytest.raises(UserError, match=r"num_nextn_predict_layers is 0: set it to 1 .* --no-mtp"):
+        load(source)
+    assert equal_models(load(source, mtp=False), without)
+    convert.export_model(without, tmp_path / "main")  # as transformers writes it: the layer is announced all the same
+    main = announce(in_layout(tmp_path / "main"), 1)
+    with pytest.raises(UserError, match=r"num_nextn_predict_layers .*mtp=False, --no-mtp") as refusal:
+        dsv32_jax.load(main)
+    assert len(str(refusal.value)) < 400  # one line, not one for each tensor
+    assert equal_models(dsv32_jax.load(main, mtp=False).model, without)
+
+
+def test_a_shard_of_the_mtp_layer_alone_may_be_missing(fp8):
+    prefix = f"model.layers.{ModelConfig.from_hf(fp8).num_hidden_layers}."
+    index = json.loads((fp8 / INDEX).read_text())
+    index["weight_map"] = {
+        name: "model-mtp.safetensors" if name.startswith(prefix) else file for name, file in index["weight_map"].items()
+    }
+    (fp8 / INDEX).write_text(json.dumps(index))
+    for path in fp8.glob("*.safetensors"):
+        save_file({name: array for name, array in arrays(path).items() if not name.startswith(prefix)}, path)
+    with pytest.raises(UserError, match=r"missing shard model-mtp.safetensors; num_nextn_predict_layers .*mtp=False"):
+        convert.load_hf(fp8)
+    assert convert.load_hf(fp8, mtp=False).mtp is None
+
+
+def test_a_layer_too_many_is_no_mtp_layer(golden, tmp_path):
+    directory = shutil.copytree(golden("tiny/model"), tmp_path / "tiny")
+    config = json.loads((directory / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (directory / "config.json").write_text(json.dumps(config))
+    for mtp in (True, False):
+        with pytest.raises(UserError, match=rf"unexpected model\.layers\.{config['num_hidden_layers']}\."):
+            convert.load_hf(directory, mtp=mtp)

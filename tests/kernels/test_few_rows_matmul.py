@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.backend import BackendError
 from pallas_kernels.moe_dispatch import make_plan
-from pallas_kernels.quant_matmul import few_rows, quant_matmul
+from pallas_kernels.quant_matmul import dequantize_blocks, few_rows, quant_matmul
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from tests.kernels.cases import few_rows as cases
 
@@ -220,17 +220,24 @@ def test_kernel_through_the_op(monkeypatch):
         quant_matmul(*arguments, quantize_input=False, backend="mosaic_gpu")
 
 
-def test_gradient_is_that_of_the_reference(monkeypatch):
-    """With a kernel that cannot run here: only its gradient is asked for."""
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "reference"])
+def test_a_gradient_that_would_be_rounded_away_is_refused(monkeypatch, backend):
+    """With a kernel that cannot run here. Of the scales and of an x that stays as it is, there is one."""
     case = TINY["part of a tile"]
     x = jnp.ones((3, 512))
     monkeypatch.setattr(few_rows, "matmul", lambda *_, **__: jnp.zeros((3, 192)))
 
-    def gradient(backend):
-        def loss(x):
-            arguments = (jnp.asarray(case.values), jnp.asarray(case.scales))
-            return quant_matmul(x, *arguments, quantize_input=True, backend=backend).sum()
+    values, scales = jnp.asarray(case.values), jnp.asarray(case.scales)
 
-        return jax.grad(loss)(x)
+    def loss(x, values, scales, backend=backend, quantize_input=True):
+        return quant_matmul(x, values, scales, quantize_input=quantize_input, backend=backend).sum()
 
-    np.testing.assert_array_equal(gradient("mosaic_gpu"), gradient("reference"))
+    with pytest.raises(NotImplementedError, match="rounding activations has no gradient"):
+        jax.grad(loss)(x, values, scales)
+    for quantize_input in (True, False) if backend == "reference" else (True,):
+        with pytest.raises(NotImplementedError, match="a quantised weight has no gradient"):
+            jax.grad(functools.partial(loss, quantize_input=quantize_input), 1)(x, values, scales)
+    plain = functools.partial(loss, backend="reference", quantize_input=False)
+    weight = dequantize_blocks(values, scales)
+    expected = jnp.broadcast_to(weight.sum(0), x.shape)
+    np.testing.assert_allclose(jax.grad(plain)(x, values, scales), expected, rtol=1e-5, atol=1e-4)

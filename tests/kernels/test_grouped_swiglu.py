@@ -272,6 +272,11 @@ def test_gradient_is_that_of_the_reference(fp8, monkeypatch):
 
         return jax.jit(jax.grad(total))(rows)
 
+    if fp8:  # behind FP8 activations there is none
+        for backend in ("reference", "mosaic_gpu"):
+            with pytest.raises(NotImplementedError, match="rounding activations has no gradient"):
+                gradient(backend)
+        return
     assert np.abs(np.asarray(gradient("reference"), np.float32)).max() > 0
     np.testing.assert_array_equal(gradient("mosaic_gpu"), gradient("reference"))
 

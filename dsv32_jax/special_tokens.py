@@ -1,0 +1,115 @@
+"""Which tokens begin and end a text: a checkpoint's tokenizer_config.json, special_tokens_map.json and config.json."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dsv32_jax.config import read_json
+from dsv32_jax.errors import CheckpointWarning, UserError
+from dsv32_jax.fields import shown
+
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SETTINGS, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def add_missing_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+    """Adds the tokens that only tokenizer_config.json or added_tokens.json has, as transformers does.
+
+    Raises:
+      UserError: an entry that is none, or whose id is not the one that comes next.
+    """
+    entries: dict[int, tuple[str, tokenizers.AddedToken]] = {}
+    try:
+        for content, id in _read(directory / _ADDED).items():
+            entries[int(id)] = (_ADDED, tokenizers.AddedToken(content))
+        for id, raw in (_read(directory / _SETTINGS).get("added_tokens_decoder") or {}).items():
+            flags = {flag: bool(raw[flag]) for flag in _FLAGS if flag in raw}
+            entries[int(id)] = (_SETTINGS, tokenizers.AddedToken(raw["content"], **flags))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}: added tokens must be {{text: id}} in {_ADDED} and {{id: {{content: text}}}} in "
+            f"added_tokens_decoder of {_SETTINGS} ({type(error).__name__}: {error})"
+        ) from error
+    for id, (file, token) in sorted(entries.items()):
+        if tokenizer.token_to_id(token.content) is None:
+            tokenizer.add_tokens([token])
+        if (actual := tokenizer.token_to_id(token.content)) != id:
+            raise UserError(f"{directory / file}: {token.content!r} is token {id}, and in tokenizer.json {actual}")
+
+
+def special_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
+    """The text of bos_token, eos_token, pad_token and unk_token, where a file has one.
+
+    tokenizer_config.json goes before special_tokens_map.json, and both before the ids of config.json. A token that is
+    so named is one, also where tokenizer.json has its text in the vocabulary alone.
+
+    Raises:
+      UserError: a token that is no text, that tokenizer.json does not have, or a beginning-of-sentence token that is
+        not config.json's.
+    """
+    ids = _read(directory / "config.json")
+    named: dict[str, str] = {}
+    for file in (_SETTINGS, _MAP):
+        settings = _read(directory / file)
+        for name in _NAMES:
+            text = _text(directory / file, name, settings.get(name))
+            if text is None or name in named:
+                continue
+            id = tokenizer.token_to_id(text)
+            if id is None and name in ("bos_token", "eos_token"):
+                raise UserError(f"{directory / file}: {name} {text!r} is no token of tokenizer.json")
+            expected = ids.get("bos_token_id")
+            if name == "bos_token" and _is_id(expected) and id != expected:
+                raise UserError(
+                    f"{directory / file}: bos_token {text!r} is token {id}, and config.json's bos_token_id is "
+                    f"{expected}; they must agree"
+                )
+            named[name] = text
+            if id is not None and id not in tokenizer.get_added_tokens_decoder():
+                tokenizer.add_special_tokens([text])
+    for name in _NAMES:
+        id = ids.get(f"{name}_id")
+        id = id[0] if isinstance(id, list) and id else id
+        if name in named or not _is_id(id):
+            continue
+        if (token := tokenizer.get_added_tokens_decoder().get(id)) is not None:
+            named[name] = token.content
+        elif name == "bos_token":
+            message = (
+                f"{directory}: config.json's bos_token_id {id} is no special token of tokenizer.json, and no other "
+                "file names one; texts have no beginning-of-sentence token in front"
+            )
+            warnings.warn(message, CheckpointWarning, stacklevel=1)
+    return named
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text(path: Path, name: str, value: object) -> str | None:
+    """Of a token, which is its text, or an object with that and how it is matched."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if isinstance(text, str) or value is None:
+        return text or None  # type: ignore[return-value]
+    raise UserError(f'{path}: {name} is {shown(value)}; it must be a text, {{"content": text}} or null')
+
+
+def default_template(path: Path, template: object) -> str | None:
+    """The chat template of a tokenizer_config.json: a text, or the one named default of several."""
+    if template is None or isinstance(template, str):
+        return template
+    try:
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)  # type: ignore[attr-defined]
+    except (KeyError, TypeError):
+        right = json.dumps([{"name": "default", "template": "..."}])
+        raise UserError(f"{path}: chat_template is {shown(template)}; it must be a text or {right}") from None
