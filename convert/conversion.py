@@ -185,9 +185,9 @@ def rewrite(
         raise UserError(f"{source}: no such directory")
     kind = checkpoint_kind(source)
     to = to or OTHER[kind]
+    files = state_of(source)
     config = ModelConfig.from_hf(source)
     with new_directory(target) as held:
-        files = state_of(source)
         change = change_of(config)
         reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
         paths = list(stored_parameters(config))

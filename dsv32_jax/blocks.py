@@ -89,14 +89,18 @@ class BlockPool:
             raise ValueError(f"num_blocks: {num_blocks}; must be at least 1")
         self.num_blocks = num_blocks
         self.sharing = sharing
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
-        self._filled = [0] * num_blocks  # tokens of each block in use
-        self._digest: list[bytes | None] = [None] * num_blocks
+        self._asked = self._found = self._evictions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """All blocks are free and without identity, whatever was under way; tables from before are worth nothing."""
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._references = [0] * self.num_blocks
+        self._filled = [0] * self.num_blocks  # tokens of each block in use
+        self._digest: list[bytes | None] = [None] * self.num_blocks
         self._block_of: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody, the oldest first
         self._shared = self._slots_filled = 0
-        self._asked = self._found = self._evictions = 0
 
     @property
     def available(self) -> int:
@@ -199,7 +203,8 @@ class BlockPool:
         Args:
           table: of the sequence.
           tokens: its ids from the start, at least `computed`.
-          computed: tokens whose values are in the cache, or will be before any later step reads them.
+          computed: tokens whose values are in the cache, or are written by a step that has been started: later steps
+            read them after that.
         """
         if not 0 <= computed <= min(table.length, len(tokens)):
             raise ValueError(

@@ -20,7 +20,17 @@ from dsv32_jax.model import Batch, Options
 from dsv32_jax.sampling import row_keys, sample
 from dsv32_jax.speculation import After, draft
 
-__all__ = ["Drawing", "Drawn", "Draws", "Shape", "copy_blocks", "draft_step", "draw", "engine_step"]
+__all__ = [
+    "Drawing",
+    "Drawn",
+    "Draws",
+    "Shape",
+    "compiled",
+    "copy_blocks",
+    "draft_step",
+    "draw",
+    "engine_step",
+]
 
 Flat = TypeVar("Flat", np.ndarray, Array)
 ALIGNED = 64
@@ -97,9 +107,17 @@ class Drawing:
 class Drawn:
     """What a step drew: int32 [R]; where a row asks for it, what `log_probabilities` says; drafts behind the tokens."""
 
-    tokens: Array
-    told: tuple[Array, Array, Array] | None
-    drafts: Array | None
+    tokens: Any
+    told: tuple[Any, ...] | None
+    drafts: Any
+
+    def fetched(self) -> "Drawn":
+        """The same as NumPy arrays; waits for the device."""
+        return Drawn(
+            np.asarray(self.tokens),
+            None if self.told is None else tuple(map(np.asarray, self.told)),
+            None if self.drafts is None else np.asarray(self.drafts),
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "shape", "options"), donate_argnames="cache")
@@ -153,6 +171,18 @@ def draft_step(
     after = After(given["after_ids"], given["after_rows"])
     model = jax.tree.unflatten(structure, leaves)
     return draft(model, states, shape.batch(flat), after, tokens, cache, options)
+
+
+def compiled(
+    model: tuple[list[Any], Any], shape: Shape, drawn: Any, cache: Any, options: Options, speculate: bool
+) -> tuple[Any, Any]:
+    """The programs of a shape: the step, and the draft of an engine that speculates. All arrays may be abstract."""
+    flat, how = np.zeros(shape.size, np.int32), {"shape": shape, "options": options}
+    step = engine_step.lower(*model, flat, drawn, cache, **how)
+    if not speculate:
+        return step.compile(), None
+    states, *_ = step.out_info
+    return step.compile(), draft_step.lower(*model, flat, states, drawn, cache, **how).compile()
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, that one writer at a time makes, and the user's home."""
+"""Files and directories that are whole or not there, that one writer at a time makes, and where the user's own are."""
 
 import contextlib
 import errno

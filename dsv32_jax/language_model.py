@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dsv32_jax.arguments import integer
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.checks import shown_as_user_errors
 from dsv32_jax.compiling import all_at_once
@@ -506,8 +507,7 @@ class LanguageModel:
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
             max_new_tokens = max(1, min(int(self.generation_config.get("max_new_tokens") or DEFAULT_NEW_TOKENS), room))
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens!r}; must be a whole number, at least 1")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         if max_new_tokens > room:
             raise UserError(
                 f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is longer than the cache can be; "

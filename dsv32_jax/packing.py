@@ -14,7 +14,18 @@ from dsv32_jax.scheduler import Sequence, Step
 from dsv32_jax.speculation import set_after
 from pallas_kernels.paging import slots_of
 
-__all__ = ["Draw", "pack"]
+__all__ = ["Draw", "pack", "step_sizes", "table_widths"]
+
+SMALLEST_STEP = 8
+"""Tokens that the smallest step is padded to; each larger one has twice as many."""
+LARGER_FOR_KERNELS = 4
+"""With kernels four times as many: a few hundred tokens take little longer than one, since weights are read for either,
+and each shape costs some ten seconds of compiling."""
+NARROWEST_TABLE = 4
+"""Blocks of the narrowest block tables; each wider one is `WIDER` times as wide."""
+NARROWEST_FOR_KERNELS = 128
+"""The same with kernels: they stop at a token's position, where references compute on the whole width."""
+WIDER = 4
 
 
 class Draw(NamedTuple):
@@ -24,6 +35,25 @@ class Draw(NamedTuple):
     number: int
     temperature: float
     top_p: float
+
+
+def step_sizes(most: int, most_of_prompts: int, kernels: bool) -> list[int]:
+    """Tokens that steps are padded to: of `Limits.tokens`, and of `Limits.prompt_tokens`."""
+    sizes = multiplied(SMALLEST_STEP, most, LARGER_FOR_KERNELS if kernels else 2)
+    return sorted({*sizes, max(sizes[-1], most_of_prompts)})
+
+
+def table_widths(widest: int, kernels: bool) -> list[int]:
+    """Blocks that block tables are padded to, up to those of the longest sequence."""
+    return multiplied(min(NARROWEST_FOR_KERNELS if kernels else NARROWEST_TABLE, widest), widest, WIDER)
+
+
+def multiplied(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... up to the first that is not less than `last`, which then takes its place."""
+    found = [first]
+    while found[-1] < last:
+        found.append(found[-1] * factor)
+    return [*found[:-1], max(last, first)]
 
 
 def pack(planned: Step, shape: Shape, row_of: Mapping[Sequence, int], draws: list[Draw], speculate: bool) -> np.ndarray:

@@ -34,6 +34,8 @@ def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) 
         if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
             raise UserError(f"token ids: {array.dtype} {list(array.shape)}; must be int32 [T] or [B, T]")
         prompts = list(np.atleast_2d(array))
+    elif not isinstance(prompts, Sequence):
+        raise UserError(f"prompt: of type {type(prompts).__name__}; must be a text, token ids, or a list of these")
     elif len(prompts) and isinstance(prompts[0], int | np.integer):
         prompts = [prompts]
     if not len(prompts):

@@ -1,6 +1,5 @@
 """The next token from logits: greedy, temperature and top-p, with one random stream a row."""
 
-import math
 from functools import partial
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dsv32_jax.arguments import integer, number
 from dsv32_jax.errors import UserError
 
 NOT_FINITE = -2
@@ -16,16 +16,10 @@ NOT_FINITE = -2
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
     """Raises `UserError` for values that nothing can be drawn with."""
-    if not (_is_number(temperature) and math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature: {temperature!r}; must be a number, 0 (greedy) or above")
-    if not (_is_number(top_p) and 0 < top_p <= 1):
-        raise UserError(f"top_p: {top_p!r}; must be a number above 0 and at most 1")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
-        raise UserError(f"seed: {seed!r}; must be a whole number in 0..{2**31 - 1}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    # The device has float32.
+    number("temperature", temperature, "0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
+    number("top_p", top_p, "above 0 and at most 1", above=0, most=1)
+    integer("seed", seed, 0, 2**31 - 1)
 
 
 def not_finite(prompt: int, position: int) -> UserError:

@@ -5,8 +5,8 @@ where it is being continued, a piece of its prompt where that is not read yet. W
 waiting sequences. Where blocks run out, the youngest running sequence gives its own back and waits again, before those
 that came later; what it has computed may still be found in the pool, and else is computed anew.
 
-A step may be planned before the tokens of the one before it are known: they are `in_flight`, and only their number
-counts here.
+A planned step is run, and then published: only blocks that a started step writes can be found by others. It may be
+planned before the tokens of the one before it are known: they are `in_flight`, and only their number counts here.
 
 A sequence may have a draft: a guess at the token behind its last one. Both then go into one step, and each draws a
 token; the second one is only of use if the draft is what the first drew. How many tokens come is known when the step
@@ -165,11 +165,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
-    def add(self, sequence: Sequence) -> None:
-        """A new sequence, with its siblings, at the end of the queue.
-
-        Raises:
-          ValueError: it could never run: too many siblings, or more tokens than the whole cache holds.
+    def check(self, sequence: Sequence) -> None:
+        """Raises `ValueError` where a sequence could never run: too many siblings, or more tokens than the whole cache
+        holds.
         """
         together = 1 + len(sequence.siblings)
         if together > self.limits.sequences:
@@ -178,10 +176,14 @@ class Scheduler:
         needed, room = sequence.length + sequence.max_new_tokens - 1, self.pool.num_blocks * BLOCK_SIZE
         if needed > room:
             raise ValueError(f"{needed} tokens are more than the whole cache holds, {room}")
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence, with its siblings, at the end of the queue; raises what `check` does."""
+        self.check(sequence)
         self.waiting.append(sequence)
 
     def schedule(self) -> Step | None:
-        """Plans the next step; None if there is nothing to compute now."""
+        """Plans the next step; None if there is nothing to compute now. The one before has been published."""
         parts: list[Part] = []
         copies: list[tuple[int, int]] = []
         preempted: list[Sequence] = []
@@ -210,10 +212,12 @@ class Scheduler:
             self.pool.extend(self._table(sequence), sequence.computed + count)  # behind whole blocks: nothing to copy
             parts.append(self._part(sequence, count))
             budget -= count
-        # Only now: no part of this step begins with what another part of it computes.
-        for part in parts:
-            self._commit(part.sequence)
         return Step(parts, copies, preempted) if parts else None
+
+    def publish(self, step: Step) -> None:
+        """A step has been started: what later ones plan may begin with what it computes."""
+        for part in step.parts:
+            self._commit(part.sequence)
 
     def receive(self, step: Step, tokens: Iterable[int]) -> None:
         """The tokens that a step drew, as `Step.settle` gives them; those of finished sequences are dropped."""
@@ -242,6 +246,14 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         self._close(sequence)
+
+    def clear(self) -> None:
+        """Ends all sequences, whatever was under way; all blocks are free, and none can be found."""
+        for sequence in (*self.running, *self.waiting):
+            sequence.finished, sequence.table = True, None
+        self.running.clear()
+        self.waiting.clear()
+        self.pool.reset()
 
     # ---- helpers ----
 

@@ -66,8 +66,10 @@ class Tokenizer:
             self._tokenizer.model.dropout = None
         add_missing_tokens(self._tokenizer, directory)
         self.special_tokens = special_tokens(self._tokenizer, directory)
-        self._specials = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._specials |= {id for name in self.special_tokens if (id := self._special_id(name)) is not None}
+        added = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        named = {id for name in self.special_tokens if (id := self._special_id(name)) is not None}
+        self.special_ids = frozenset(added | named)
+        """Ids of tokens that are no text: `decode` leaves them out."""
         self._bytes: dict[int, bytes] = {}  # of the ids seen so far
         self.chat_template = self._find_template(directory)
 
@@ -99,7 +101,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
         """The text of `ids`, without special tokens unless they are asked for. Ids below 0 and ids that no token has
         are left out."""
-        wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self._specials)]
+        wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self.special_ids)]
         return self._tokenizer.decode(wanted, skip_special_tokens=False)
 
     def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
@@ -123,11 +125,6 @@ class Tokenizer:
             return None
         return self._tokenizer.decode([id], skip_special_tokens=False)
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of tokens that are no text."""
-        return frozenset(self._specials)
-
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
         known = self._bytes.get(id)
@@ -136,7 +133,7 @@ class Tokenizer:
         return known
 
     def _token_bytes(self, id: int) -> bytes:
-        token = None if id < 0 or id in self._specials else self._tokenizer.id_to_token(id)
+        token = None if id < 0 or id in self.special_ids else self._tokenizer.id_to_token(id)
         if token is None:
             return b""
         table = _byte_of_character()

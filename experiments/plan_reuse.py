@@ -72,7 +72,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
     models = {period: reusing(lm, period) for period in periods}
     agreements: list[list[list[float]]] = []
     kept: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
-    for ids in tracked(windows, "reading", "windows"):
+    for ids in tracked(list(windows), "reading", "windows"):
         trace = lm.trace(ids)
         agreements.append([agreement(trace.experts, 2**n, lm.config.n_routed_experts) for n in range(4)])
         target = ids[1:, None]

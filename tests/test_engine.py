@@ -187,6 +187,36 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
     assert again.cached_tokens == 0 and again.completions[0].tokens == before.completions[0].tokens
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
+    """A token's embedding is none. Others go on beside it, and behind it in the same blocks."""
+    model = DeepseekV32(lm.config, nnx.Rngs(0))
+    model.embed = model.embed.at[1].set(value)
+    engine = Engine(LanguageModel(model, lm.config, options=EXACT), **SMALL)
+    prompts = [[*TEXTS[0][:90], 1], TEXTS[1][:129], TEXTS[0][:65]]
+    ended, *others = engine.generate(prompts, SamplingParams(40, ignore_eos=True))
+    assert not ended.completions[0].tokens and ended.completions[0].finish_reason == "error"
+    assert ended.completions[0].error == "the logits behind its 91 tokens are not finite" in caplog.text
+    while engine.busy:
+        engine.step()
+    assert engine.pool.statistics().in_use == 0 and engine.summary()["finished"] == {"error": 1, "length": 2}
+    engine.pool.forget()
+    others += engine.generate([prompts[2]] * 3, SamplingParams(40, ignore_eos=True))
+    for request in others:
+        assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+
+
+def test_warming_up_beside_requests_changes_nothing(lm):
+    """Tokens that were drawn and that the host has not seen are fed to the next step all the same."""
+    engine = Engine(lm, **SMALL)
+    request = engine.add(TEXTS[0][:30], SamplingParams(40, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    engine.warmup()
+    list(engine.stream(request))
+    assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+
+
 def test_the_step_updates_the_cache_in_place(engine):
     """No second cache: of the largest step, temporary memory is less than the cache."""
     program, _ = engine.programs()[-1]()

@@ -76,6 +76,7 @@ class Machine:
         return planned is not None or late is not None
 
     def run(self, planned) -> list[int]:
+        self.scheduler.publish(planned)
         for source, target in planned.copies:
             self.memory[target] = self.memory[source]
         whole = {}

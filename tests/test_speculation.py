@@ -259,6 +259,19 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
     np.testing.assert_array_equal(again.tokens, before.tokens)
 
 
+def test_logits_that_are_not_finite_end_their_request_alone(lm, plain):
+    """Also behind a draft that was right."""
+    want = plain.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
+    last = next(n for n in range(5, 30) if want[0].tokens[0, n] not in {*want[0].tokens[0, :n], *want[1].tokens[0]})
+    model = guessing(0.003).model
+    model.embed = model.embed.at[want[0].tokens[0, last]].set(jnp.nan)
+    engine = Engine(LanguageModel(model, TINY, None, EXACT), **SMALL, speculate=True)
+    ended, other = engine.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
+    np.testing.assert_array_equal(ended.tokens, want[0].tokens[:, : last + 1])
+    np.testing.assert_array_equal(other.tokens, want[1].tokens)
+    assert ended.completions[0].finish_reason == "error" and "not finite" in ended.completions[0].error
+
+
 def test_the_step_updates_the_cache_in_place(engine):
     step, draft = engine.programs()[-1]()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))

@@ -16,7 +16,9 @@ from dsv32_jax.errors import UserError
 
 
 def info(
-    model: Annotated[str | None, typer.Option("--model", help="A checkpoint. Default: demo.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help='A checkpoint directory, "org/name" on the hub, or "demo" (default).')
+    ] = None,
     config: Annotated[str | None, typer.Option("--config", help="671b | tiny | a config.json, instead.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="What fits on GPUs and on this machine.")] = False,
     as_json: Json = False,

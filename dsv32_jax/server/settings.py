@@ -1,9 +1,9 @@
 """What a server is told when it starts."""
 
 import dataclasses
-import math
 from pathlib import Path
 
+from dsv32_jax.arguments import boolean, instance, integer, number
 from dsv32_jax.errors import UserError
 from dsv32_jax.sampling import check_sampling
 
@@ -48,6 +48,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, 0)
+        instance("name", self.name, str, "a string")
+        instance("api_key", self.api_key, (str, type(None)), "a string")
+        instance("metrics_log", self.metrics_log, (Path, type(None)), "a path")
+        boolean("warmup", self.warmup)
+        for name in ("max_queue", "max_body_bytes"):
+            integer(name, getattr(self, name), 1)
+        for name in ("deadline", "read_seconds", "send_seconds", "metrics_interval"):
+            number(name, getattr(self, name), "above 0", above=0)
+        number("drain_seconds", self.drain_seconds, "0 or above", least=0)
         if not self.name:
             raise UserError("name: empty; it must have at least one character")
         # A header cannot carry other characters, so that such a key could never be given.
@@ -55,11 +64,3 @@ class Settings:
             raise UserError("api_key: must be printable ASCII, and not empty")
         if self.api_key is not None and self.api_key != self.api_key.strip():
             raise UserError("api_key: must not begin or end with a space")
-        for name in ("max_queue", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)}; must be at least 1")
-        for name in ("deadline", "read_seconds", "send_seconds", "metrics_interval"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UserError(f"{name}: {getattr(self, name)}; must be above 0")
-        if not (math.isfinite(self.drain_seconds) and self.drain_seconds >= 0):
-            raise UserError(f"drain_seconds: {self.drain_seconds}; must be 0 or above")

@@ -110,6 +110,7 @@ class Worker:
         self.ready = False
         self.queued = 0
         self.failed_steps = 0
+        self._ended_with_error = engine.metrics.finished["error"]
         self.latest = engine.summary()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outbox: list[tuple[Job, Item]] = []
@@ -248,6 +249,11 @@ class Worker:
                 self._outbox += [(job, Began())] * (self._jobs[job] - begun)
         for event in events:
             self._piece(self._job_of[event.request], event)
+        if self.engine.metrics.finished["error"] != self._ended_with_error:
+            self._ended_with_error = self.engine.metrics.finished["error"]
+            for job in list(self._jobs):
+                if any(completion.error for request in job.requests for completion in request.completions):
+                    self._fail(job, failed())  # the engine's log says why
 
     def _piece(self, job: Job, event: Event) -> None:
         """Hands on a token; a step may have several of one choice."""

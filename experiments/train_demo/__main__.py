@@ -1,6 +1,6 @@
 """Trains a small DeepSeek-V3.2 by the paper's stages; the model that ships as `demo` was made so.
 
-python -m experiments.train_demo --size tiny          # every stage in a minute or two on a CPU, on a text that ships
+python -m experiments.train_demo --size tiny          # every stage in some minutes on a CPU, on a text that ships
 python -m experiments.train_demo --text FILE          # on a UTF-8 text of your own; --text may be given several times
 python -m experiments.train_demo data                 # the demo model's corpus from Debian's archive, into .data
 python -m experiments.train_demo                      # the demo model: hours on one GPU

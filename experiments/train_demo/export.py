@@ -46,9 +46,9 @@ def export(weights: Path, config: ModelConfig, directory: Path, card: str | None
     """
     if not (weights / "config.json").exists():
         raise UserError(f"{weights}: has no config.json; give the folder of a stage's bfloat16 checkpoint")
-    model = quantised(convert.load_hf(weights), config)
     fresh = directory.with_name(directory.name + ".new")
     with locked(directory):
+        model = quantised(convert.load_hf(weights), config)
         shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted run
         convert.export_model(model, fresh, tokenizer_files=weights, shard_bytes=SHARD_BYTES)
         (fresh / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")

@@ -8,16 +8,13 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dsv32_jax import convert
-from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert import conversion, quantization
 from dsv32_jax.convert.huggingface import HFReader
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model
 from dsv32_jax.convert.unfinished import JOURNAL
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
 from tests.convert.test_conversion import equal_models
 from tests.harness import golden_directory, load_golden
@@ -76,7 +73,7 @@ def interrupted(monkeypatch, call):
 def test_a_target_has_one_writer(source, tmp_path, monkeypatch, alone, to):
     """Others are refused meanwhile, in its thread and in another, whatever they would write there."""
     target = tmp_path / "out"
-    model = DeepseekV32(ModelConfig.tiny(num_hidden_layers=1, num_nextn_predict_layers=0), nnx.Rngs(0))
+    model = load_golden("tiny")
     refusals = []
 
     def others():
@@ -200,7 +197,7 @@ def test_killed_at_its_last_step_it_is_finished(source, tmp_path, alone):
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    model = DeepseekV32(ModelConfig.tiny(num_hidden_layers=1, num_nextn_predict_layers=0), nnx.Rngs(0))
+    model = load_golden("tiny")
     monkeypatch.setattr(conversion, "write_config", lambda *_: interrupt())
     with pytest.raises(KeyboardInterrupt):
         convert.export_model(model, tmp_path / "out")

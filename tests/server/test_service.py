@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from dsv32_jax import engine as engine_module
 from dsv32_jax.errors import UserError
 from dsv32_jax.request import SamplingParams
 from dsv32_jax.server import create_app
@@ -198,6 +199,37 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monk
         asyncio.run(run())
 
 
+def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog):
+    """Its client is told; others get their answers."""
+    fetched = engine_module.Drawn.fetched
+
+    def first_row(drawn):
+        found = fetched(drawn)
+        tokens = found.tokens.copy()
+        tokens[0] = engine_module.NOT_FINITE
+        return engine_module.Drawn(tokens, found.told, found.drafts)
+
+    async def run():
+        async with service(engine) as app:
+            wrong = call(app, stream=True, **LONG)
+            await until(lambda: app.state.service.worker.queued == 1)
+            other = call(app, prompt="In 1903")
+            await until(lambda: app.state.service.worker.queued == 2)
+            await gate.until(lambda: wrong.body.count(b"data:") > 2)
+            monkeypatch.setattr(engine_module.Drawn, "fetched", first_row)
+            await gate.until(lambda: wrong.task.done())
+            monkeypatch.setattr(engine_module.Drawn, "fetched", fetched)
+            gate.open()
+            *_, last = events((await wrong.end()).body.decode())
+            assert last["error"]["code"] == "internal_error"
+            assert (await other.end()).status == 200
+            await until(lambda: not engine.busy)
+            assert await in_use(app) == 0
+
+    with caplog.at_level(logging.CRITICAL):
+        asyncio.run(run())
+
+
 def test_a_request_that_the_engine_does_not_take(engine, monkeypatch):
     """Whatever its error is; and the first prompt of a request goes with the second."""
     add = engine.add
@@ -345,6 +377,16 @@ def test_a_model_without_a_tokenizer_is_not_served(engine, lm, monkeypatch):
         ({"metrics_interval": 0}, "metrics_interval: 0"),
         ({"temperature": -1}, "temperature: -1"),
         ({"name": ""}, "name: empty"),
+        ({"name": 5}, "name: 5; must be a string"),
+        ({"api_key": b"x"}, "api_key: b'x'"),
+        ({"max_queue": 1.5}, "max_queue: 1.5; must be a whole number"),
+        ({"max_body_bytes": True}, "max_body_bytes: True"),
+        ({"deadline": "5"}, "deadline: '5'; must be a number"),
+        ({"send_seconds": None}, "send_seconds: None"),
+        ({"drain_seconds": float("nan")}, "drain_seconds: nan; must be 0 or above"),
+        ({"warmup": 1}, "warmup: 1; must be True or False"),
+        ({"top_p": None}, "top_p: None"),
+        ({"metrics_log": "x"}, "metrics_log: 'x'; must be a path"),
     ],
 )
 def test_wrong_settings(wrong, message):
