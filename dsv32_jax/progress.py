@@ -8,10 +8,10 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["progress_bar", "show", "shown"]
+__all__ = ["progress_bar", "show", "shown", "tracked"]
 
 FIRST_SECONDS = 2.0
 """What is over sooner is not shown."""
@@ -67,6 +67,14 @@ def progress_bar(title: str, total: int, unit: str = "bytes") -> Iterator[Advanc
     finally:
         task.end(complete=False)
         _running.release()
+
+
+def tracked[Item](items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
+    """The items one by one, each done when the next is asked for."""
+    with progress_bar(title, len(items), unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 class _Task:

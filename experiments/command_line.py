@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax import progress
 from dsv32_jax.errors import UserError
 
 CLONE = "experiments"
@@ -59,9 +60,11 @@ def writable(path: Path) -> Path:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a program. Wrong input ends it with one line and exit code 2, and Ctrl-C with 130."""
+    """Runs a program and shows its progress. Wrong input ends it with one line and exit code 2, and Ctrl-C with 130."""
     try:
-        sys.exit(main())
+        with progress.shown():
+            code = main()
+        sys.exit(code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

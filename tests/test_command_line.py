@@ -1,14 +1,15 @@
 """What the programs of `experiments` share."""
 
 import importlib
-import io
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dsv32_jax import progress
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments import command_line, reading, results
+from dsv32_jax.experiments import command_line, results
 
 PROGRAMS = ("plan_reuse", "serving", "step_profile", "bench.layer_profile", "bench.registers", "bench.time_peers")
 
@@ -84,15 +85,15 @@ def test_a_clone_is_written_into():
     assert command_line.writable(results.RESULTS / "x.json") == results.RESULTS / "x.json"
 
 
-def test_progress_without_a_terminal_is_lines_at_intervals(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(reading, "SECONDS", 0.0)
-    with reading.progress() as bar:
-        task = bar.add_task("reading", total=3)
-        for _ in range(3):
-            bar.advance(task)
-    assert sys.stderr.getvalue().splitlines() == [f"reading: {n} of 3" for n in (1, 2, 3)]
-    monkeypatch.setattr(reading, "SECONDS", 1e6)
-    with reading.progress() as bar:
-        bar.advance(bar.add_task("quick", total=1))
-    assert "quick" not in sys.stderr.getvalue()
+def test_a_program_shows_its_progress(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+
+    def main():
+        for _ in progress.tracked([1, 2], "reading", "files"):
+            time.sleep(0.05)
+
+    with pytest.raises(SystemExit):
+        command_line.run(main)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 2 of 2 files, ")
+    main()
+    assert capsys.readouterr().err == ""

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,11 +28,12 @@ from typing import Any
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.command_line import require
-from dsv32_jax.experiments.reading import json_lines, progress
+from dsv32_jax.experiments.reading import json_lines
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import extract
 from dsv32_jax.experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
 from dsv32_jax.files import whole_file
+from dsv32_jax.progress import progress_bar, tracked
 
 SEED = "dsv32-demo-1"
 HELD_OUT = 0.015  # of the documents
@@ -100,14 +102,13 @@ def collect(data_dir: Path) -> tuple[dict[str, Path], list[str]]:
     folder = data_dir / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     files, missing = {}, []
-    with progress() as bar:
-        for package in bar.track(PACKAGES, description="packages"):
-            file = _downloaded(package.name, folder) or _download(package, folder)
-            if file is None:
-                missing.append(package.name)
-                bar.console.print(f"{package.name}: the archive has no such package; left out")
-            else:
-                files[package.name] = file
+    for package in tracked(PACKAGES, "downloading", "packages"):
+        file = _downloaded(package.name, folder) or _download(package, folder)
+        if file is None:
+            missing.append(package.name)
+            print(f"{package.name}: the archive has no such package; left out", file=sys.stderr)
+        else:
+            files[package.name] = file
     if not files:
         raise UserError("apt-get: none of the packages could be downloaded; check the sources and run `apt-get update`")
     return files, missing
@@ -374,12 +375,12 @@ def _read_packages(files: dict[str, Path], data_dir: Path) -> dict[str, list[dic
     (data_dir / "texts").mkdir(exist_ok=True)
     result = {}
     packages = [package for package in PACKAGES if package.name in files]
-    with concurrent.futures.ProcessPoolExecutor() as pool, progress() as bar:
-        task = bar.add_task("reading", total=len(packages))
+    reading = progress_bar("reading", len(packages), "packages")
+    with concurrent.futures.ProcessPoolExecutor() as pool, reading as advance:
         futures = {pool.submit(_read_package, package, files[package.name], data_dir): package for package in packages}
         for future in concurrent.futures.as_completed(futures):
             result[futures[future].name] = future.result()
-            bar.advance(task)
+            advance(1)
     return result
 
 
@@ -497,6 +498,6 @@ def _counts(documents: list[dict[str, str]]) -> dict[str, int]:
 
 
 def _write_documents(path: Path, documents: list[dict[str, str]]) -> None:
-    with lzma.open(path, "wt", preset=2, encoding="utf-8") as file, progress() as bar:
-        for document in bar.track(documents, description="writing"):
+    with lzma.open(path, "wt", preset=2, encoding="utf-8") as file:
+        for document in tracked(documents, "writing", "documents"):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")

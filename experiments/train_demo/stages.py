@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 
 from dsv32_jax import convert
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.reading import progress
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.train_demo.batches import Batches, has_questions, load
 from dsv32_jax.experiments.train_demo.sizes import Stage, size_named
@@ -32,6 +31,7 @@ from dsv32_jax.experiments.train_demo.training import (
 from dsv32_jax.files import locked, replace_directory
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters
+from dsv32_jax.progress import progress_bar
 
 LOG_EVERY = 20
 HELD_OUT_WINDOWS = 16
@@ -150,14 +150,14 @@ class Training:
         tokens = recall = 0
         pending: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
         if first < stage.steps:
-            with progress() as bar:
-                task = bar.add_task(stage.name, total=stage.steps, completed=first)
+            with progress_bar(stage.name, stage.steps, "steps") as advance:
+                advance(first)
                 for step, batch in enumerate(self.batches.stream(stage, number, first), first):
                     rate = learning_rate(stage, step)
                     params, state, log = step_function(params, state, batch.ids, batch.weights, np.float32(rate))
                     tokens += batch.ids.size
                     recall += batch.recall_tokens
-                    bar.advance(task)
+                    advance(1)
                     done = step + 1 == stage.steps
                     if step % LOG_EVERY == 0 or done:
                         chat = bool(stage.chat_every) and step % stage.chat_every == 0
