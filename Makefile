@@ -17,9 +17,14 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ -z "$$found" ]; then \
 	  echo "error: Python 3.12 or newer is needed; found $${seen:-none}" >&2; exit 1; \
 	fi; \
-	[ -x $(PYTHON) ] || $$found -m venv .venv
-	$(PYTHON) -m pip install --quiet -r requirements.lock
-	$(PYTHON) -m pip install --quiet --no-deps -e .
+	if ! $(PYTHON) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  [ ! -e .venv ] || echo ".venv is half made or of a Python older than 3.12: it is made anew"; \
+	  echo "making .venv with $$seen"; \
+	  $$found -m venv --clear .venv; \
+	fi
+	@echo "installing the versions of requirements.lock into .venv; where they must be downloaded this takes minutes"
+	$(PYTHON) -m pip install --disable-pip-version-check -r requirements.lock
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	@touch $@
 
 demo: setup

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.observation import Observed, Statistics, observing
 from dsv32_jax.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import dense
 
 
@@ -30,9 +32,10 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
       windows: ids of one length, at least 2; each is a text of its own.
 
     Raises:
-      UserError: there is no memory for it.
+      UserError: there is no memory for it, or a weight or what comes of it is NaN or infinite.
     """
     parameters = named_parameters(lm.model)
+    check_all_finite(parameters, lm.model.config)
     linears = {path: leaf for path, leaf in parameters.items() if is_linear(path)}
     # In float32, and twice the moments: what a window adds, and the sum.
     needed = sum(
@@ -49,13 +52,18 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
     exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
     options = dataclasses.replace(lm.options, **exact)
     total: dict[str, Statistics] = {}
-    for window in windows:
-        ids = np.asarray(window, np.int32)
-        places = np.arange(len(ids), dtype=np.int32)
-        table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
-        batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
-        cache = KVCache.create(lm.config, table.size, options, layers=lm.config.num_hidden_layers + lm.config.has_mtp)
-        total = _observed(model, batch, cache, total, options)
+    layers = lm.config.num_hidden_layers + lm.config.has_mtp
+    pieces = list(windows)
+    with progress_bar("calibrating", len(pieces), "windows") as advance:
+        for window in pieces:
+            ids = np.asarray(window, np.int32)
+            places = np.arange(len(ids), dtype=np.int32)
+            table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
+            batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
+            cache = KVCache.create(lm.config, table.size, options, layers=layers)
+            total = jax.block_until_ready(_observed(model, batch, cache, total, options))
+            advance(1)
+    check_statistics(total)
     return total
 
 

@@ -1,12 +1,9 @@
 """Checkpoints from one layout to the other, streamed layer by layer, resumable."""
 
 import dataclasses
-import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +11,25 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.companions import companions, copy_files, with_dtype, write_config, write_json
+from dsv32_jax.convert.finite import check_finite
 from dsv32_jax.convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
 from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
+from dsv32_jax.convert.stored import stored_parameters
+from dsv32_jax.convert.unfinished import new_directory, refuse_unfinished, unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.files import whole_file
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import QTensor
 
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "*.md")
-JOURNAL = ".progress.json"
+OTHER = {"hf": "orbax", "orbax": "hf"}
+"""The layouts, each with the one that it is converted to."""
+PROVENANCE = "dsv32_jax_quantization"
+"""The field of config.json that says how a quantised checkpoint came to be."""
 KEPT_FLOAT32 = (".router_bias", ".indexer.k_norm_weight", ".indexer.k_norm_bias")
 """What stays as it is when all else becomes bfloat16: choices hang on these."""
 
@@ -96,9 +98,12 @@ def load_orbax(
     config = config_to_load(directory, config, mtp)
     reader = OrbaxReader(directory, config, mtp=mtp)
     parameters: dict[str, Any] = {}
-    for group in groups_of(list(reader.parameters)):
-        leaves = reader.read_group(group, placement)
-        parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
+    paths = list(reader.parameters)
+    with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
+        for group in groups_of(paths):
+            leaves = reader.read_group(group, placement)
+            advance(sum(map(nbytes, leaves.values())))
+            parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
     return assembled(config, parameters, dequantize)
 
 
@@ -138,72 +143,93 @@ class Change:
 
 
 def convert(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], to: str = "orbax", dtype: str | None = None
-) -> None:
+    source: str | os.PathLike[str], target: str | os.PathLike[str], to: str | None = None, dtype: str | None = None
+) -> str:
     """Writes `source` (either layout) to `target` in the layout `to`.
 
     The work is done in `target` + ".partial", which is renamed at the end; run again after an interruption, it goes on
-    where it stopped, unless the source has changed.
+    where it stopped, unless the source or what is asked for has changed: then it begins anew. One process or thread at
+    a time can write a target. Tokenizer, templates, licences, cards and code go along, see
+    `dsv32_jax.convert.companions.COPIED`; config.json says what the new files hold.
 
     Args:
       source: a checkpoint directory.
       target: must not exist.
-      to: "orbax" or "hf".
+      to: "orbax" or "hf"; None: the one that the source is not in.
       dtype: None keeps every value and type; "bf16" dequantises and makes all but the router's bias and the indexer's
         key norm bfloat16.
 
+    Returns:
+      The layout that was written.
+
     Raises:
-      UserError: bad arguments, a bad source, or a target that cannot be written.
+      UserError: bad arguments, a bad source, a weight that is NaN or infinite, a target that cannot be written, or one
+        that somebody else is writing.
     """
     if dtype not in (None, "bf16", "bfloat16"):
         raise UserError(f"--dtype {dtype}: must be bf16 (or left out, to keep every type)")
-    rewrite(source, target, to, (lambda config: None) if dtype is None else to_bfloat16)
+    return rewrite(source, target, to, (lambda config: None) if dtype is None else to_bfloat16)
 
 
 def rewrite(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    to: str,
+    to: str | None,
     change_of: Callable[[ModelConfig], Change | None],
-) -> None:
+) -> str:
     """`convert` with any change, made from the source's config; None: every value and file stays."""
-    source, target = Path(source), Path(target)
-    if to not in ("orbax", "hf"):
+    source = Path(source)
+    if to not in (*OTHER, None):
         raise UserError(f"--to {to}: must be orbax or hf")
     if not source.is_dir():
         raise UserError(f"{source}: no such directory")
     kind = checkpoint_kind(source)
+    to = to or OTHER[kind]
+    files = state_of(source)
     config = ModelConfig.from_hf(source)
-    change = change_of(config)
-    reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
-    paths = list(named_parameters(abstract_model(config)))
-    leaves = {path: reader.describe(path) for path in paths}
-    new_config, asked = config, None
-    if change is not None:
-        leaves = {path: change.stored(path, leaf) for path, leaf in leaves.items()}
-        new_config, asked = change.config, change.identity
-    with unfinished(target, identity(source, to, asked)) as (work, done, finish_group):
+    with new_directory(target) as held:
+        change = change_of(config)
+        reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
+        paths = list(stored_parameters(config))
+        leaves = {path: reader.describe(path) for path in paths}
+        new_config, asked = config, None
+        if change is not None:
+            leaves = {path: change.stored(path, leaf) for path, leaf in leaves.items()}
+            new_config, asked = with_dtype(change.config, leaves), change.identity
         shards = shards_or_plan(reader.shards, new_config, leaves)
-        writer: Any = (OrbaxWriter if to == "orbax" else HFWriter)(
-            *((work, leaves) if to == "orbax" else (work, new_config)),
-            shards,
-            reader.index_metadata if change is None else None,
-        )
-        with progress_bar(f"converting {source.name}", sum(map(nbytes, leaves.values()))) as advance:
-            for group, members in groups_of(paths).items():
-                size = sum(nbytes(leaves[path]) for path in members)
-                if group not in done:
-                    whole = {} if kind == "hf" else reader.read_group(group)
-                    read = ((path, whole.pop(path) if path in whole else reader.read(path)) for path in members)
-                    parameters = ((path, leaf if change is None else change.leaf(path, leaf)) for path, leaf in read)
-                    if to == "orbax":
-                        writer.write_group(group, dict(parameters))
-                    else:
-                        for path, leaf in parameters:
-                            writer.write(path, leaf)
-                    finish_group(group)
-                advance(size)
-        copy_files(source, work, None if change is None else new_config)
+
+        def written(path: str, leaf: Any) -> Any:
+            check_finite(path, leaf, config)
+            if change is None:
+                return leaf
+            changed = change.leaf(path, leaf)
+            if changed is not leaf:  # what fits into one type may be infinite in another
+                check_finite(path, changed, new_config)
+            return changed
+
+        work_of = {"source": str(source.resolve()), "files": files, "to": to, "change": asked, "version": __version__}
+        with unfinished(held, work_of) as work:
+            index_metadata = reader.index_metadata if change is None else None
+            writer: Any = (
+                OrbaxWriter(work, leaves, shards, index_metadata)
+                if to == "orbax"
+                else HFWriter(work, new_config, shards, index_metadata)
+            )
+            with progress_bar(f"converting {source.name}", sum(map(nbytes, leaves.values()))) as advance:
+                for group, members in groups_of(paths).items():
+                    size = sum(nbytes(leaves[path]) for path in members)
+                    if group not in work.done:
+                        whole = {} if kind == "hf" else reader.read_group(group)
+                        read = ((path, whole.pop(path) if path in whole else reader.read(path)) for path in members)
+                        writer.write_group(group, ((path, written(path, leaf)) for path, leaf in read))
+                        work.finish(group)
+                    advance(size)
+            copy_files(source, work.directory, None if change is None else new_config)
+            if shards is reader.shards and (source / INDEX).exists():
+                shutil.copyfile(source / INDEX, work.directory / INDEX)
+            if state_of(source) != files:
+                raise UserError(f"{source}: was changed while it was read; convert it again")
+    return to
 
 
 def export_model(
@@ -217,28 +243,33 @@ def export_model(
     """Writes a model in memory as a Hugging Face checkpoint.
 
     Args:
-      model: with concrete parameters; its config is written as config.json.
+      model: with concrete parameters; its config is written as config.json, with the dtype that they have.
       directory: must not exist.
-      tokenizer_files: a directory whose tokenizer and generation files are copied.
+      tokenizer_files: a directory whose tokenizer, generation settings and other companions are copied, see
+        `dsv32_jax.convert.companions.COPIED`.
       generation_config: written as generation_config.json instead of the one there.
       shard_bytes: the most that a file holds (of one tensor, more).
 
     Raises:
-      UserError: `directory` exists or cannot be written, or `tokenizer_files` has no tokenizer any more.
+      UserError: `directory` exists, cannot be written or is being written by somebody else, a weight is NaN or
+        infinite, or `tokenizer_files` has no tokenizer any more.
     """
     if tokenizer_files is not None and not (Path(tokenizer_files) / "tokenizer.json").is_file():
         raise UserError(f"tokenizer_files {tokenizer_files}: has no tokenizer.json")
     leaves = named_parameters(model)
-    with unfinished(Path(directory), None) as (work, _, _):
-        writer = HFWriter(work, model.config, plan_shards(model.config, leaves, shard_bytes), None)
-        for path, leaf in leaves.items():
-            writer.write(path, leaf)
+    config = with_dtype(model.config, leaves)
+    with new_directory(directory) as held, unfinished(held, None) as work:
+        writer = HFWriter(work, config, plan_shards(config, leaves, shard_bytes), None)
+        for group, members in groups_of(list(leaves)).items():
+            for path in members:
+                check_finite(path, leaves[path], config)
+            writer.write_group(group, ((path, leaves[path]) for path in members))
         if tokenizer_files is None:
-            write_config(work, model.config)
+            write_config(work.directory, config)
         else:
-            copy_files(Path(tokenizer_files), work, model.config)
+            copy_files(Path(tokenizer_files), work.directory, config)
         if generation_config is not None:
-            write_json(work / "generation_config.json", generation_config)
+            write_json(work.directory / "generation_config.json", generation_config)
 
 
 def to_bfloat16(config: ModelConfig) -> Change:
@@ -257,7 +288,13 @@ def to_bfloat16(config: ModelConfig) -> Change:
     def stored(path: str, value: Any) -> Any:
         return value if path.endswith(KEPT_FLOAT32) else jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
 
-    return Change(config.replace(quantization_config=None), leaf, stored, {"dtype": "bf16"})
+    plain = config.replace(quantization_config=None, unknown=without_provenance(config))
+    return Change(plain, leaf, stored, {"dtype": "bf16"})
+
+
+def without_provenance(config: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """The config's unknown fields but `PROVENANCE`, which tells how its weights were quantised."""
+    return tuple((name, text) for name, text in config.unknown if name != PROVENANCE)
 
 
 def matrix(leaf: Any, at: tuple[int, ...]) -> Any:
@@ -273,86 +310,10 @@ def nbytes(leaf: Any) -> int:
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
 
 
-def identity(source: Path, to: str, change: dict[str, Any] | None) -> dict[str, Any]:
-    """What must be the same for an interrupted conversion to go on: the source's files, and what is asked for."""
+def state_of(source: Path) -> dict[str, list[int]]:
+    """By name, what tells whether the files of a checkpoint that a conversion reads have changed."""
     # Not all that is below the source: the target may be there, and it changes.
-    files = sorted(path for path in (*source.glob("*"), *(source / PARAMS).rglob("*")) if path.is_file())
-    state = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return {"source": str(source.resolve()), "files": state, "to": to, "change": change}
-
-
-def refuse_unfinished(directory: Path) -> None:
-    """Raises UserError for a directory that `unfinished` is or was working in: its files have room for tensors that
-    were never written, and would load as zeros."""
-    if (directory / JOURNAL).exists():
-        raise UserError(f"{directory}: an unfinished conversion; run the same conversion again to finish it")
-
-
-@contextmanager
-def unfinished(target: Path, source: dict[str, Any] | None) -> Iterator[tuple[Path, set[str], Any]]:
-    """A directory to work in, which becomes `target` only if the work ends well.
-
-    Yields the directory, the groups that an interrupted run of the same work had finished, and a function that notes
-    one more. Without a `source` nothing is taken up again.
-    """
-    if target.exists():
-        raise UserError(f"{target}: exists; give a path that does not")
-    work = target.with_name(target.name + ".partial")
-    try:
-        journal = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        journal = {}
-    try:
-        if source is None or journal.get("identity") != json.loads(json.dumps(source)):
-            shutil.rmtree(work, ignore_errors=True)
-            journal = {"identity": source, "done": []}
-        work.mkdir(parents=True, exist_ok=True)
-
-        def write_journal() -> None:
-            with whole_file(work / JOURNAL) as part:
-                part.write_text(json.dumps(journal), encoding="utf-8")
-
-        def finish_group(group: str) -> None:
-            journal["done"].append(group)
-            write_journal()
-
-        write_journal()
-        yield work, set(journal["done"]), finish_group
-        (work / JOURNAL).unlink()
-        work.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-
-
-def copy_files(source: Path, work: Path, config: ModelConfig | None) -> None:
-    """Config, tokenizer, generation and index files, byte for byte; a `config` replaces theirs, without an index."""
-    for pattern in (*COPIED, INDEX) if config is None else COPIED:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name != DESCRIPTION:
-                shutil.copyfile(path, work / path.name)
-    if config is not None:
-        write_config(work, config)
-
-
-def write_config(directory: Path, config: ModelConfig) -> None:
-    """config.json."""
-    write_json(directory / "config.json", config.to_hf())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Any]:
-    """A bar with bytes, rate and time left on stderr, silent where that is no terminal; yields `advance(bytes)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda size: progress.advance(task, size)
+    names = (INDEX, DESCRIPTION, *(path.name for path in source.glob("*.safetensors")))
+    files = {*companions(source), *(source / name for name in names), *(source / PARAMS).rglob("*")}
+    states = {str(path.relative_to(source)): path.stat() for path in sorted(files) if path.is_file()}
+    return {name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states.items()}

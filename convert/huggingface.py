@@ -23,6 +23,7 @@ from dsv32_jax.convert.stored import (
     suffixes,
 )
 from dsv32_jax.convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
+from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor
 
@@ -212,13 +213,22 @@ class HFReader:
 
 
 class HFWriter:
-    """A checkpoint directory in the making: all files are laid out first, then parameters come in any order."""
+    """A checkpoint in the making: all files are laid out first, then parameters come in any order."""
 
     def __init__(
-        self, directory: Path, config: ModelConfig, shards: dict[str, Shard], index_metadata: dict[str, Any] | None
+        self, work: Unfinished, config: ModelConfig, shards: dict[str, Shard], index_metadata: dict[str, Any] | None
     ):
+        """The files of an earlier run are gone on with where all of them are as this one would lay them out."""
         self.config = config
-        self.writers = {file: Writer(directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()}
+        self.writers = {
+            file: Writer(work.directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()
+        }
+        if all(writer.is_laid_out() for writer in self.writers.values()):
+            work.keep(shards)
+        else:
+            work.restart()
+            for writer in self.writers.values():
+                writer.lay_out()
         self.file_of = {name: file for file, shard in shards.items() for name in shard.tensors}
         if set(shards) != {SINGLE}:
             total = sum(
@@ -228,16 +238,21 @@ class HFWriter:
                 "metadata": index_metadata or {"total_size": total},
                 "weight_map": dict(sorted(self.file_of.items())),
             }
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (work.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def write(self, path: str, leaf: Any) -> None:
-        """One parameter into its tensors."""
-        name = hf_name(path, self.config)
-        for expert in range(leaf.shape[0]) if "{expert}" in name else (None,):
-            one = leaf if expert is None else jax.tree.map(lambda x, at=expert: x[at], leaf)
-            for suffix, array in encode(one, self.config).items():
-                own = name.format(expert=expert) + suffix
-                self.writers[self.file_of[own]].write(own, array)
+    def write_group(self, group: str, parameters: Iterable[tuple[str, Any]]) -> None:
+        """All parameters of one unit of streaming; they are on the disk at the end, so that a crash loses none."""
+        files = set()
+        for path, leaf in parameters:
+            name = hf_name(path, self.config)
+            for expert in range(leaf.shape[0]) if "{expert}" in name else (None,):
+                one = leaf if expert is None else jax.tree.map(lambda x, at=expert: x[at], leaf)
+                for suffix, array in encode(one, self.config).items():
+                    own = name.format(expert=expert) + suffix
+                    self.writers[self.file_of[own]].write(own, array)
+                    files.add(self.file_of[own])
+        for file in files:
+            self.writers[file].sync()
 
 
 def plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int = SHARD_BYTES) -> dict[str, Shard]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
@@ -51,11 +52,14 @@ def migrate(
       [..., 0] where inputs changed: it does not say which channel a magnitude was of.
 
     Raises:
-      UserError: a strength out of range, or a linear without statistics.
+      UserError: a strength out of range, a linear without statistics, or a weight or statistics that are NaN or
+        infinite.
     """
     if not 0 <= strength <= 1:
         raise UserError(f"strength: {strength}; must be from 0 to 1")
     parameters, found = named_parameters(model), dict(statistics)
+    check_statistics(statistics)
+    check_all_finite(parameters, model.config)
     for layer in [path.removesuffix(".attn_norm") for path in parameters if path.endswith(".attn_norm")]:
         for made_by, taken_by in FOLDS.items():
             producer = f"{layer}.{made_by}"

@@ -1,7 +1,7 @@
 """Reading and writing this project's own checkpoints: Orbax, one item for each unit of streaming."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dsv32_jax.config import ModelConfig, read_json
 from dsv32_jax.convert.huggingface import Shard, plan_shards
 from dsv32_jax.convert.names import MTP_PATHS, group_of, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import may_be_plain, stored_parameters
+from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor, scheme_of
 
@@ -49,16 +50,21 @@ def groups_of(paths: list[str]) -> dict[str, list[str]]:
 
 
 class OrbaxWriter:
-    """A checkpoint directory in the making."""
+    """A checkpoint in the making, one item after the other."""
 
     def __init__(
         self,
-        directory: Path,
+        work: Unfinished,
         leaves: dict[str, Any],
         shards: dict[str, Shard],
         index_metadata: dict[str, Any] | None,
     ):
-        self.directory = directory
+        """Only the finished items of an earlier run are left."""
+        self.params = work.directory / PARAMS
+        self.params.mkdir(exist_ok=True)
+        work.keep({PARAMS})
+        work.done = {group for group in work.done if (self.params / group).is_dir()}
+        work.keep(work.done, PARAMS)
         self.checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         content = {
             "format": FORMAT,
@@ -69,15 +75,17 @@ class OrbaxWriter:
                 for file, shard in shards.items()
             },
         }
-        (directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
+        (work.directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
-    def write_group(self, group: str, leaves: dict[str, Any]) -> None:
-        """All parameters of one unit of streaming."""
-        self.checkpointer.save(
-            (self.directory / PARAMS / group).absolute(),
-            args=ocp.args.StandardSave({path: as_dict(leaf) for path, leaf in leaves.items()}),
-            force=True,
-        )
+    def write_group(self, group: str, parameters: Iterable[tuple[str, Any]]) -> None:
+        """All parameters of one unit of streaming; raises OSError."""
+        item = (self.params / group).absolute()
+        leaves = {path: as_dict(leaf) for path, leaf in parameters}
+        try:
+            self.checkpointer.save(item, args=ocp.args.StandardSave(leaves), force=True)
+        except Exception as error:  # Orbax has several for a disk that is full
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise OSError(None, reason, str(item)) from error
 
 
 class OrbaxReader:

@@ -4,6 +4,7 @@ The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding
 head weights stay as they are: `dsv32_jax.params.PLAIN`.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -17,7 +18,8 @@ import numpy as np
 
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.convert.conversion import Change, matrix, rewrite
+from dsv32_jax.convert.conversion import PROVENANCE, Change, matrix, rewrite, without_provenance
+from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
 from dsv32_jax.convert.stored import quantization_config, quantized, stored_parameters
@@ -31,8 +33,6 @@ UNQUANTISED = "bf16"
 """Says of a linear that it becomes plain bfloat16."""
 ROUNDED = {"int4": round_int4, "int8": round_int8}
 """Schemes whose rounding can know its inputs."""
-PROVENANCE = "dsv32_jax_quantization"
-"""The field of config.json that says how a quantised checkpoint came to be."""
 
 
 def quantize_model(
@@ -54,18 +54,23 @@ def quantize_model(
       A model whose config says the new schemes, so that `dsv32_jax.convert.export_model` writes it as it is.
 
     Raises:
-      UserError: a path that is no linear, an unknown scheme or kind of range, or a width that a scheme does not take.
+      UserError: a path that is no linear, an unknown scheme or kind of range, a width that a scheme does not take, or a
+        weight or statistics that are NaN or infinite.
     """
     parameters = named_parameters(model)
     check_schemes(schemes, parameters)
     check_ranges(ranges)
     statistics = statistics or {}
-    parameters |= {
-        path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()
-    }
-    changed = replace_parameters(model, parameters)
+    check_statistics(statistics)
+    check_all_finite(parameters, model.config)
+    made = {path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()}
+    parameters |= made
     found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
-    changed.config = model.config.replace(quantization_config=quantization_config(found, model.config))
+    changed = replace_parameters(model, parameters)
+    changed.config = model.config.replace(
+        quantization_config=quantization_config(found, model.config), unknown=without_provenance(model.config)
+    )
+    check_all_finite(made, changed.config)
     return changed
 
 
@@ -110,7 +115,7 @@ def quantize_checkpoint(
 
     In the Hugging Face layout, all in "fp8_block" is the released checkpoint's own form; anything else is
     compressed-tensors, which other programs read too; see `dsv32_jax.convert.stored`. An interrupted run leaves nothing
-    that loads, and goes on where it stopped when it is made again.
+    that loads, and goes on where it stopped when it is made again with the same arguments, whatever they hold.
 
     Args:
       source: a checkpoint directory, of either layout.
@@ -148,13 +153,15 @@ def _change(
     before = {path: scheme_of(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
     after = {**before, **schemes}
     note = {"version": __version__, "linears": dict(Counter(after.values())), **provenance}
-    fields = [(name, text) for name, text in config.unknown if name != PROVENANCE]
     quantised = {path: scheme for path, scheme in after.items() if scheme != UNQUANTISED}
     wanted = {**quantised, **schemes}  # in the released form a weight may be plain: not in another
     wanted |= {path: after[path] for path in weights if path in after}
     new_config = config.replace(
-        quantization_config=quantization_config(quantised, config), unknown=(*fields, (PROVENANCE, json.dumps(note)))
+        quantization_config=quantization_config(quantised, config),
+        unknown=(*without_provenance(config), (PROVENANCE, json.dumps(note))),
     )
+    check_statistics(statistics)
+    check_all_finite(weights, config)
 
     def leaf(path: str, value: Any) -> Any:
         value = weights.get(path, value)
@@ -176,7 +183,21 @@ def _change(
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
         return quantized(value.shape, scheme)
 
-    return Change(new_config, leaf, abstract, {"schemes": after, "ranges": ranges, "provenance": provenance})
+    arrays = digest({"statistics": statistics, "weights": weights})
+    asked = {"schemes": after, "ranges": ranges, "provenance": provenance, "arrays": arrays}
+    return Change(new_config, leaf, abstract, asked)
+
+
+def digest(arrays: Any) -> str | None:
+    """Of a tree of arrays, its structure among them; None where there are none."""
+    leaves, structure = jax.tree.flatten(arrays)
+    if not leaves:
+        return None
+    found = hashlib.sha256(str(structure).encode())
+    for leaf in map(np.asarray, leaves):
+        found.update(f"{leaf.dtype}{leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def _as(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv32_jax.convert.ranges import int4_range, int8_scales, int8_values
+from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor
 from pallas_kernels.quant_matmul import pack_int4
 from pallas_kernels.quant_matmul.int4 import GROUP, int4_values
@@ -21,7 +22,6 @@ DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it: directions that the calibration hardly saw count for little."""
 
 
-@partial(jax.jit, static_argnames="ranges")
 def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
     """A weight in four bits that changes its products the least.
 
@@ -33,16 +33,38 @@ def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str 
 
     Returns:
       A QTensor, "int4".
+
+    Raises:
+      UserError: a weight or moments that are NaN or infinite, or moments that are no sums of x x^T.
     """
+    check_inputs(weight, moments)
+    rounded, solved = _round_int4(weight, moments, ranges)
+    if not bool(solved):
+        raise UserError("moments: not positive semidefinite; they must be sums of x x^T over inputs x")
+    return rounded
+
+
+@partial(jax.jit, static_argnames="ranges")
+def _round_int4(weight: jax.Array, moments: jax.Array | None, ranges: str) -> tuple[QTensor, jax.Array]:
+    """Also whether the moments could be solved for."""
     lead = weight.shape[:-2]
     flat = weight.astype(jnp.float32).reshape(-1, *weight.shape[-2:])
     if moments is None:
         values, scales, zeros = lax.map(partial(_round_alone, ranges=ranges), flat)
+        solved = jnp.bool_(True)
     else:
         seen = moments.reshape(-1, *moments.shape[-2:])
-        values, scales, zeros = lax.map(lambda pair: _round(*pair, ranges), (flat, seen))
+        values, scales, zeros, solved = lax.map(lambda pair: _round(*pair, ranges), (flat, seen))
     packed, words = pack_int4(values, scales, zeros)
-    return QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), "int4")
+    rounded = QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), "int4")
+    return rounded, solved.all()
+
+
+def check_inputs(weight: jax.Array, moments: jax.Array | None) -> None:
+    """Raises UserError for a weight or moments that are NaN or infinite: rounding would make numbers of them."""
+    for name, array in (("weight", weight), ("moments", moments)):
+        if array is not None and not bool(jnp.isfinite(array).all()):
+            raise UserError(f"{name}: holds NaN or infinite values; all must be finite")
 
 
 def _ranges(weight: jax.Array, importance: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array]:
@@ -65,8 +87,10 @@ def _round_alone(weight: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, 
     return int4_values(weight, step, zero).astype(jnp.uint8), scales.T, zeros.T.astype(jnp.uint8)
 
 
-def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one weight [N, K]: values uint8 [N, K], scales bfloat16 [N, K / 128], zeros uint8 [N, K / 128].
+def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of one weight [N, K]: values uint8 [N, K], scales bfloat16 [N, K / 128], zeros uint8 [N, K / 128], bool [].
+
+    The last says whether the moments had a factorisation.
 
     Columns are taken by falling mean square of their inputs, whichever group they are of: what comes first has most
     others left to make its error good.
@@ -105,10 +129,9 @@ def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Arra
 
     start = weight, jnp.zeros((rows, depth), jnp.uint8)
     _, values = lax.fori_loop(0, depth // GROUP, one_block, start)
-    return values[:, jnp.argsort(order)], scales.T, zeros.T.astype(jnp.uint8)
+    return values[:, jnp.argsort(order)], scales.T, zeros.T.astype(jnp.uint8), jnp.isfinite(upper).all()
 
 
-@partial(jax.jit, static_argnames="ranges")
 def round_int8(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
     """A weight in eight bits, each row with a range of its own, by default the one that loses the least.
 
@@ -122,7 +145,16 @@ def round_int8(weight: jax.Array, moments: jax.Array | None = None, ranges: str 
 
     Returns:
       A QTensor, "int8".
+
+    Raises:
+      UserError: a weight or moments that are NaN or infinite.
     """
+    check_inputs(weight, moments)
+    return _round_int8(weight, moments, ranges)
+
+
+@partial(jax.jit, static_argnames="ranges")
+def _round_int8(weight: jax.Array, moments: jax.Array | None, ranges: str) -> QTensor:
     lead, depth = weight.shape[:-2], weight.shape[-1]
     flat = weight.astype(jnp.float32).reshape(-1, *weight.shape[-2:])
     diagonals = jnp.zeros((len(flat), depth))

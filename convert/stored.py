@@ -62,6 +62,11 @@ def stored_parameters(config: ModelConfig) -> dict[str, Any]:
     Raises:
       UserError: the config's groups have a scheme for something that is no linear.
     """
+    return dict(_stored_parameters(config))
+
+
+@functools.lru_cache(maxsize=4)  # a conversion asks for those of its source and of its target several times
+def _stored_parameters(config: ModelConfig) -> dict[str, Any]:
     parameters = named_parameters(abstract_model(config))
     quantization = config.quantization_config
     if isinstance(quantization, CompressedTensors):
@@ -186,7 +191,7 @@ def quantization_config(
     The released form where it can say it: every linear in FP8.
     """
     used = set(schemes.values())
-    linears = {path for path in named_parameters(abstract_model(config)) if is_linear(path)}
+    linears = set(filter(is_linear, stored_parameters(config)))
     if not used:
         return None
     if used == {"fp8_block"} and set(schemes) == linears:

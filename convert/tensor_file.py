@@ -6,6 +6,7 @@ has no bfloat16 and float8, and it writes a file from tensors that are all in me
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its safetensors dtype, shape, and first byte in the file."""
+    """Where a tensor lies: its safetensors dtype, shape, first byte in the file, and how many bytes it has."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    size: int
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str] | None]:
@@ -57,8 +59,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str] | None]:
     metadata = header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     return {
-        name: Entry(value["dtype"], tuple(value["shape"]), 8 + size + value["data_offsets"][0])
+        name: Entry(value["dtype"], tuple(value["shape"]), 8 + size + begin, end - begin)
         for name, value in entries
+        for begin, end in [value["data_offsets"]]
     }, metadata
 
 
@@ -84,15 +87,29 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self.path = path
         self.offsets = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in plan}
-        start = len(text).to_bytes(8, "little") + text
-        # A resumed conversion finds its file and goes on in it.
-        if not (path.exists() and path.stat().st_size == len(start) + end):
-            with open(path, "wb") as file:
-                file.write(start)
-                file.truncate(len(start) + end)
+        self.start = len(text).to_bytes(8, "little") + text
+        self.size = len(self.start) + end
+
+    def is_laid_out(self) -> bool:
+        """Whether an earlier run has made the file, for the same plan."""
+        if not self.path.is_file() or self.path.stat().st_size != self.size:
+            return False
+        with open(self.path, "rb") as file:
+            return file.read(len(self.start)) == self.start
+
+    def lay_out(self) -> None:
+        """Makes the file, all zeros."""
+        with open(self.path, "wb") as file:
+            file.write(self.start)
+            file.truncate(self.size)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """One tensor's values."""
         with open(self.path, "r+b") as file:
             file.seek(self.offsets[name])
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk."""
+        with open(self.path, "r+b") as file:
+            os.fsync(file.fileno())

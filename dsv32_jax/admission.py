@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from dsv32_jax.arguments import instance
+from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.request import Completion, Request, SamplingParams
@@ -32,7 +33,7 @@ def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams
         if lm.tokenizer is None:
             raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
         written = lm.tokenizer.encode(stop)
-        special = [id for id in written if lm.tokenizer.is_special(id)]
+        special = [id for id in written if id in lm.tokenizer.special_ids]
         if special and len(written) > 1:
             raise UserError(f"stop: {stop!r} has a special token beside other text; the token must be alone")
         ids += special
@@ -74,12 +75,14 @@ def admitted(
     """
     named = "prompt" if prompt is None else f"prompt {prompt}"
     try:
-        lm.new_tokens([ids], params.max_new_tokens)
+        new = lm.new_tokens([ids], params.max_new_tokens)
     except UserError as error:
         raise UserError(str(error) if prompt is None else f"{named}: {error}") from error
-    sequences = [
-        Sequence(list(ids), params.max_new_tokens, instance("salt", salt, bytes, "bytes")) for _ in range(params.n)
-    ]
+    if params.max_new_tokens is None:
+        new = max(1, min(new, scheduler.pool.num_blocks * BLOCK_SIZE - len(ids) + 1))
+        params = dataclasses.replace(params, max_new_tokens=new)
+    instance("salt", salt, bytes, "bytes")
+    sequences = [Sequence(list(ids), new, salt) for _ in range(params.n)]
     sequences[0].siblings = sequences[1:]
     try:
         scheduler.check(sequences[0])

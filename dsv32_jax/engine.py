@@ -42,8 +42,8 @@ from dsv32_jax.device_step import (
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LARGEST_CHUNK_FOR_KERNELS, LanguageModel
 from dsv32_jax.memory import available_bytes, human
-from dsv32_jax.model import Options
 from dsv32_jax.packing import Draw, pack, step_sizes, table_widths
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.reception import Reception
 from dsv32_jax.request import MOST_LOGPROBS, Event, LogProbs
 from dsv32_jax.sampling import NOT_FINITE, log_probabilities
@@ -65,7 +65,7 @@ class Engine(Reception):
     """Continuous batching of requests over one model.
 
     Args:
-      lm: model, tokenizer and options. The engine keeps to the options that it is made with.
+      lm: model, tokenizer and options. Where a weight or the options are replaced later, the engine refuses to go on.
       cache_tokens: places of the cache, rounded up to whole blocks. Default: of one sequence of the greatest length, or
         2^15, whichever is less.
       memory_fraction: instead, of the memory that is free now, how much the cache takes; no more than all sequences
@@ -113,7 +113,6 @@ class Engine(Reception):
             cache_tokens = cache_tokens_of(lm, memory_fraction, limits.sequences, self._layers)
         elif cache_tokens is None:
             cache_tokens = min(lm.config.max_position_embeddings, 2**15)
-        self.options: Options = lm.options
         self.pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), sharing=sharing)
         super().__init__(lm, Scheduler(self.pool, limits))
         kernels = lm.options.runs_kernels
@@ -152,8 +151,9 @@ class Engine(Reception):
           BaseException: whatever ended the step, Ctrl-C included. While the host waits for the device that changes
             nothing, and the next step goes on; else, and where the device failed, all requests that have not ended
             end with "error", nothing of theirs can be found in the cache, and the engine goes on with those that come
-            afterwards.
+            afterwards. `UserError` if the model was edited; nothing has changed then.
         """
+        self.check_unedited()
         silent = self._outbox.silent
         late = self.change(self._start_next)
         if late is None:
@@ -205,13 +205,15 @@ class Engine(Reception):
         """Runs steps with nothing in them; what the last real one drew is still to be fed to the next."""
         nothing, drawn = Step([], [], []), self._drawn
         runs = RUNS_UNTIL_RECORDED if jax.default_backend() == "gpu" else 1
-        for shape in shapes * runs:
-            self._start(nothing, *shape, Drawing())
-        for drawing in (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True)):
-            self._start(nothing, *shapes[0], drawing)
-        self._copy([])
+        others = (Drawing(drawn=True), Drawing(drawn=True, nucleus=True), Drawing(logprobs=True))
+        steps = [*((shape, Drawing()) for shape in shapes * runs), *((shapes[0], drawing) for drawing in others)]
+        with progress_bar("warming up", len(steps), "steps") as advance:
+            for shape, drawing in steps:
+                self._start(nothing, *shape, drawing)
+                advance(1)
+            self._copy([])
+            jax.block_until_ready(self.cache)
         self._drawn = drawn
-        jax.block_until_ready(self.cache)
 
     # ---- a step ----
 

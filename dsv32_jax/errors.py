@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class CheckpointWarning(UserWarning):
     """Something in a checkpoint's files that is passed over."""
+
+
+class SurroundingsWarning(UserWarning):
+    """Something that this user or machine lacks, without which it goes on."""

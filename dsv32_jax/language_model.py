@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dsv32_jax.arguments import integer
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.checks import shown_as_user_errors
 from dsv32_jax.compiling import all_at_once
@@ -24,7 +24,9 @@ from dsv32_jax.memory import describe
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
 from dsv32_jax.params import named_parameters
 from dsv32_jax.parts import dequantized, with_weights
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.prompts import Prompts, rows_of
+from dsv32_jax.reasoning import ReasoningSplit
 from dsv32_jax.results import Answer, Generation, Piece, Score
 from dsv32_jax.sampling import NOT_FINITE, check_sampling, not_finite, row_keys, sample
 from dsv32_jax.snapshot import Snapshot
@@ -225,9 +227,7 @@ class LanguageModel:
             found[row, start : start + len(known)] = values
             if out is not None:
                 out[row, start:stop] = np.asarray(logits)[: stop - start]
-        count = sum(len(row) - 1 for row in rows)
-        total = float(found.sum(dtype=np.float64))
-        return Score(found, count, total, _exp(-total / count))
+        return Score.of(found, sum(len(row) - 1 for row in rows))
 
     def trace(self, ids: Prompts) -> Trace:
         """What every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
@@ -309,8 +309,10 @@ class LanguageModel:
         rows = self.rows(prompts)
         max_new_tokens = self.new_tokens(rows, max_new_tokens)
         tokens = np.full((len(rows), max_new_tokens), -1, np.int32)
-        for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
-            tokens[:, n] = ids
+        with progress_bar("generating", max_new_tokens, "tokens") as advance:
+            for n, ids in enumerate(self._decode(rows, max_new_tokens, temperature, top_p, seed, ignore_eos)):
+                tokens[:, n] = ids
+                advance(1)
         texts = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in tokens]
         stopped = np.isin(tokens, self.eos_ids).any(axis=1) & (not ignore_eos)
         return Generation(tokens, texts, ["stop" if stop else "length" for stop in stopped])
@@ -367,13 +369,19 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        ids = self.tokenizer.encode_chat(turns, thinking=thinking)
+        prompt = self.tokenizer.render_chat(turns, thinking=thinking)
+        split, tokens = ReasoningSplit(self.tokenizer, prompt, thinking), []
         how = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        result = self.generate([ids], max_new_tokens, **how)
-        tokens = result.tokens[0][result.tokens[0] >= 0]
-        reasoning, text = self.tokenizer.decode_answer(tokens.tolist(), thinking=thinking)
+        for piece in self.stream([self.tokenizer.encode(prompt)], max_new_tokens, **how):
+            tokens.append(piece.token)
+            split.add(piece.token, piece.text or "")
+        split.finish()
         return Answer(
-            text, reasoning, result.finish_reasons[0], tokens, [*turns, {"role": "assistant", "content": text}]
+            split.answer,
+            split.reasoning or None,
+            "stop" if tokens[-1] in self.eos_ids else "length",
+            np.asarray(tokens, np.int32),
+            [*turns, {"role": "assistant", "content": split.answer}],
         )
 
     def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
@@ -503,8 +511,7 @@ class LanguageModel:
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
             max_new_tokens = max(1, min(int(self.generation_config.get("max_new_tokens") or DEFAULT_NEW_TOKENS), room))
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens!r}; must be a whole number, at least 1")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         if max_new_tokens > room:
             raise UserError(
                 f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is longer than the cache can be; "
@@ -579,10 +586,3 @@ def _user_error() -> Iterator[None]:
 def _batch(**arrays: np.ndarray | Array) -> Batch:
     """Arrays of the host stay there: a jitted function takes them over in a tenth of the time of `jnp.asarray`."""
     return Batch(**{n: a if isinstance(a, Array) else np.asarray(a, np.int32) for n, a in arrays.items()})
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf

@@ -2,12 +2,15 @@
 
 import os
 import re
+import tempfile
+import warnings
 from pathlib import Path
 
 import jax
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.errors import UserError
+from dsv32_jax.errors import SurroundingsWarning, UserError
+from dsv32_jax.files import home_directory
 from dsv32_jax.generation_config import read_generation_config
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import checkpoint_bytes
@@ -69,7 +72,7 @@ def load(
         backend=backend,
         debug=debug,
     )
-    tokenizer = Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+    tokenizer = read_tokenizer(directory)
     generation_config = read_generation_config(directory, config.vocab_size)
     from dsv32_jax import convert
 
@@ -114,7 +117,7 @@ def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The local directory of a checkpoint, downloaded first where it is a name on the hub."""
     name = os.fspath(name_or_path)
-    directory = DEMO if name == "demo" and not Path(name).is_dir() else Path(name).expanduser()
+    directory = DEMO if name == "demo" and not Path(name).is_dir() else _expanded(name)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: has no config.json; a checkpoint directory must have one")
@@ -128,7 +131,9 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        from dsv32_jax.convert.companions import COPIED
+
+        return Path(snapshot_download(name, allow_patterns=[*COPIED, "*.json", "*.safetensors"]))
     except Exception as error:  # no network, no such repository, no permission, no package: the way out is the same
         raise UserError(
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
@@ -136,7 +141,37 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """None where there is no `tokenizer.json`."""
+    return Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+
+
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, in ~/.cache/dsv32-jax or where JAX_COMPILATION_CACHE_DIR says."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dsv32-jax"))
+    """Keeps compiled programs between processes, in ~/.cache/dsv32-jax or where JAX_COMPILATION_CACHE_DIR says.
+
+    Where that cannot be written, programs are compiled anew in each process, and a warning says so.
+    """
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+    try:
+        directory = home_directory() / ".cache" / "dsv32-jax"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"no cache of compiled programs: {error.filename}: {error.strerror}; a directory for it can be named in "
+            "JAX_COMPILATION_CACHE_DIR",
+            SurroundingsWarning,
+            stacklevel=3,
+        )
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _expanded(name: str) -> Path:
+    """With the home directory for `~`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: no such home directory is known; give the path in full") from error

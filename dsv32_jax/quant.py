@@ -13,11 +13,10 @@ from pallas_kernels.quant_matmul import (
     dequantize_blocks,
     dequantize_int4,
     dequantize_int8,
+    quantize_weight_fp8,
     quantize_weight_int4,
     quantize_weight_int8,
 )
-from pallas_kernels.quantize import FP8_MAX
-from pallas_kernels.quantize.reference import SMALLEST_AMAX, round_up_to_power_of_two
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["scheme"])
@@ -114,12 +113,4 @@ def quantize_weight(weight: jax.Array, scheme: str = "fp8_block") -> QTensor:
         return QTensor(*quantize_weight_int8(weight), scheme)
     if scheme == "int4":
         return QTensor(*quantize_weight_int4(weight), scheme)
-    rows, columns = weight.shape[-2:]
-    pad = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % BLOCK), (0, -columns % BLOCK)]
-    blocks = jnp.pad(weight.astype(jnp.float32), pad)
-    blocks = blocks.reshape(*weight.shape[:-2], (rows + pad[-2][1]) // BLOCK, BLOCK, -1, BLOCK)
-    amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=(-3, -1)), SMALLEST_AMAX)
-    scales = round_up_to_power_of_two(amax * jnp.float32(1 / FP8_MAX))
-    values = jnp.clip(blocks / scales[..., :, None, :, None], -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
-    values = values.reshape(*weight.shape[:-2], rows + pad[-2][1], columns + pad[-1][1])
-    return QTensor(values[..., :rows, :columns], scales)
+    return QTensor(*quantize_weight_fp8(weight))

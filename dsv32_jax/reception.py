@@ -13,6 +13,7 @@ from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.metrics import Metrics
 from dsv32_jax.request import Event, Request, SamplingParams
 from dsv32_jax.scheduler import Scheduler, Sequence
+from dsv32_jax.snapshot import Snapshot
 from dsv32_jax.streams import Outbox, Stream
 
 __all__ = ["Reception"]
@@ -29,6 +30,8 @@ class Reception(Changing):
     def __init__(self, lm: LanguageModel, scheduler: Scheduler):
         super().__init__()
         self.lm = lm
+        self.options = lm.options
+        self._model = Snapshot(lm.model)
         self.scheduler = scheduler
         self.metrics = Metrics()
         self._numbers = itertools.count()
@@ -40,6 +43,14 @@ class Reception(Changing):
         """See `Engine.step`."""
         raise NotImplementedError
 
+    def check_unedited(self) -> None:
+        """Raises `UserError` if the model is not what it was when the engine was made: the cache has values of it."""
+        if not self._model.shows(self.lm.model) or self.options != self.lm.options:
+            raise UserError(
+                "the model or its options were edited after this Engine was made, whose cache holds what the old ones "
+                "computed; make a new Engine, or edit another model: `m.with_parts(weights=...)`"
+            )
+
     def add(self, prompt: Any, params: SamplingParams | None = None, *, salt: bytes = b"") -> Request:
         """Queues a prompt.
 
@@ -49,9 +60,10 @@ class Reception(Changing):
           salt: only prompts with equal salts find each other's blocks in the cache; of a tenant, say.
 
         Raises:
-          UserError: an argument is wrong, or the prompt could never run: it does not fit into the cache with what may
-            follow it.
+          UserError: an argument is wrong, the prompt could never run (it does not fit into the cache with what may
+            follow it), or the model was edited.
         """
+        self.check_unedited()
         rows = self.lm.rows(prompt)
         if len(rows) > 1:
             raise UserError(f"prompt: {len(rows)} of them; add one after the other")
@@ -89,8 +101,9 @@ class Reception(Changing):
           params: of all.
 
         Raises:
-          UserError: naming the prompt that is wrong, by its number; none has been added then.
+          UserError: naming the prompt that is wrong, by its number; none has been added then. Or the model was edited.
         """
+        self.check_unedited()
         rows, params = rows_of(self.lm, prompts), resolved(self.lm, params)
         new = [admitted(self.lm, self.scheduler, ids, params, prompt=number) for number, ids in enumerate(rows)]
         requests = [request for request, _ in new]

@@ -38,10 +38,10 @@ class SamplingParams:
     """How a prompt is continued.
 
     Attributes:
-      max_new_tokens: at most so many, at least 1.
+      max_new_tokens: at most so many, at least 1. None: as many as `generate` makes, or as fit into the cache.
       temperature, top_p: see `sampling.sample`; temperature 0 is greedy. None: as the checkpoint's generation config
-        says, and greedy where it says nothing (`LanguageModel.sampling_defaults`); `Engine.add` puts that in their
-        places.
+        says, and greedy where it says nothing (`LanguageModel.sampling_defaults`). `Engine.add` puts numbers in the
+        place of None.
       seed: what is drawn depends on it, on the number of the continuation and on the position, never on other requests.
       n: continuations of the prompt, which is read once for all.
       stop: strings at which a continuation ends; they are left out of its text. One string alone is that one string.
@@ -58,7 +58,7 @@ class SamplingParams:
       UserError: a field has another type, or is out of its range; it names the field.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
@@ -71,9 +71,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         temperature, top_p = self.temperature, self.top_p
         check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, self.seed)
-        logprobs = self.logprobs
+        most, logprobs = self.max_new_tokens, self.logprobs
         checked = {
-            "max_new_tokens": integer("max_new_tokens", self.max_new_tokens, 1),
+            "max_new_tokens": None if most is None else integer("max_new_tokens", most, 1),
             "temperature": None if temperature is None else float(temperature),
             "top_p": None if top_p is None else float(top_p),
             "seed": int(self.seed),

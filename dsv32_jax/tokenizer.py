@@ -66,8 +66,10 @@ class Tokenizer:
             self._tokenizer.model.dropout = None
         add_missing_tokens(self._tokenizer, directory)
         self.special_tokens = special_tokens(self._tokenizer, directory)
-        self._specials = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._specials |= {id for name in self.special_tokens if (id := self._special_id(name)) is not None}
+        added = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        named = {id for name in self.special_tokens if (id := self._special_id(name)) is not None}
+        self.special_ids = frozenset(added | named)
+        """Ids of tokens that are no text: `decode` leaves them out."""
         self._bytes: dict[int, bytes] = {}  # of the ids seen so far
         self.chat_template = self._find_template(directory)
 
@@ -96,27 +98,18 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` without special tokens. Ids below 0 and ids that no token has are left out."""
-        return self._tokenizer.decode([int(id) for id in ids if id >= 0 and int(id) not in self._specials])
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
+        """The text of `ids`, without special tokens unless they are asked for. Ids below 0 and ids that no token has
+        are left out."""
+        wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self.special_ids)]
+        return self._tokenizer.decode(wanted, skip_special_tokens=False)
 
-    def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
-        """The reasoning and the text of an answer to a chat that was encoded with the same `thinking`.
-
-        A model that reasons ends that with "</think>". Without one, all of it is reasoning that was cut off.
-        """
-        if not thinking:
-            return None, self.decode(ids)
-        end = self._tokenizer.token_to_id(END_OF_REASONING)
-        if end in ids:
-            at = list(ids).index(end)
-            return self.decode(ids[:at]), self.decode(ids[at + 1 :])
-        reasoning, _, text = self.decode(ids).partition(END_OF_REASONING)
-        return reasoning, text
-
-    def is_special(self, id: int) -> bool:
-        """The id is of a special token, which `decode` leaves out."""
-        return id in self._specials
+    def token_text(self, id: int) -> str | None:
+        """What one id stands for, special tokens written out; bytes that are no whole character as U+FFFD. None where
+        no token has the id."""
+        if not 0 <= id < 2**32 or self._tokenizer.id_to_token(id) is None:
+            return None
+        return self._tokenizer.decode([id], skip_special_tokens=False)
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
@@ -126,7 +119,7 @@ class Tokenizer:
         return known
 
     def _token_bytes(self, id: int) -> bytes:
-        token = None if id < 0 or id in self._specials else self._tokenizer.id_to_token(id)
+        token = None if id < 0 or id in self.special_ids else self._tokenizer.id_to_token(id)
         if token is None:
             return b""
         table = _byte_of_character()

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from dsv32_jax.experiments import command_line
+
 PROMPT = "To install a package on Debian, you"
 QUESTIONS = ("What does tar do?", "Who are you?")
 PARAGRAPH = """\
@@ -46,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.command_line import require
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -24,6 +25,7 @@ def between(page: str, name: str, content: str) -> str:
 
 def drawing(directory: Path) -> tuple[Any, Callable[[Any, str], Path]]:
     """matplotlib's pyplot without a screen, and `save(figure, name)`, which returns the file."""
+    require("figures", "matplotlib", extra="train")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,7 +7,6 @@ those steps; what it does to the model is measured here, on held-out text, again
 A whole prompt computes the same at once: token t takes the choice of token t - t % N, in every layer.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments import held_out
-from dsv32_jax.experiments.reading import progress
+from dsv32_jax.experiments import command_line, held_out
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.layers.moe import MoE
 from dsv32_jax.loading import load
 from dsv32_jax.numerics import float32_matmul
+from dsv32_jax.progress import tracked
 from pallas_kernels.moe_dispatch.reference import weights_of
 
 RESULT = RESULTS / "plan_reuse.json"
@@ -73,21 +72,20 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
     models = {period: reusing(lm, period) for period in periods}
     agreements: list[list[list[float]]] = []
     kept: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
-    with progress() as bar:
-        for ids in bar.track(windows, description="windows"):
-            trace = lm.trace(ids)
-            agreements.append([agreement(trace.experts, 2**n, lm.config.n_routed_experts) for n in range(4)])
-            target = ids[1:, None]
-            likelihood = log_likelihood(trace.logits[:-1], target)
-            for period, model in models.items():
-                logits = model.logits(ids)[0]
-                kept[period].append(
-                    (
-                        kl_divergence(trace.logits, logits).mean(),
-                        (trace.logits.argmax(-1) == logits.argmax(-1)).mean(),
-                        (likelihood - log_likelihood(logits[:-1], target)).mean(),
-                    )
+    for ids in tracked(list(windows), "reading", "windows"):
+        trace = lm.trace(ids)
+        agreements.append([agreement(trace.experts, 2**n, lm.config.n_routed_experts) for n in range(4)])
+        target = ids[1:, None]
+        likelihood = log_likelihood(trace.logits[:-1], target)
+        for period, model in models.items():
+            logits = model.logits(ids)[0]
+            kept[period].append(
+                (
+                    kl_divergence(trace.logits, logits).mean(),
+                    (trace.logits.argmax(-1) == logits.argmax(-1)).mean(),
+                    (likelihood - log_likelihood(logits[:-1], target)).mean(),
                 )
+            )
     rows = []
     for period in periods:
         kl, same, loss = np.mean(kept[period], axis=0)
@@ -115,7 +113,7 @@ def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default="demo", help="a checkpoint; default: the demo model")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="texts")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -132,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

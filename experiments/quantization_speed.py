@@ -7,7 +7,6 @@ that the device needs for them at the bandwidth measured in the same run, and th
 over this one.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -28,6 +27,7 @@ from flax import nnx
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
@@ -418,7 +418,7 @@ PARTS = {"step": measure_steps, "layer": measure_layers}
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     begun = time.monotonic()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--layers", type=int, help="of the model of the steps; default: 5, or 4 if those do not fit")
@@ -465,4 +465,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

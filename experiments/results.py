@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -41,7 +41,7 @@ from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine import Engine
-from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments import command_line, held_out
 from dsv32_jax.experiments.random_model import layers_that_fit, random_model
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.serving_report import OF_ALL, RUNS
@@ -331,7 +331,7 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", help="a checkpoint, or demo; default: random weights at full width")
     parser.add_argument("--layers", type=int, help="of the random model; default: as many as fit")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
@@ -388,4 +388,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.experiments import command_line
+from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.pages import between, table
 from dsv32_jax.experiments.results import RESULTS
 
@@ -118,8 +120,8 @@ def without_idle_rows(row: dict[str, Any], prompts: bool = True) -> float:
 
 def main() -> None:
     """The command."""
-    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), "serving", tables()), encoding="utf-8")
+    writable(PAGE).write_text(between(PAGE.read_text(encoding="utf-8"), "serving", tables()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

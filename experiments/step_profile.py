@@ -7,7 +7,6 @@ half of the requests are still prompts ("mixed": a full step of prompt and conti
 the device worked, and its kernels by the time they took.
 """
 
-import argparse
 import contextlib
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.device_step import Draws
 from dsv32_jax.engine import Engine
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench.layer_profile import by_name, overlap, profiled
 from dsv32_jax.experiments.random_model import random_model
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
@@ -130,7 +130,7 @@ def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", help="a checkpoint, or demo; default: random weights at full width")
     parser.add_argument("--layers", type=int, default=4, help="of the random model; the first three are dense")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[32])
@@ -164,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 BACKENDS = ("auto", "reference", "interpret", "mosaic_gpu")
 KERNEL = ("mosaic_gpu", "interpret", "reference")
@@ -53,7 +55,8 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
       does not, that is logged as a warning, once: a step may take several times as long.
 
     Raises:
-      BackendError: no such backend, the op does not have it, or its kernel does not take these arguments.
+      BackendError: no such backend, the op does not have it, its kernel does not take these arguments, or JAX's GPUs
+        are none that the kernels are written for. `launched` tells where there is no GPU.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -68,6 +71,8 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
         raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
     if backend != "reference" and unsupported is not None:
         raise BackendError(f"the kernel of {op} does not take {unsupported}; use backend='auto' or 'reference'")
+    if backend == "mosaic_gpu" and jax.local_devices()[0].platform == "gpu" and not _all_hopper():
+        raise BackendError(_needs_hopper(op, "on another GPU"))
     return backend
 
 
@@ -75,6 +80,48 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
 def tell_of_reference(op: str, unsupported: str) -> None:
     """Warns, the first time, that a kernel is not taken."""
     logger.warning("%s runs without its kernel, which does not take %s", op, unsupported)
+
+
+def launched(kernel: Callable[..., Any], op: str, chosen: str) -> Callable[..., Any]:
+    """`kernel(*arrays)`; on the backend "mosaic_gpu" it raises BackendError where it is compiled for a CPU.
+
+    Not where it is traced: a program may be traced on one device and compiled for another.
+    """
+    if chosen != "mosaic_gpu":
+        return kernel
+
+    def marked(*arrays: Any) -> Any:
+        (first, *others), tree = jax.tree.flatten(arrays)
+        try:
+            return kernel(*jax.tree.unflatten(tree, [_for_gpu.bind(first, op=op), *others]))
+        except ValueError as error:  # Pallas', which is lowered at once where nothing is traced
+            if "Only interpret mode is supported" not in str(error):
+                raise
+            raise BackendError(_needs_hopper(op, "on a CPU")) from error
+
+    return marked
+
+
+_for_gpu = Primitive("for_gpu")
+"""An array as it is, in a program that can be lowered for a GPU alone; nothing is left of it there."""
+_for_gpu.def_impl(lambda array, *, op: array)
+_for_gpu.def_abstract_eval(lambda array, *, op: array)
+batching.primitive_batchers[_for_gpu] = lambda arrays, axes, *, op: (_for_gpu.bind(arrays[0], op=op), axes[0])
+
+
+def _refuse(context: mlir.LoweringRuleContext, array: Any, *, op: str) -> Any:
+    raise BackendError(_needs_hopper(op, "on a CPU" if context.module_context.platforms == ("cpu",) else "elsewhere"))
+
+
+mlir.register_lowering(_for_gpu, _refuse)
+mlir.register_lowering(_for_gpu, lambda context, array, *, op: [array], platform="cuda")
+
+
+def _needs_hopper(op: str, place: str) -> str:
+    return (
+        f"{op}: backend 'mosaic_gpu' is a kernel for an H100 or H200 GPU, and this runs {place}; use backend='auto' or "
+        f"'reference' ('interpret' is the same kernel, slowly, for tests)"
+    )
 
 
 def gradient_of_reference(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,3 +77,39 @@ def golden() -> Callable[[str], Path]:
         return found
 
     return path
+
+
+# ---- the command line ----
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """The directory of a small golden checkpoint."""
+    return str(GOLDEN / "tiny" / "model")
+
+
+@pytest.fixture
+def dsv32(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error)."""
+    from dsv32_jax.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.fixture
+def refused(dsv32: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Runs a command that must fail with one line on standard error, and returns that line."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = dsv32(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +173,13 @@ def times_compiled(function: str, call: Callable[[], Any], caplog: pytest.LogCap
 def as_sets(rows: np.ndarray) -> list[set[int]]:
     """[T, K] indices -> a set for each row, -1 left out."""
     return [{int(i) for i in row if i >= 0} for row in rows]
+
+
+def read_until(terminal: int, end: bytes, seconds: float = 60) -> bytes:
+    """What comes from a file descriptor, to the first occurrence of `end`; fails where that does not come."""
+    seen = b""
+    while end not in seen:
+        ready, _, _ = select.select([terminal], [], [], seconds)
+        assert ready, f"{end!r} did not come: {seen!r}"
+        seen += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
+    return seen

@@ -40,7 +40,7 @@ def engine(shared):
 
 
 WRONG = {
-    "max_new_tokens": (2.5, 2.0, "2", True, None, 0, -1, [2], float("nan")),
+    "max_new_tokens": (2.5, 2.0, "2", True, 0, -1, [2], float("nan")),
     "temperature": ("1", True, -0.1, float("nan"), float("inf"), 1e39, 10**400, [1.0], 1j),
     "top_p": ("1", False, 0, 0.0, -0.1, 1.1, float("nan"), (1,)),
     "seed": (1.5, 1.0, "1", True, None, -1, 2**31),
@@ -187,7 +187,7 @@ def test_the_text_of_a_special_token_stops_where_the_token_comes(engine, lm, mon
     special = lm.tokenizer.special_tokens["eos_token"]
     # As if the model had said it: the token that comes sixth is the special one.
     monkeypatch.setattr(type(lm.tokenizer), "encode", lambda _, text, bos=False: [token] if text == special else [8, 9])
-    monkeypatch.setattr(type(lm.tokenizer), "is_special", lambda _, id: id == token)
+    monkeypatch.setattr(lm.tokenizer, "special_ids", frozenset({token}))
     request = engine.generate([TEXTS[0][:9]], SamplingParams(12, stop=(special, "x"), ignore_eos=True))[0]
     assert request.params.stop_token_ids == (token,)
     assert request.completions[0].finish_reason == "stop" and request.completions[0].tokens == plain.tokens[:6]
@@ -220,3 +220,10 @@ def test_sampling_is_the_checkpoints_where_nobody_says(engine, lm, monkeypatch, 
     assert (other.params.temperature, other.params.top_p) == (0.3, want[1])
     for each in (request, other, *engine.generate([[5]])):
         engine.cancel(each)
+
+
+def test_without_a_number_there_are_as_many_tokens_as_generate_makes_or_as_fit(lm):
+    for generation_config, expected in (({}, 128 - 3 + 1), ({"max_new_tokens": 7}, 7)):
+        other = LanguageModel(lm.model, lm.config, lm.tokenizer, lm.options, generation_config)
+        request = Engine(other, cache_tokens=128).add([5, 6, 7], SamplingParams(seed=1))
+        assert request.params.max_new_tokens == expected <= other.new_tokens([[5, 6, 7]], None)

@@ -4,15 +4,18 @@ import functools
 import io
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dsv32_jax
-from dsv32_jax import convert, loading
-from dsv32_jax.cli import main
+from dsv32_jax import convert, loading, parts
+from dsv32_jax.convert import calibration
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import locked
 from tests.harness import golden_directory, load_oracle, one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")
@@ -23,37 +26,6 @@ def programs_for_all_lengths():
     """Commands share the programs of a model, however long their prompts are."""
     with one_shape():
         yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return str(golden_directory("tiny") / "model")
-
-
-@pytest.fixture
-def dsv32(capsys):
-    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def refused(dsv32):
-    """Runs a command that must fail with one line on standard error, and returns that line."""
-
-    def run(*arguments):
-        code, out, err = dsv32(*arguments)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return run
 
 
 def token_file(path, oracle):
@@ -189,6 +161,22 @@ def test_info_counts_a_checkpoint(dsv32, tiny):
     assert result["max_position_embeddings"] == 256
 
 
+def test_info_is_of_the_files(dsv32, refused, tiny, tmp_path):
+    """And says where the config differs; without a name it is of the demo model."""
+    spoilt = shutil.copytree(tiny, tmp_path / "spoilt")
+    config = json.loads((spoilt / "config.json").read_text())
+    (spoilt / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    told = json.loads(dsv32("info", "--model", spoilt, "--json")[1])
+    assert told["layout"] == "hf" and set(told["bytes_by_dtype"]) == {"float32"} == set(told["weights"])
+    assert ["torch_dtype is bfloat16" in line for line in told["disagreements"]] == [True]
+    assert "disagreement: config.json: torch_dtype is bfloat16" in dsv32("info", "--model", spoilt)[1]
+    demo = json.loads(dsv32("info", "--json")[1])
+    assert demo["weights"]["fp8_block"]["tensors"] > 100 and demo["disagreements"] == []
+    (spoilt / "model.safetensors").unlink()
+    assert "no checkpoint" in refused("info", "--model", spoilt)
+    assert "--config" in refused("info", "--model", tiny, "--config", "tiny")
+
+
 def test_fidelity_of_a_checkpoint_with_itself(dsv32, tiny, tmp_path):
     ids = token_file(tmp_path / "ids.npy", load_oracle("tiny"))
     code, out, err = dsv32("fidelity", tiny, tiny, "--token-ids", ids, "--json", *EXACT)
@@ -204,7 +192,33 @@ def test_convert_then_generate_is_the_same(dsv32, tiny, tmp_path):
     assert dsv32(*run, tmp_path / "converted")[1] == dsv32(*run, tiny)[1]
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "score", "info", "convert", "fidelity"])
+def test_convert_takes_names_and_writes_the_other_layout(dsv32, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "DEMO", Path(tiny))
+    _, out, _ = dsv32("convert", "demo", tmp_path / "orbax", "--json")
+    assert json.loads(out) == {"source": "demo", "target": str(tmp_path / "orbax"), "to": "orbax"}
+    assert dsv32("convert", tmp_path / "orbax", tmp_path / "hf")[1] == f"wrote {tmp_path / 'hf'} (hf)\n"
+    dsv32("convert", tmp_path / "orbax", tmp_path / "copy", "--to", "orbax")
+    kinds = {name: convert.checkpoint_kind(tmp_path / name) for name in ("orbax", "hf", "copy")}
+    assert kinds == {"orbax": "orbax", "hf": "hf", "copy": "orbax"}
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == Path(tiny, "model.safetensors").read_bytes()
+
+
+def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_path, monkeypatch):
+    """Before a text is calibrated on."""
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: 1 / 0)
+    (tmp_path / "text").write_text("The keeper")
+    quantize = ("quantize", "--model", tiny, "--scheme", "int8", "--calibration", tmp_path / "text")
+    with locked(tmp_path / "out"):
+        for command in (("convert", tiny, tmp_path / "out"), (*quantize, "--out", tmp_path / "out")):
+            message = refused(*command)
+            assert f"{tmp_path / 'out'}: process {os.getpid()} is writing it" in message
+    (tmp_path / "out").mkdir()
+    assert "exists" in refused(*quantize, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+)
 def test_help_has_an_example(dsv32, verb):
     code, out, _ = dsv32(verb, "--help")
     assert code == 0 and f"Example: dsv32 {verb}" in out
@@ -396,7 +410,7 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):
-    monkeypatch.setattr(loading, "available_bytes", lambda: (1000, "host memory"))
+    monkeypatch.setattr(parts, "available_bytes", lambda: (1000, "host memory"))
     assert "host memory has 1.0 kB free" in refused("generate", "--model", tiny, "--prompt", "a")
 
 

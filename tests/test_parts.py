@@ -13,10 +13,12 @@ import dsv32_jax
 from dsv32_jax import memory, parts
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.engine import Engine
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32, Options
 from dsv32_jax.quant import QTensor, quantize_weight
+from dsv32_jax.request import SamplingParams
 from tests.harness import EXACT, Piece, flat_batch, golden_directory, one_shape, tables_of
 
 IDS = [5, 6, 7, 8]
@@ -107,6 +109,28 @@ def test_every_call_sees_an_edit(m):
     m.model.head = head
     assert m.score(IDS).perplexity == before
     np.testing.assert_array_equal(m.generate(IDS, 4, ignore_eos=True).tokens, tokens)
+
+
+def test_an_engine_made_before_an_edit_refuses_to_go_on(m):
+    """Its cache has what the old weights computed. With the weight or the options put back it goes on as if nothing
+    had been."""
+    engine = Engine(m, cache_tokens=64, max_sequences=1, max_tokens=8)
+    request, head, options = engine.add(IDS, SamplingParams(3, ignore_eos=True)), m.model.head, m.options
+    engine.step()
+    for edit in (edit_head, exchange_layers, replace_the_model, lambda m: setattr(m, "options", Options(debug=True))):
+        layer, model = m.model.layers[0], m.model
+        edit(m)
+        for call in (engine.step, lambda: engine.add(IDS), lambda: engine.generate([IDS])):
+            with pytest.raises(UserError, match=r"edited after this Engine was made.*with_parts"):
+                call()
+        m.model, m.options = model, options
+        m.model.head, m.model.layers[0] = head, layer
+    while not request.finished:
+        engine.step()
+    np.testing.assert_array_equal(request.tokens, m.generate(IDS, 3, ignore_eos=True).tokens)
+    other = m.with_parts(weights={"head": jnp.zeros_like(head)})
+    (request,) = Engine(other, cache_tokens=64, max_sequences=1, max_tokens=8).generate([IDS], request.params)
+    assert request.tokens.tolist() == [[0, 0, 0]]
 
 
 def test_with_parts_is_another_model_that_shares_the_rest(m):

@@ -1,6 +1,7 @@
 """Verbs on checkpoints: `info`, `convert`, `quantize`."""
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import sys
@@ -15,67 +16,82 @@ from dsv32_jax.errors import UserError
 
 
 def info(
-    model: Annotated[str | None, typer.Option("--model", help="A checkpoint.")] = None,
-    config: Annotated[str | None, typer.Option("--config", help="671b | tiny | a config.json")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help='A checkpoint directory, "org/name" on the hub, or "demo" (default).')
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="671b | tiny | a config.json, instead.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="What fits on GPUs and on this machine.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Parameters, bytes by dtype and cache bytes per token; nothing is allocated.
+    """Parameters, schemes, bytes by dtype and cache bytes per token; nothing is allocated.
+
+    Of a checkpoint it tells what the files hold, and names where config.json or the index says otherwise.
 
     Example: dsv32 info --config 671b --memory
     """
     from dsv32_jax import convert, loading
     from dsv32_jax.config import PRESETS, ModelConfig
-    from dsv32_jax.memory import (
-        GPU_BYTES,
-        USABLE,
-        available_bytes,
-        cache_bytes_per_token,
-        human,
-        parameter_counts,
-        tokens_that_fit,
-    )
+    from dsv32_jax.convert.contents import contents
+    from dsv32_jax.memory import cache_bytes_per_token, parameter_counts
 
-    if (model is None) == (config is None):
+    if model is not None and config is not None:
         raise UserError("--model, --config: give one of the two")
-    if model is not None:
-        settings = ModelConfig.from_hf(loading.find(model))
-    elif config in PRESETS:
-        settings = PRESETS[config]
-    elif config is not None and Path(config).exists():
-        settings = ModelConfig.from_hf(Path(config))
+    if config is None:
+        directory = loading.find(model or "demo")
+        settings = ModelConfig.from_hf(directory)
+        held = dataclasses.asdict(contents(directory, settings))
+    elif config in PRESETS or Path(config).exists():
+        settings = PRESETS[config] if config in PRESETS else ModelConfig.from_hf(Path(config))
+        count, by_dtype = parameter_counts(convert.stored_parameters(settings))
+        held = {"parameters": count, "bytes_by_dtype": by_dtype}
     else:
         raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
-    count, by_dtype = parameter_counts(convert.stored_parameters(settings))
-    cache = cache_bytes_per_token(settings)
-    total = sum(by_dtype.values())
     result: dict[str, Any] = {
-        "parameters": count,
-        "bytes": total,
-        "bytes_by_dtype": by_dtype,
-        "cache_bytes_per_token": cache,
+        **held,
+        "bytes": sum(held["bytes_by_dtype"].values()),
+        "cache_bytes_per_token": cache_bytes_per_token(settings),
         "max_position_embeddings": settings.max_position_embeddings,
     }
     if memory:
-        free, place = available_bytes()
-        places = {**GPU_BYTES, f"this machine ({place})": free}
-        result["memory"] = {
-            name: {
-                "bytes": size,
-                "needed_for_weights": math.ceil(total / (size * USABLE)),
-                "cache_tokens": {form: tokens_that_fit(total, each, size) for form, each in cache.items()},
-            }
-            for name, size in places.items()
-        }
+        result["memory"] = what_fits(result["bytes"], result["cache_bytes_per_token"])
     if as_json:
         print_json(**result)
-        return
-    typer.echo(f"parameters              {count:,}")
-    typer.echo(f"bytes                   {total:,} ({human(total)})")
-    for dtype, size in sorted(by_dtype.items()):
-        typer.echo(f"  {dtype:<21} {size:,} ({human(size)})")
+    else:
+        print_info(result)
+
+
+def what_fits(total: int, cache: dict[str, int]) -> dict[str, Any]:
+    """For GPUs and this machine: bytes, how many of them `total` bytes of weights take, and the cache beside these."""
+    from dsv32_jax.memory import GPU_BYTES, USABLE, available_bytes, tokens_that_fit
+
+    free, place = available_bytes()
+    return {
+        name: {
+            "bytes": size,
+            "needed_for_weights": math.ceil(total / (size * USABLE)),
+            "cache_tokens": {form: tokens_that_fit(total, each, size) for form, each in cache.items()},
+        }
+        for name, size in {**GPU_BYTES, f"this machine ({place})": free}.items()
+    }
+
+
+def print_info(result: dict[str, Any]) -> None:
+    """What `info` found, as lines."""
+    from dsv32_jax.memory import human
+
+    def sizes(by_name: dict[str, int]) -> None:
+        for name, size in sorted(by_name.items()):
+            typer.echo(f"  {name:<21} {size:,} ({human(size)})")
+
+    if "layout" in result:
+        typer.echo(f"layout                  {result['layout']}")
+    typer.echo(f"parameters              {result['parameters']:,}")
+    for kind, counts in sorted(result.get("weights", {}).items()):
+        typer.echo(f"  {kind:<21} {counts['parameters']:,} in {counts['tensors']:,} tensors ({human(counts['bytes'])})")
+    typer.echo(f"bytes                   {result['bytes']:,} ({human(result['bytes'])})")
+    sizes(result["bytes_by_dtype"])
     typer.echo("cache bytes per token")
-    for form, size in cache.items():
+    for form, size in result["cache_bytes_per_token"].items():
         typer.echo(f"  {form:<28} {size:,} ({human(size * 131072)} for 131,072 tokens)")
     for name, place in result.get("memory", {}).items():
         typer.echo(f"{name}: {human(place['bytes'])}")
@@ -84,31 +100,37 @@ def info(
                 typer.echo(f"  the weights do not fit: {place['needed_for_weights']} of these would hold them")
                 break
             typer.echo(f"  {form:<28} weights and a cache of {tokens:,} tokens")
+    for disagreement in result.get("disagreements", []):
+        typer.echo(f"disagreement: {disagreement}")
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint directory, of either layout.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
-    to: Annotated[str, typer.Option("--to", help="orbax | hf")] = "orbax",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16: dequantise FP8 weights.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help='A checkpoint directory of either layout, "org/name" on the hub, "demo".'),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; it must not exist.")],
+    to: Annotated[str | None, typer.Option("--to", help="orbax | hf. Default: the one that SRC is not in.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16: dequantise the weights.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint between the Hugging Face layout and Orbax.
+    """Convert a checkpoint from the Hugging Face layout to Orbax, or from Orbax to the Hugging Face layout.
 
     An interrupted conversion goes on where it stopped when the command is given again.
 
     Example: dsv32 convert DeepSeek-V3.2-Exp converted
     """
-    if to not in ("orbax", "hf"):
+    if to not in ("orbax", "hf", None):
         raise UserError(f"--to {to}: must be orbax or hf")
     from dsv32_jax import convert as converter
+    from dsv32_jax import loading
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        converter.convert(source, target, to=to, dtype=dtype)
+        to = converter.convert(loading.find(source), target, to=to, dtype=dtype)
     if as_json:
-        print_json(source=str(source), target=str(target), to=to)
+        print_json(source=source, target=str(target), to=to)
     else:
-        typer.echo(f"wrote {target}")
+        typer.echo(f"wrote {target} ({to})")
 
 
 def quantize(
@@ -149,8 +171,6 @@ def quantize(
         raise UserError(f"--plan: goes with --scheme mixed, not {scheme}")
     if to not in ("hf", "orbax"):
         raise UserError(f"--to {to}: must be hf or orbax")
-    if target.exists():
-        raise UserError(f"--out {target}: exists; give a path that does not")
     if migration is not None and calibration is None:
         raise UserError("--migrate: needs a text to see outliers in; give --calibration too")
     text = None if calibration is None else read_text(calibration, "--calibration")
@@ -159,10 +179,11 @@ def quantize(
     from dsv32_jax.convert.calibration import calibrate, windows_of
     from dsv32_jax.convert.migration import migrate
     from dsv32_jax.convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
+    from dsv32_jax.convert.unfinished import new_directory
     from dsv32_jax.model import abstract_model
     from dsv32_jax.params import named_parameters
 
-    check_ranges(ranges)  # before a calibration of minutes
+    check_ranges(ranges)
     source = loading.find(model)
     abstract = abstract_model(ModelConfig.from_hf(source))
     schemes = mixed(abstract) if scheme == "mixed" else uniform(abstract, scheme)
@@ -174,7 +195,8 @@ def quantize(
     provenance: dict[str, Any] = {"scheme": scheme, "source": model}
     provenance |= {} if ranges is None else {"ranges": ranges}
     statistics, changed = None, None
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with quiet, new_directory(target) as held:  # before a calibration too: nobody else writes there meanwhile
         if text is not None:
             lm = loading.load(model)
             pieces = windows_of(lm, text, window_tokens, windows)
@@ -186,7 +208,7 @@ def quantize(
                 changed = named_parameters(migrated)
                 provenance["migration"] = migration
         how = {"to": to, "statistics": statistics, "ranges": ranges, "weights": changed, "provenance": provenance}
-        quantize_checkpoint(source, target, schemes, **how)
+        quantize_checkpoint(source, held, schemes, **how)
     if as_json:
         print_json(target=str(target), to=to, **provenance)
     else:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dsv32_jax.language_model import LanguageModel
+    from dsv32_jax.tokenizer import Tokenizer
 
 
 def loaded(
@@ -41,6 +43,11 @@ def loaded(
     )
 
 
+def name_of(model: str) -> str:
+    """Of a --model, for people: "org/name" of the hub, or the last part of a directory."""
+    return model if model.count("/") == 1 and not Path(model).exists() else Path(model).resolve().name
+
+
 def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
     """Wrong values show before a model is loaded, which can take minutes."""
     from dsv32_jax.sampling import check_sampling
@@ -56,32 +63,17 @@ def sampling_of(
     return {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
 
 
-def tokenizer_of(m: "LanguageModel") -> Any:
-    """Of a chat, which needs one."""
+def tokenizer_of(m: "LanguageModel", flag: str) -> "Tokenizer":
+    """Of a model that must have one; `flag` is what asks for it."""
     if m.tokenizer is None:
-        raise UserError("--model: the checkpoint has no tokenizer.json, which a chat needs")
+        raise UserError(f"{flag}: the checkpoint has no tokenizer.json, which this needs")
     return m.tokenizer
 
 
-def chat_of(system: str | None, user: str | None = None) -> list[dict[str, str]]:
-    """Messages to begin with."""
+def chat_of(system: str | None, user: str) -> list[dict[str, str]]:
+    """The messages of one prompt."""
     turns = {"system": system, "user": user}
     return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
-
-
-def lines(prompt: str) -> Iterator[str]:
-    """Messages from the terminal or a pipe; blank lines are passed over."""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError("standard input: not UTF-8 text") from error
-        if line == "/exit":
-            return
-        if line:
-            yield line
 
 
 def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Path | None) -> "list[str] | np.ndarray":
@@ -154,6 +146,11 @@ def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None
         np.save(file, np.asarray(tokens, np.int32))
 
 
+def say(line: str) -> None:
+    """On stderr: standard output has results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def print_json(**fields: Any) -> None:
     """One object on a line."""
 
@@ -164,4 +161,10 @@ def print_json(**fields: Any) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
 
-    typer.echo(json.dumps(plain(fields), ensure_ascii=False))
+    content = plain(fields)
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # a name of a file that is not UTF-8, or an output that is not
+        text = json.dumps(content)
+    typer.echo(text)

@@ -3,11 +3,11 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import loaded, print_json, read_token_ids
+from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, say, tokenizer_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -16,15 +16,23 @@ from dsv32_jax.cli.options import (
     Json,
     NoActQuant,
     NoMtp,
+    TextFile,
     TokenIds,
 )
 from dsv32_jax.errors import UserError
+from dsv32_jax.progress import progress_bar
 
 
 def fidelity(
-    first: Annotated[str, typer.Argument(metavar="A", help="The checkpoint that is held to be right.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="The checkpoint that is judged.")],
+    first: Annotated[str, typer.Argument(metavar="[A]", help="The checkpoint that is held to be right.")] = "demo",
+    second: Annotated[str, typer.Argument(metavar="[B]", help="The checkpoint that is judged.")] = "demo",
+    text_file: TextFile = None,
     token_ids: TokenIds = None,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", min=2, help="Tokens of a piece of the text. Default: 1024, or twice the index_topk."),
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Pieces of the text, at most.")] = 4,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
     backend: Backend = "auto",
@@ -35,30 +43,63 @@ def fidelity(
 ) -> None:
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
 
-    Example: dsv32 fidelity original quantised --token-ids ids.npy
+    A text is read in pieces, with the tokenizer of A. The memory that is needed grows with the square of a piece.
+
+    Example: dsv32 fidelity original quantised --text-file book.txt
     """
-    if token_ids is None:
-        raise UserError("--token-ids: an .npy file of int32 [B, T] must be given")
-    ids = read_token_ids(token_ids)
+    if (text_file is None) == (token_ids is None):
+        raise UserError("--text-file, --token-ids: give one of the two")
+    text = None if text_file is None else read_text(text_file, "--text-file")
+    rows = [] if token_ids is None else list(read_token_ids(token_ids))
     from dsv32_jax.fidelity import compare
 
-    traces = []
+    traces: list[list[Any]] = []
+    chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
         m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
-        traces.append([m.trace(row) for row in ids])
+        if text is not None and not traces:
+            rows = _pieces(m, text, window, windows)
+        with progress_bar(f"tracing {Path(name).name}", len(rows), "sequences") as advance:
+            traced = []
+            for row in rows:
+                traced.append(m.trace(row))
+                advance(1)
+        traces.append(traced)
+        chosen = max(chosen, m.options.index_topk or m.config.index_topk)
         del m
     try:
-        rows = [compare(a, b) for a, b in zip(*traces, strict=True)]
+        found = [compare(a, b) for a, b in zip(*traces, strict=True)]
     except ValueError as error:
         raise UserError(str(error)) from error
+    short = sum(row["tokens"] <= chosen for row in found)
+    if short:
+        which = "no sequence is" if short == len(found) else f"{short} of {len(found)} sequences are not"
+        say(f"note: {which} longer than index_topk = {chosen}: their tokens see all before them, so recall is 1")
     if as_json:
-        print_json(rows=rows)
+        print_json(rows=[row | {"all_visible_chosen": row["tokens"] <= chosen} for row in found])
         return
-    for number, row in enumerate(rows):
+    for number, row in enumerate(found):
         typer.echo(f"--- sequence {number}: {row['tokens']} tokens")
         for layer in row["layers"]:
             typer.echo("  ".join(f"{name} {value:.4g}" for name, value in layer.items()))
         typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
+
+
+def _pieces(m: Any, text: str, window: int | None, windows: int) -> list[Any]:
+    """The first `windows` pieces of a text, as ids."""
+    from dsv32_jax.windows import windows_of
+
+    longest = m.config.max_position_embeddings
+    if window is None:
+        window = min(longest, max(1024, 2 * (m.options.index_topk or m.config.index_topk)))
+    elif window > longest:
+        raise UserError(f"--window {window}: the model takes at most max_position_embeddings = {longest}")
+    tokenizer = tokenizer_of(m, "--text-file")
+    ids = tokenizer.encode(text, bos=True)
+    pieces = windows_of(ids, window, window - 1, tokenizer.bos_id)
+    if len(pieces) > windows:
+        say(f"note: the first {windows} of {len(pieces)} pieces of {window} tokens; see --windows")
+    return [piece.ids for piece in pieces[:windows]]
 
 
 def bench(

@@ -13,6 +13,7 @@ PromptFile = Annotated[
 TokenIds = Annotated[
     Path | None, typer.Option("--token-ids", help="An .npy file of int32 [B, T]; -1: absent, at the right.")
 ]
+TextFile = Annotated[Path | None, typer.Option("--text-file", help="A UTF-8 text.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="Default: of generation_config.json, or 256, or what fits.")
 ]

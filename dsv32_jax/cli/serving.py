@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import check_sampling, loaded, sampling_of
+from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, sampling_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -89,17 +89,22 @@ def serve(
     from dsv32_jax.engine import Engine
 
     check_sampling(temperature, top_p, 0)
-    settings = Settings(
-        name=name or (model if model.count("/") == 1 and not Path(model).exists() else Path(model).resolve().name),
-        api_key=os.environ.get("DSV32_API_KEY") if api_key is None else api_key,
-        max_queue=max_queue,
-        max_body_bytes=max_body_bytes,
-        deadline=deadline,
-        drain_seconds=drain_seconds,
-        warmup=not no_warmup,
-        metrics_log=metrics_log,
-        metrics_interval=metrics_interval,
-    )
+    key = os.environ.get("DSV32_API_KEY") if api_key is None else api_key
+    try:
+        settings = Settings(
+            name=name or name_of(model),
+            api_key=key,
+            max_queue=max_queue,
+            max_body_bytes=max_body_bytes,
+            deadline=deadline,
+            drain_seconds=drain_seconds,
+            warmup=not no_warmup,
+            metrics_log=metrics_log,
+            metrics_interval=metrics_interval,
+        )
+    except UserError as error:
+        from_environment = api_key is None and str(error).startswith("api_key:")
+        raise UserError(f"{error} (it is that of $DSV32_API_KEY)" if from_environment else str(error)) from error
     if metrics_log is not None:
         check_writable(metrics_log)
     place = bind(host, port)

@@ -6,7 +6,6 @@ the matrix units busy at the measured peak. Beside it, what routing and the shar
 hidden behind the routed experts.
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import moe_layer, roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import compile_, made
@@ -120,7 +120,7 @@ def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 4096])
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

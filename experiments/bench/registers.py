@@ -4,7 +4,6 @@ Registers a thread, stack and spills, in `experiments/results/kernel_registers.j
 first thing to look for in a slow kernel.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from pallas_kernels import tuning
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
@@ -186,7 +186,7 @@ def captured() -> Iterator[Callable[[], str]]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--out", type=Path, default=RESULT)
     out = parser.parse_args().out
     if jax.default_backend() != "gpu":
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import RESULTS, read_result
 from pallas_kernels.shapes import SHAPES
 
@@ -195,6 +196,7 @@ def with_tables(page: str, content: dict[str, Any]) -> str:
 
 def write_pages(pages: Path = PAGES) -> list[Path]:
     """Writes the measured tables into the kernels' pages, and the figure; returns what it wrote."""
+    writable(pages)
     content = read_result(NAME)
     written = []
     for path in sorted(pages.glob("*.md")):

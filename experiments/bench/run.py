@@ -20,6 +20,7 @@ from dsv32_jax.experiments.bench import attention, cases, dispatch, matmuls, moe
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.report import three
+from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import environment, write_json
 from pallas_kernels.backend import BACKENDS, on_hopper
 from pallas_kernels.shapes import (
@@ -116,6 +117,8 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
     """
     begun = time.monotonic()
     shapes = chosen_shapes(settings)
+    if settings.out is not None:
+        writable(settings.out)
     if settings.backend not in BACKENDS:
         raise UserError(f"--backend {settings.backend}: unknown; choose one of {', '.join(BACKENDS)}")
     if jax.default_backend() != "gpu" and not settings.tiny:

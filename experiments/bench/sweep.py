@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.compiling import all_at_once
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import made
 from dsv32_jax.experiments.bench.matmuls import build, inputs
@@ -183,7 +184,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     measured = ", ".join(shape.name for shape in SHAPES["quant_matmul"])
     parser.add_argument("shapes", nargs="+", type=shape_of, metavar="SHAPE", help=f"of quant_matmul: {measured}")
     parser.add_argument("--clusters", action="store_true", help="also CTAs that copy for each other")
@@ -208,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -11,7 +11,6 @@ DeepGEMM compiles a kernel a shape at its first call. `--compile I N` makes only
 such processes with one `DG_JIT_CACHE_DIR` do that at the same time.
 """
 
-import argparse
 import dataclasses
 import platform
 import statistics
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench.timer import BURST_SECONDS, FEWEST, FLUSH, FLUSH_BYTES
 from dsv32_jax.experiments.results import write_json
 
@@ -271,7 +271,7 @@ LIBRARIES = {"torch": of_torch, "flashmla": of_flash_mla, "deepgemm": of_deep_ge
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--only", default=",".join(LIBRARIES), help="libraries, with commas between them")
     parser.add_argument("--ops", default="", help="the beginning of the ops' names, with commas between them")
     parser.add_argument("--compile", type=int, nargs=2, metavar=("I", "N"), help="see above; writes nothing")
@@ -318,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

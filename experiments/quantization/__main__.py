@@ -6,14 +6,16 @@ python -m experiments.quantization plan          # quantization_plan.json: a sch
 python -m experiments.quantization report        # figures and docs/quantisation.md, from the results
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
-from dsv32_jax.errors import UserError
+from dsv32_jax.experiments import command_line
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=command_line.unwrapped(__doc__), no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
 Model = Annotated[str, typer.Option("--model", help="A checkpoint with a tokenizer, for 2048 tokens or more.")]
 
 
@@ -22,7 +24,9 @@ def table(model: Model = "demo") -> None:
     """Every scheme on the whole model; the mixed one once `plan` has made it."""
     from dsv32_jax.experiments.quantization.table import table as measure
     from dsv32_jax.experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.results import RESULTS
 
+    command_line.writable(RESULTS)
     measure(Setting.of(model))
 
 
@@ -31,7 +35,9 @@ def sensitivity(model: Model = "demo") -> None:
     """Each tensor family of each layer, quantised alone."""
     from dsv32_jax.experiments.quantization.sensitivity import sensitivity as measure
     from dsv32_jax.experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.results import RESULTS
 
+    command_line.writable(RESULTS)
     measure(Setting.of(model))
 
 
@@ -40,7 +46,9 @@ def plan(model: Model = "demo") -> None:
     """A mixed plan from the sensitivities, and the curve of plans of other sizes."""
     from dsv32_jax.experiments.quantization.planner import make_plan
     from dsv32_jax.experiments.quantization.variants import Setting
+    from dsv32_jax.experiments.results import RESULTS
 
+    command_line.writable(RESULTS)
     make_plan(Setting.of(model))
 
 
@@ -49,12 +57,12 @@ def report() -> None:
     """Draws the figures and writes the tables of docs/quantisation.md from the results."""
     from dsv32_jax.experiments.quantization import report as reports
 
-    reports.draw()
+    command_line.writable(reports.PAGE)
+    figures = reports.draw()
     reports.write()
+    for file in [*figures, reports.PAGE]:
+        typer.echo(f"wrote {file}")
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command_line.run(app)

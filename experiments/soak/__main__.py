@@ -6,7 +6,6 @@ must end with a finish_reason, or at its deadline; where it was also asked alone
 Afterwards no block may be in use. Exit code 1: something was lost or leaked, or the server died.
 """
 
-import argparse
 import dataclasses
 import random
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.soak.accounting import Answer, Gauges, Ledger, failures, gauges, judge
 from dsv32_jax.experiments.soak.client import SLACK_SECONDS, Client
@@ -346,7 +346,7 @@ def told(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     default = Settings()
-    parser = argparse.ArgumentParser(prog="python -m experiments.soak", description=(__doc__ or "").splitlines()[0])
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default=default.model, help="a checkpoint with a tokenizer, or demo")
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of the load, after the warm-up")
     parser.add_argument("--clients", type=int, default=default.clients)
@@ -359,9 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-step-tokens", type=int, default=default.max_step_tokens)
     parser.add_argument("--deadline", type=float, default=default.deadline, help="seconds; long requests run into it")
     parser.add_argument("--out", type=Path, default=RESULT)
-    arguments = vars(parser.parse_args(argv))
-    out: Path = arguments.pop("out")
     try:
+        arguments = vars(parser.parse_args(argv))
+        out: Path = arguments.pop("out")
         result = soak(Settings(**arguments), say=lambda line: print(line, flush=True))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -372,4 +372,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

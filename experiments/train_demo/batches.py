@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class Batches:
         """Takes the folder that `python -m experiments.train_demo data` fills, and the seed of the whole run."""
         self.seed = seed
         self.tokens = load(data / "train.npz")["tokens"]
-        questions = load(data / "questions.npz")
+        questions = load(data / "questions.npz") if has_questions(data) else NO_QUESTIONS
         self.questions = questions["tokens"]
         self.question_starts, self.answer_starts = questions["starts"], questions["answer_starts"]
         pairs = np.arange(len(self.question_starts))
@@ -55,10 +56,7 @@ class Batches:
         rng = np.random.default_rng([self.seed, number, step])
         if stage.chat_every and step % stage.chat_every == 0:
             return self.chat(stage, rng)
-        width = stage.length - 1  # and the beginning-of-sentence token
-        windows = (len(self.tokens) - 1) // width - 1
-        if windows < 1:
-            raise UserError(f"train.npz: {len(self.tokens)} tokens are too few for sequences of {stage.length}")
+        width, windows = self.windows(stage)
         ids = np.empty((stage.batch, stage.length), np.int32)
         weights = np.ones((stage.batch, stage.length), np.float32)
         tasks = 0
@@ -72,6 +70,20 @@ class Batches:
                 tasks += count
             ids[row, 0], ids[row, 1:] = self.bos, text
         return TokenBatch(ids, weights, tasks)
+
+    def windows(self, stage: Stage) -> tuple[int, int]:
+        """Tokens of a window, which the beginning-of-sentence token comes before, and how many windows an epoch has."""
+        width = stage.length - 1
+        windows = (len(self.tokens) - 1) // width - 1
+        if windows < 1:
+            raise UserError(f"train.npz: {len(self.tokens)} tokens are too few for sequences of {stage.length}")
+        return width, windows
+
+    def fingerprint(self) -> str:
+        """Tells data apart: a run does not go on with other data than it began with."""
+        digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=8)
+        digest.update(self.questions.tobytes())
+        return digest.hexdigest()
 
     def chat(self, stage: Stage, rng: np.random.Generator) -> TokenBatch:
         """Pairs one behind the other in rows of 256 tokens, as many tokens as other steps have; only answers count."""
@@ -117,9 +129,25 @@ def epoch_order(seed: int, number: int, epoch: int, windows: int, width: int) ->
     return int(rng.integers(0, width)), rng.permutation(windows)
 
 
+NO_QUESTIONS: dict[str, np.ndarray] = {
+    "tokens": np.zeros(0, np.uint16),
+    "starts": np.zeros(0, np.int64),
+    "answer_starts": np.zeros(0, np.int64),
+    "greeting": np.zeros(0, bool),
+}
+
+
+def has_questions(data: Path) -> bool:
+    """Whether stages can train on questions and answers; a text of one's own (`texts.of_files`) has none."""
+    return (data / "questions.npz").exists() or not (data / "text.json").exists()
+
+
 def load(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an npz file, or a `UserError` that says how it is made."""
     if not path.exists():
-        raise UserError(f"{path} does not exist; `python -m experiments.train_demo data` makes it")
+        raise UserError(
+            f"{path} does not exist; `python -m experiments.train_demo data` makes it, on Debian; --text FILE trains "
+            f"on a text of your own"
+        )
     with np.load(path) as arrays:
         return {name: arrays[name] for name in arrays}

@@ -20,23 +20,27 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.reading import json_lines, progress
+from dsv32_jax.experiments.command_line import require
+from dsv32_jax.experiments.reading import json_lines
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import extract
 from dsv32_jax.experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
 from dsv32_jax.files import whole_file
+from dsv32_jax.progress import progress_bar, tracked
 
 SEED = "dsv32-demo-1"
 HELD_OUT = 0.015  # of the documents
 SHARE = 0.15  # the most one package may have of the whole
 VERSION = 4  # of the extracted texts; counted up when `extract` gives other text
 SHORT, LONG = 4_000, 200_000  # characters: pages below are joined with the next, documents above are split
+_UNKNOWN_PACKAGE = "(?i)unable to locate|candidate|find a source"
 _UNIQUE = 60  # characters from which a paragraph may occur only once
 _COMMON = re.compile(
     r"\b(?:the|of|to|a|an|is|in|and|for|that|this|are|be|with|it|if|or|as|on|by|you|can|not|from|will)\b"
@@ -67,6 +71,12 @@ def build(data_dir: Path) -> dict[str, Any]:
     documents_file, manifest_file = data_dir / "documents.jsonl.xz", data_dir / "manifest.json"
     if documents_file.exists() and manifest_file.exists():
         return json.loads(manifest_file.read_text("utf-8"))
+    require(
+        "the corpus",
+        "lxml",
+        extra="train",
+        programs={"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg", "mandoc": "mandoc", "pod2text": "perl"},
+    )
     files, missing = collect(data_dir)
     books = _read_packages(files, data_dir)
     documents = select([document for package in PACKAGES for document in books.get(package.name, ())], PACKAGES)
@@ -92,14 +102,13 @@ def collect(data_dir: Path) -> tuple[dict[str, Path], list[str]]:
     folder = data_dir / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     files, missing = {}, []
-    with progress() as bar:
-        for package in bar.track(PACKAGES, description="packages"):
-            file = _downloaded(package.name, folder) or _download(package, folder)
-            if file is None:
-                missing.append(package.name)
-                bar.console.print(f"{package.name}: the archive has no such package; left out")
-            else:
-                files[package.name] = file
+    for package in tracked(PACKAGES, "downloading", "packages"):
+        file = _downloaded(package.name, folder) or _download(package, folder)
+        if file is None:
+            missing.append(package.name)
+            print(f"{package.name}: the archive has no such package; left out", file=sys.stderr)
+        else:
+            files[package.name] = file
     if not files:
         raise UserError("apt-get: none of the packages could be downloaded; check the sources and run `apt-get update`")
     return files, missing
@@ -366,12 +375,12 @@ def _read_packages(files: dict[str, Path], data_dir: Path) -> dict[str, list[dic
     (data_dir / "texts").mkdir(exist_ok=True)
     result = {}
     packages = [package for package in PACKAGES if package.name in files]
-    with concurrent.futures.ProcessPoolExecutor() as pool, progress() as bar:
-        task = bar.add_task("reading", total=len(packages))
+    reading = progress_bar("reading", len(packages), "packages")
+    with concurrent.futures.ProcessPoolExecutor() as pool, reading as advance:
         futures = {pool.submit(_read_package, package, files[package.name], data_dir): package for package in packages}
         for future in concurrent.futures.as_completed(futures):
             result[futures[future].name] = future.result()
-            bar.advance(task)
+            advance(1)
     return result
 
 
@@ -407,9 +416,12 @@ def _downloaded(name: str, folder: Path) -> Path | None:
 def _download(package: Package, folder: Path) -> Path | None:
     """Downloads a package, or what its metapackage now depends on."""
     for name in (package.name, *(_depends(package.meta) if package.meta else ())):
-        result = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, check=False)
+        result = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, text=True, check=False)
         if result.returncode == 0 and (file := _downloaded(name, folder)):
             return file
+        if result.returncode and not re.search(_UNKNOWN_PACKAGE, result.stderr):
+            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise UserError(f"apt-get download {name}: {said[-1]}; run it again to go on")
     return None
 
 
@@ -486,6 +498,6 @@ def _counts(documents: list[dict[str, str]]) -> dict[str, int]:
 
 
 def _write_documents(path: Path, documents: list[dict[str, str]]) -> None:
-    with lzma.open(path, "wt", preset=2, encoding="utf-8") as file, progress() as bar:
-        for document in bar.track(documents, description="writing"):
+    with lzma.open(path, "wt", preset=2, encoding="utf-8") as file:
+        for document in tracked(documents, "writing", "documents"):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")

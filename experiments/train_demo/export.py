@@ -9,6 +9,7 @@ import jax
 from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.files import locked, replace_directory
 from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.quant import QTensor, quantize_weight
@@ -46,14 +47,14 @@ def export(weights: Path, config: ModelConfig, directory: Path, card: str | None
     if not (weights / "config.json").exists():
         raise UserError(f"{weights}: has no config.json; give the folder of a stage's bfloat16 checkpoint")
     fresh = directory.with_name(directory.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model = quantised(convert.load_hf(weights), config)
-    convert.export_model(model, fresh, tokenizer_files=weights, shard_bytes=SHARD_BYTES)
-    (fresh / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
-    old_card = directory / "README.md"
-    if card is None and old_card.exists():
-        card = old_card.read_text(encoding="utf-8")
-    if card is not None:
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    fresh.rename(directory)
+    with locked(directory):
+        model = quantised(convert.load_hf(weights), config)
+        shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted run
+        convert.export_model(model, fresh, tokenizer_files=weights, shard_bytes=SHARD_BYTES)
+        (fresh / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
+        old_card = directory / "README.md"
+        if card is None and old_card.exists():
+            card = old_card.read_text(encoding="utf-8")
+        if card is not None:
+            (fresh / "README.md").write_text(card, encoding="utf-8")
+        replace_directory(fresh, directory)

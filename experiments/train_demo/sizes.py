@@ -3,6 +3,7 @@
 import dataclasses
 
 from dsv32_jax.config import ModelConfig, RopeScaling
+from dsv32_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,20 @@ class Size:
 
     config: ModelConfig
     stages: tuple[Stage, ...]
+
+    def stage_number(self, name: str) -> int:
+        """The place of a stage."""
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise UserError(f"stage {name}: unknown; it is one of {', '.join(names)}")
+        return names.index(name)
+
+
+def size_named(name: str) -> Size:
+    """One of `SIZES`."""
+    if name not in SIZES:
+        raise UserError(f"--size {name}: unknown; it is one of {', '.join(SIZES)}")
+    return SIZES[name]
 
 
 DEMO = ModelConfig(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -13,21 +14,27 @@ import orbax.checkpoint as ocp
 
 from dsv32_jax import convert
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.reading import progress
 from dsv32_jax.experiments.results import environment, write_json
-from dsv32_jax.experiments.train_demo.batches import Batches
-from dsv32_jax.experiments.train_demo.sizes import SIZES, Stage
+from dsv32_jax.experiments.train_demo.batches import Batches, has_questions, load
+from dsv32_jax.experiments.train_demo.sizes import Stage, size_named
 from dsv32_jax.experiments.train_demo.training import (
+    TIED,
     Params,
     from_model,
     initial_params,
     learning_rate,
     make_step,
+    mean_loss,
     optimizer_state,
     to_model,
 )
+from dsv32_jax.files import locked, replace_directory
+from dsv32_jax.model import abstract_model
+from dsv32_jax.params import named_parameters
+from dsv32_jax.progress import progress_bar
 
 LOG_EVERY = 20
+HELD_OUT_WINDOWS = 16
 SAVE_SECONDS = 120.0
 RUN = "run.json"
 
@@ -40,18 +47,23 @@ class Training:
     """
 
     def __init__(self, size: str, folder: Path, data: Path, seed: int = 0, compute_dtype: str = "bfloat16"):
-        if size not in SIZES:
-            raise UserError(f"--size {size}: unknown; it is one of {', '.join(SIZES)}")
-        self.config = SIZES[size].config.replace(quantization_config=None)
-        self.stages = SIZES[size].stages
+        chosen = size_named(size)
+        if not has_questions(data):
+            kept = tuple(stage for stage in chosen.stages if not stage.chat_every)
+            chosen = dataclasses.replace(chosen, stages=kept)
+        self.name, self.size, self.stages = size, chosen, chosen.stages
+        self.config = chosen.config.replace(quantization_config=None)
         self.folder, self.compute_dtype, self.seed = folder, compute_dtype, seed
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {"size": size, "seed": seed, "compute_dtype": compute_dtype}
-        self.check_same_run(settings)
         self.data = data
+        self.batches = Batches(data, seed)
+        for stage in self.stages:
+            self.batches.windows(stage)
+        settings = {"size": size, "seed": seed, "compute_dtype": compute_dtype, "data": self.batches.fingerprint()}
+        self.check_same_run(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN, settings)
         if (data / "manifest.json").exists():
             shutil.copyfile(data / "manifest.json", folder / "corpus.json")
-        self.batches = Batches(data, seed)
         self.checkpoints = ocp.CheckpointManager(
             (folder / "checkpoint").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
         )
@@ -60,16 +72,36 @@ class Training:
         """Refuses to mix two runs in one folder."""
         file = self.folder / RUN
         if not file.exists():
-            write_json(file, settings)
-        elif (found := json.loads(file.read_text())) != settings:
-            raise UserError(f"{self.folder}: holds another run ({found}); give another --run or remove it")
+            return
+        found = json.loads(file.read_text())
+        # A run of an older version does not know its data.
+        if {**settings, **found} != settings:
+            raise UserError(
+                f"{self.folder}: holds another run ({named(found)}; asked for is {named(settings)}); give another "
+                f"--run or remove it"
+            )
 
-    def stage_number(self, name: str) -> int:
-        """The place of a stage."""
-        names = [stage.name for stage in self.stages]
-        if name not in names:
-            raise UserError(f"stage {name}: unknown; it is one of {', '.join(names)}")
-        return names.index(name)
+    def tell_plan(self) -> None:
+        """Prints what will be trained, on what, and where it will lie."""
+        shapes = named_parameters(abstract_model(self.config))
+        count = sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path not in TIED)
+        print(f"model: {count / 1e6:.1f} million parameters")
+        print(f"data: {self.data}, {len(self.batches.tokens):,} tokens")
+        for stage in self.stages:
+            tokens = stage.steps * stage.batch * stage.length
+            print(f"stage {stage.name}: {stage.steps} steps, {tokens:,} tokens, trains {stage.trains}")
+        if len(self.stages) < len(size_named(self.name).stages):
+            print("no questions and answers in a text of one's own: the stages that learn to chat are left out")
+        print(f"run: {self.folder}; the same command goes on where it is interrupted", flush=True)
+
+    def tell_end(self, params: Params) -> None:
+        """Prints how well held-out text is predicted and what to do with the last checkpoint."""
+        loss = self.held_out_loss(params)
+        if loss is not None:
+            print(f"held-out text: {loss:.4f} nats a token")
+        done = [self.folder / stage.name for stage in self.stages if (self.folder / stage.name).exists()]
+        print(f"checkpoints: {', '.join(map(str, done))}")
+        print(f"try: dsv32 generate --model {done[-1]} --prompt 'The'")
 
     def train(self, until: str | None = None, weights: Path | None = None, first: str | None = None) -> Params:
         """Runs all stages that are not done, up to and including `until`.
@@ -78,12 +110,20 @@ class Training:
           until: name of the last stage to run; all where None.
           weights: a bfloat16 checkpoint in the Hugging Face layout to begin with.
           first: the stage that begins with `weights`.
+
+        Raises:
+          UserError: another process trains in this folder.
         """
-        last = len(self.stages) - 1 if until is None else self.stage_number(until)
+        with locked(self.folder):
+            return self.run(until, weights, first)
+
+    def run(self, until: str | None, weights: Path | None, first: str | None) -> Params:
+        """`train` in a folder that is this process's alone."""
+        last = len(self.stages) - 1 if until is None else self.size.stage_number(until)
         number, step = 0, 0
         state = None
         if weights is not None:
-            number = self.stage_number(first or self.stages[0].name)
+            number = self.size.stage_number(first or self.stages[0].name)
             params = from_model(convert.load_hf(weights))
         elif (saved := self.checkpoints.latest_step()) is not None:
             number, step, params, state = self.restore(saved)
@@ -100,19 +140,24 @@ class Training:
 
     def run_stage(self, stage: Stage, number: int, first: int, params: Params, state: Any) -> Params:
         """Steps `first` .. of one stage; ends with its bfloat16 checkpoint."""
+        if first < stage.steps:
+            print(
+                f"{stage.name}: {stage.steps - first} steps of {stage.batch} x {stage.length} tokens, after compiling",
+                flush=True,
+            )
         step_function = make_step(self.config, stage, self.compute_dtype)
         started = saved = time.monotonic()
         tokens = recall = 0
         pending: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
         if first < stage.steps:
-            with progress() as bar:
-                task = bar.add_task(stage.name, total=stage.steps, completed=first)
+            with progress_bar(stage.name, stage.steps, "steps") as advance:
+                advance(first)
                 for step, batch in enumerate(self.batches.stream(stage, number, first), first):
                     rate = learning_rate(stage, step)
                     params, state, log = step_function(params, state, batch.ids, batch.weights, np.float32(rate))
                     tokens += batch.ids.size
                     recall += batch.recall_tokens
-                    bar.advance(task)
+                    advance(1)
                     done = step + 1 == stage.steps
                     if step % LOG_EVERY == 0 or done:
                         chat = bool(stage.chat_every) and step % stage.chat_every == 0
@@ -179,7 +224,30 @@ class Training:
     def export(self, params: Params, name: str) -> Path:
         """The bfloat16 checkpoint of a stage, in the Hugging Face layout."""
         directory = self.folder / name
-        if directory.exists():
-            shutil.rmtree(directory)
-        convert.export_model(to_model(self.config, params), directory, tokenizer_files=self.data)
+        fresh = directory.with_name(name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted run
+        convert.export_model(to_model(self.config, params), fresh, tokenizer_files=self.data)
+        replace_directory(fresh, directory)
         return directory
+
+    def held_out_loss(self, params: Params) -> float | None:
+        """Nats a token of the data's held-out text, as far as `HELD_OUT_WINDOWS` go; None where there is none.
+
+        With the last stage's selection and length; written to `held_out.json`.
+        """
+        path, stage = self.data / "held_out.npz", self.stages[-1]
+        tokens = load(path)["tokens"] if path.exists() else np.zeros(0, np.uint16)
+        width = min(stage.length - 1, len(tokens))
+        if width < 1:
+            return None
+        rows = tokens[: len(tokens) // width * width].reshape(-1, width)[:HELD_OUT_WINDOWS].astype(np.int32)
+        ids = np.concatenate([np.full((len(rows), 1), self.batches.bos, np.int32), rows], axis=1)
+        loss = float(mean_loss(self.config, stage.selection, self.compute_dtype, params, ids))
+        found = {"tokens": rows.size, "loss": round(loss, 5), "selection": stage.selection}
+        write_json(self.folder / "held_out.json", found)
+        return loss
+
+
+def named(settings: dict[str, Any]) -> str:
+    """Settings in words."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

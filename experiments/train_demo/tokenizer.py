@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.reading import progress
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.files import whole_file
+from dsv32_jax.progress import progress_bar
 from dsv32_jax.tokenizer import BUILT_IN_TEMPLATE
 
 # Ids 0 to 6, in this order.
@@ -89,14 +89,13 @@ def encode_corpus(data_dir: Path) -> None:
 def encode(tokenizer: tokenizers.Tokenizer, texts: list[str], label: str = "encoding") -> dict[str, np.ndarray]:
     """`tokens`, `starts` and `bytes` of `texts`, as in the files."""
     parts: list[np.ndarray] = []
-    with progress() as bar:
-        task = bar.add_task(label, total=len(texts))
+    with progress_bar(label, len(texts), "texts") as advance:
         for batch in itertools.batched(texts, _BATCH):
             # A special token written in a manual must not become one: its text is broken up.
             safe = [_without_special(text) for text in batch]
             for encoding in tokenizer.encode_batch_fast(safe, add_special_tokens=False):
                 parts.append(np.array([0, *encoding.ids, 1], np.uint16))
-            bar.advance(task, len(batch))
+            advance(len(batch))
     return packed(parts) | {"bytes": np.array([len(text.encode()) for text in texts], np.int64)}
 
 

@@ -199,6 +199,18 @@ def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
     return step
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def mean_loss(config: ModelConfig, selection: str, compute_dtype: str, params: Params, ids: jax.Array) -> jax.Array:
+    """Nats a token of ids int32 [B, T], the first of each row aside, which is not predicted."""
+    model = to_model(config, params)
+
+    def of_row(row: jax.Array) -> jax.Array:
+        states, _ = hidden_states(model, row[None], Run(selection, compute_dtype=compute_dtype))
+        return -log_likelihoods(states, model.head, jnp.roll(row, -1)[None])[0, :-1].mean()
+
+    return jax.lax.map(of_row, ids).mean()
+
+
 def optimizer_state(stage: Stage, params: Params) -> Any:
     """The optimiser's state at the start of a stage."""
     return optimizer(0.0).init(stack({path: leaf for path, leaf in params.items() if trainable(path, stage)}))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.backend import KERNEL, resolve, without_gradient
+from pallas_kernels.arguments import FLOAT32, FLOATS, INT32, check, check_layer
+from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
 from pallas_kernels.cache_write import mosaic_gpu, reference
 from pallas_kernels.cache_write.reference import (
     KeyNorms,
@@ -24,6 +25,7 @@ from pallas_kernels.cache_write.reference import (
     scatter,
     unpack_latents,
 )
+from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize import SCALE_FORMATS
 
 __all__ = [
@@ -38,6 +40,27 @@ __all__ = [
     "scatter",
     "unpack_latents",
 ]
+
+callable_package(__name__)
+
+
+def check_dtypes(kv, index, slots, kv_a, index_key, norms: KeyNorms, angles) -> None:
+    """Raises ValueError for arguments of `cache_write` that have other dtypes or ranks."""
+    keys = "layers blocks bytes" if getattr(index, "dtype", None) == jnp.uint8 else "layers blocks 64 dim"
+    cos, sin = angles
+    check(
+        "cache_write",
+        kv=(kv, (*FLOATS, "uint8"), "layers blocks 64 row"),
+        index=(index, (*FLOATS, "uint8"), keys),
+        slots=(slots, INT32, "T"),
+        kv_a=(kv_a, FLOATS, "T D"),
+        index_key=(index_key, FLOATS, "T dim"),
+        latent_weight=(norms.latent_weight, FLOATS, "latent"),
+        index_weight=(norms.index_weight, FLOATS, "dim"),
+        index_bias=(norms.index_bias, FLOATS, "dim"),
+        cos=(cos, FLOAT32, "T rope/2"),
+        sin=(sin, FLOAT32, "T rope/2"),
+    )
 
 
 def cache_write(
@@ -76,22 +99,32 @@ def cache_write(
       kv and index with those slots written (in place where the arrays are donated).
 
     Raises:
-      ValueError: shapes do not go together, no such layer, or unknown `scale_fmt`.
+      ValueError: other dtypes than these, shapes do not go together, no such layer, or unknown `scale_fmt`.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_dtypes(kv, index, slots, kv_a, index_key, norms, angles)
     latent_dim, rope_dim, dim = norms.latent_weight.shape[0], 2 * angles[0].shape[1], index_key.shape[1]
     if kv_a.shape != (slots.shape[0], latent_dim + rope_dim):
         raise ValueError(
             f"kv_a of shape {kv_a.shape} is not [T, latent + rope] with {slots.shape[0]} slots, a latent weight of "
             f"{latent_dim} and a rope of {rope_dim}"
         )
+    shapes = [array.shape for array in (index_key, norms.index_weight, norms.index_bias, *angles)]
+    angle_shape = (slots.shape[0], rope_dim // 2)
     row = reference.record_bytes(latent_dim, rope_dim) if kv.dtype == jnp.uint8 else latent_dim + rope_dim
     key = (reference.index_block_bytes(dim),) if index.dtype == jnp.uint8 else (reference.BLOCK_SIZE, dim)
     if kv.shape[2:] != (reference.BLOCK_SIZE, row) or index.shape != (*kv.shape[:2], *key):
-        raise ValueError(f"caches of shapes {kv.shape} and {index.shape} do not hold rows of {row} and keys of {dim}")
+        raise ValueError(
+            f"caches kv and index of shapes {kv.shape} and {index.shape} do not hold rows of {row} and keys of {dim}"
+        )
+    if shapes != [(slots.shape[0], dim), (dim,), (dim,), angle_shape, angle_shape]:
+        raise ValueError(
+            f"cache_write: index_key, index_weight, index_bias, cos and sin of shapes {shapes} are not [T, dim], "
+            f"[dim], [dim] and twice [T, rope / 2] with {slots.shape[0]} slots"
+        )
     if scale_fmt not in SCALE_FORMATS:
         raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
-    if isinstance(layer, int) and not 0 <= layer < kv.shape[0]:
-        raise ValueError(f"layer {layer} is not in a cache of {kv.shape[0]} layers")
+    check_layer("cache_write", layer, kv.shape[0])
     unsupported = mosaic_gpu.unsupported(kv, index, kv_a, index_key, norms, angles)
     chosen = resolve(backend, "cache_write", KERNEL, unsupported)
     if slots.shape[0] == 0:
@@ -113,4 +146,5 @@ def cache_write(
 
     layer = jnp.full((1,), layer, jnp.int32)
     weights = (norms.latent_weight, norms.index_weight, norms.index_bias)
-    return without_gradient(kernel, "cache_write")(kv, index, layer, slots, kv_a, index_key, *weights, *angles)
+    kernel = without_gradient(launched(kernel, "cache_write", chosen), "cache_write")
+    return kernel(kv, index, layer, slots, kv_a, index_key, *weights, *angles)

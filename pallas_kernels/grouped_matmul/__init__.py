@@ -6,16 +6,31 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, NO_GRADIENT_OF_WEIGHT, gradient_of_reference, refuse_gradient, resolve
+from pallas_kernels.arguments import E4M3, FLOAT32, FLOATS, INT32, check
+from pallas_kernels.backend import (
+    KERNEL,
+    NO_GRADIENT_OF_WEIGHT,
+    gradient_of_reference,
+    launched,
+    refuse_gradient,
+    resolve,
+)
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.grouped_matmul import mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.mosaic_gpu import fewest_tile_rows
 from pallas_kernels.grouped_matmul.swiglu import Result
+from pallas_kernels.operators import callable_package
 from pallas_kernels.quant_matmul import BLOCK
+from pallas_kernels.quant_matmul.integer import check_rows
 from pallas_kernels.quant_matmul.reference import quant_matmul, scaled_matmul
 from pallas_kernels.quantize import SCALE_FORMATS, quantize
 
 __all__ = ["fewest_tile_rows", "grouped_dense_matmul", "grouped_matmul", "grouped_quant_matmul", "grouped_swiglu"]
+
+callable_package(__name__)
+
+ROWS = (*FLOATS, *E4M3)
+"""Rows, quantised already or not."""
 
 
 def grouped_matmul(
@@ -39,9 +54,31 @@ def grouped_matmul(
 
     Returns:
       [P, N].
+
+    Raises:
+      ValueError: rows or tile_expert have another dtype or rank, or the rows are no whole tiles.
+      BackendError: a kernel was asked for.
     """
+    check("grouped_matmul", rows=(rows, ROWS, "P K"), tile_expert=(tile_expert, INT32, "tiles"))
+    if rows.shape[0] % max(1, tile_expert.shape[0]):
+        raise ValueError(
+            f"grouped_matmul: rows {rows.shape} are no whole tiles, of which there are {tile_expert.shape}"
+        )
     resolve(backend, "grouped_matmul")
     return map_tiles(product, rows, tile_expert, weights)
+
+
+def check_dtypes(op: str, rows, tile_expert, used_tiles, row_scales=None) -> None:
+    """Raises ValueError for what the grouped products share, if it has another dtype or rank; None is left out."""
+    check_rows(op, rows, tile_expert, used_tiles, ROWS)
+    if row_scales is not None:
+        check(op, row_scales=(row_scales, FLOAT32, "P K/128"))
+
+
+def check_scale_fmt(scale_fmt: str | None) -> None:
+    """Raises ValueError for a format that does not exist."""
+    if scale_fmt not in SCALE_FORMATS:
+        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
 
 
 def check_tiles(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array) -> None:
@@ -106,9 +143,12 @@ def grouped_quant_matmul(
       [P, N] in the rows' dtype (bfloat16 of quantised rows), accumulated in float32.
 
     Raises:
-      ValueError: shapes do not fit.
-      BackendError: the kernel was asked for and does not take these arguments.
+      ValueError: other dtypes than these, unknown `scale_fmt`, or shapes do not fit.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_dtypes("grouped_quant_matmul", rows, tile_expert, used_tiles, row_scales)
+    check("grouped_quant_matmul", values=(values, E4M3, "E N K"), scales=(scales, FLOAT32, "E N/128 K/128"))
+    check_scale_fmt(scale_fmt)
     check_tiles(rows, values, tile_expert)
     check_scales(values, scales)
     check_row_scales(rows, row_scales, scales_by_group)
@@ -135,7 +175,11 @@ def grouped_quant_matmul(
             rows, row_scales = quantize(rows, scale_fmt)
         return mosaic_gpu.grouped_quant_matmul(rows, row_scales, *others, scales_by_group=by_group, interpret=interpret)
 
-    op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
+    op = (
+        plain
+        if chosen == "reference"
+        else gradient_of_reference(launched(kernel, "grouped_quant_matmul", chosen), plain)
+    )
     return op(rows, row_scales, values, scales, tile_expert, used_tiles)
 
 
@@ -161,9 +205,11 @@ def grouped_dense_matmul(
       [P, N] in the rows' dtype, accumulated in float32.
 
     Raises:
-      ValueError: shapes do not fit.
-      BackendError: the kernel was asked for and does not take these arguments.
+      ValueError: other dtypes than these, or shapes do not fit.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_dtypes("grouped_dense_matmul", rows, tile_expert, used_tiles)
+    check("grouped_dense_matmul", rows=(rows, FLOATS, "P K"), weights=(weights, FLOATS, "E N K"))
     check_tiles(rows, weights, tile_expert)
     reason = mosaic_gpu.unsupported_bf16(rows, weights, tile_expert)
     chosen = resolve(backend, "grouped_dense_matmul", KERNEL, reason)
@@ -180,7 +226,11 @@ def grouped_dense_matmul(
         interpret = mosaic.interpret_on(chosen)
         return mosaic_gpu.grouped_dense_matmul(*arrays, interpret=interpret)
 
-    op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
+    op = (
+        plain
+        if chosen == "reference"
+        else gradient_of_reference(launched(kernel, "grouped_dense_matmul", chosen), plain)
+    )
     return op(rows, weights, tile_expert, used_tiles)
 
 
@@ -227,14 +277,17 @@ def grouped_swiglu(
       [P, W] in the rows' dtype, or values float8_e4m3fn [P, W] and scales float32 [P, W / 128] ([W / 128, P]).
 
     Raises:
-      ValueError: shapes do not fit, `scale_fmt` is unknown, or a result to quantise has W that is no multiple of 128.
-      BackendError: the kernel was asked for and does not take these arguments.
+      ValueError: other dtypes than these, shapes do not fit, `scale_fmt` is unknown, or a result to quantise has W that
+        is no multiple of 128.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
     fp8 = gate_scales is not None
+    check_dtypes("grouped_swiglu", rows, tile_expert, used_tiles, row_scales)
+    axes = "E W K" if tile_expert is not None else "W K"
+    check("grouped_swiglu", gate=(gate, ROWS, axes), up=(up, ROWS, axes))
     check_swiglu(rows, gate, up, tile_expert, gate_scales, up_scales)
     check_row_scales(rows, row_scales, scales_by_group)
-    if scale_fmt not in SCALE_FORMATS:
-        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
+    check_scale_fmt(scale_fmt)
     if quantize_result and gate.shape[-2] % BLOCK:
         raise ValueError(f"a result of {gate.shape[-2]} columns is no whole groups of {BLOCK} to quantise")
     reason = mosaic_gpu.unsupported_swiglu(rows, gate, up, tile_expert, fp8)
@@ -258,7 +311,7 @@ def grouped_swiglu(
         interpret = mosaic.interpret_on(chosen)
         return mosaic_gpu.grouped_swiglu(rows, row_scales, *others, result=result, interpret=interpret)
 
-    op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
+    op = plain if chosen == "reference" else gradient_of_reference(launched(kernel, "grouped_swiglu", chosen), plain)
     weight_scales = (gate_scales, up_scales) if fp8 else ()
     found = op(rows, row_scales, (gate, up), weight_scales, tile_expert, used_tiles)
     return found if quantize_result else found[0]
@@ -285,5 +338,7 @@ def check_swiglu(
         return
     if gate.dtype != jnp.float8_e4m3fn or up.dtype != jnp.float8_e4m3fn or gate.shape[-1] % BLOCK:
         raise ValueError(f"weights with scales are float8_e4m3fn with K a multiple of {BLOCK}, not {gate.dtype}")
+    grid = "E W/128 K/128" if gate.ndim == 3 else "W/128 K/128"
+    check("grouped_swiglu", gate_scales=(gate_scales, FLOAT32, grid), up_scales=(up_scales, FLOAT32, grid))
     check_scales(gate, gate_scales)
     check_scales(up, up_scales)

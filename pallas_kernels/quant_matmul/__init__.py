@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, NO_GRADIENT_OF_WEIGHT, gradient_of_reference, refuse_gradient, resolve
+from pallas_kernels.arguments import E4M3, FLOAT32, FLOATS, check
+from pallas_kernels.backend import (
+    KERNEL,
+    NO_GRADIENT_OF_WEIGHT,
+    gradient_of_reference,
+    launched,
+    refuse_gradient,
+    resolve,
+)
+from pallas_kernels.operators import callable_package
 from pallas_kernels.quant_matmul import few_rows, many_rows, reference
 from pallas_kernels.quant_matmul.int4 import dequantize_int4, pack_int4, quantize_weight_int4, unpack_int4
 from pallas_kernels.quant_matmul.int8 import dequantize_int8, quantize_weight_int8
@@ -14,8 +23,8 @@ from pallas_kernels.quant_matmul.integer import (
     int4_matmul,
     int8_matmul,
 )
-from pallas_kernels.quant_matmul.reference import BLOCK, dequantize_blocks
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quant_matmul.reference import dequantize_blocks
+from pallas_kernels.quantize import BLOCK, GROUP, SCALE_FORMATS, quantize, quantize_weight_fp8
 
 __all__ = [
     "BLOCK",
@@ -28,11 +37,14 @@ __all__ = [
     "int8_matmul",
     "pack_int4",
     "quant_matmul",
+    "quantize_weight_fp8",
     "quantize_weight_int4",
     "quantize_weight_int8",
     "unpack_int4",
     "unsupported",
 ]
+
+callable_package(__name__)
 
 
 def unsupported(x: jax.Array, values: jax.Array, quantize_input: bool) -> str | None:
@@ -73,8 +85,18 @@ def quant_matmul(
       [M, N] in x's dtype, accumulated in float32.
 
     Raises:
-      ValueError: shapes do not fit, or K is no multiple of 128 while the input is quantised.
+      ValueError: other dtypes or ranks than these, unknown `scale_fmt`, shapes do not fit, or K is no multiple of 128
+        while the input is quantised.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check(
+        "quant_matmul",
+        x=(x, FLOATS, "M K"),
+        values=(values, E4M3, "N K"),
+        scales=(scales, FLOAT32, "N/128 K/128"),
+    )
+    if scale_fmt not in SCALE_FORMATS:
+        raise ValueError(f"scale_fmt {scale_fmt!r} is unknown; it is one of {SCALE_FORMATS}")
     chosen = resolve(backend, "quant_matmul", KERNEL, unsupported(x, values, quantize_input))
     grid = tuple(-(-side // BLOCK) for side in values.shape)
     if x.shape[-1] != values.shape[-1] or scales.shape != grid:
@@ -83,6 +105,8 @@ def quant_matmul(
             f"the last axes of x and values must agree and scales must be {grid}"
         )
 
+    if quantize_input and x.shape[-1] % GROUP:
+        raise ValueError(f"quant_matmul quantises x in groups of {GROUP} columns; it has {x.shape[-1]}")
     values = refuse_gradient(values, NO_GRADIENT_OF_WEIGHT)
 
     def plain(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
@@ -98,4 +122,4 @@ def quant_matmul(
             return few_rows.matmul(rows, row_scales, values, scales, dtype=x.dtype, interpret=interpret)
         return many_rows.many_rows_matmul(rows, row_scales.T, values, scales, interpret=interpret)
 
-    return gradient_of_reference(kernel, plain)(x, values, scales)
+    return gradient_of_reference(launched(kernel, "quant_matmul", chosen), plain)(x, values, scales)

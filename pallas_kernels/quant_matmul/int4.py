@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arguments import FLOATS, check
+
 GROUP = 128
 """Values along K that share a scale and a zero."""
 BIASED = 0x4300
@@ -31,7 +33,13 @@ def pack_int4(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> tuple[j
     Returns:
       packed uint8 [..., N, K / 2], two values a byte; words uint32 [..., K / 128, N], the bits of a scale above those
       of 128 + zero as bfloat16.
+
+    Raises:
+      ValueError: other dtypes than these.
     """
+    axes = "... N K/128"
+    check("pack_int4", values=(values, ("uint8",), "... N K"))
+    check("pack_int4", scales=(scales, ("bfloat16",), axes), zeros=(zeros, ("uint8",), axes))
     parts = values.reshape(*values.shape[:-1], -1, 4, 2, 2, 4, 2)
     first = values.ndim
     order = (3, 0, 4, 1, 2)  # lane of a quad, word, half of the word, and nibble of the half in two bits
@@ -65,7 +73,13 @@ def quantize_weight_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       packed and words, see `pack_int4`.
+
+    Raises:
+      ValueError: the weight is not float, or K is no multiple of 128.
     """
+    check("quantize_weight_int4", weight=(weight, FLOATS, "... N K"))
+    if weight.shape[-1] % GROUP:
+        raise ValueError(f"quantize_weight_int4 needs K a multiple of {GROUP}, not {weight.shape[-1]}")
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, GROUP)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
     scales, zeros = int4_scales(low, high)
@@ -86,6 +100,7 @@ def int4_values(weight: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.A
 
 def dequantize_int4(packed: jax.Array, words: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """[..., N, K] in `dtype`."""
+    check("dequantize_int4", packed=(packed, ("uint8",), "... N K/2"), words=(words, ("uint32",), "... K/128 N"))
     values, scales, zeros = unpack_int4(packed, words)
     grouped = values.astype(jnp.float32).reshape(*scales.shape, GROUP)
     grouped = (grouped - zeros[..., None].astype(jnp.float32)) * scales[..., None].astype(jnp.float32)

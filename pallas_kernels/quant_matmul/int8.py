@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import FLOAT32, FLOATS, check
 from pallas_kernels.quantize import quantize_int8
 
 
@@ -17,11 +18,13 @@ def quantize_weight_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       values int8 [..., N, K], from -127 to 127, and scales float32 [..., N].
     """
+    check("quantize_weight_int8", weight=(weight, FLOATS, "... N K"))
     return quantize_int8(weight, backend="reference")
 
 
 def dequantize_int8(values: jax.Array, scales: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """[..., N, K] in `dtype`."""
+    check("dequantize_int8", values=(values, ("int8",), "... N K"), scales=(scales, FLOAT32, "... N"))
     return (values.astype(jnp.float32) * scales[..., None]).astype(dtype)
 
 

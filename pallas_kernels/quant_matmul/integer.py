@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
+from pallas_kernels.arguments import FLOATS, INT32, check, check_axes
+from pallas_kernels.backend import KERNEL, gradient_of_reference, launched, resolve
 from pallas_kernels.chunking import map_tiles
 from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, int4, int8, many_rows
 from pallas_kernels.quant_matmul.int4 import GROUP
@@ -14,7 +15,7 @@ from pallas_kernels.quantize import quantize_int8
 from pallas_kernels.quantize.mosaic_gpu import int8_unsupported as quantize_unsupported
 
 
-def check(x: jax.Array, expected: dict[str, tuple[jax.Array, Any, tuple[int, ...]]]) -> None:
+def check_operands(x: jax.Array, expected: dict[str, tuple[jax.Array, Any, tuple[int, ...]]]) -> None:
     """Raises ValueError if an operand has another dtype or shape than expected: (operand, dtype, shape) by name."""
     for name, (operand, dtype, shape) in expected.items():
         if operand.dtype != dtype or operand.shape != shape:
@@ -26,7 +27,7 @@ def check(x: jax.Array, expected: dict[str, tuple[jax.Array, Any, tuple[int, ...
 def check_int8(x: jax.Array, values: jax.Array, scales: jax.Array) -> None:
     """Raises ValueError if x [M, K], values [..., N, K] and scales [..., N] do not fit."""
     rows = values.shape[:-1]
-    check(x, {"values": (values, jnp.int8, (*rows, x.shape[-1])), "scales": (scales, jnp.float32, rows)})
+    check_operands(x, {"values": (values, jnp.int8, (*rows, x.shape[-1])), "scales": (scales, jnp.float32, rows)})
 
 
 def check_int4(x: jax.Array, packed: jax.Array, words: jax.Array) -> None:
@@ -36,7 +37,7 @@ def check_int4(x: jax.Array, packed: jax.Array, words: jax.Array) -> None:
     if rest:
         raise ValueError(f"four-bit weights are in groups of {GROUP} along K; x has K = {x.shape[-1]}")
     values = (packed, jnp.uint8, (*experts, rows, groups * GROUP // 2))
-    check(x, {"packed": values, "words": (words, jnp.uint32, (*experts, groups, rows))})
+    check_operands(x, {"packed": values, "words": (words, jnp.uint32, (*experts, groups, rows))})
 
 
 def check_plan(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array) -> int:
@@ -48,6 +49,14 @@ def check_plan(rows: jax.Array, weights: jax.Array, tile_expert: jax.Array) -> i
             f"have three axes, and there must be as many rows in each tile"
         )
     return rows.shape[0] // tiles
+
+
+def check_rows(op: str, rows, tile_expert, used_tiles, dtypes: tuple[str, ...] = FLOATS) -> None:
+    """Raises ValueError for rows, or what a plan says of their tiles, of another dtype or rank; None is no plan."""
+    check(op, rows=(rows, dtypes, "P K"))
+    for name, array, axes in (("tile_expert", tile_expert, "tiles"), ("used_tiles", used_tiles, "")):
+        if array is not None:
+            check(op, **{name: (array, INT32, axes)})
 
 
 def takes_many(x: jax.Array, values: jax.Array, tile: int | None) -> bool:
@@ -95,6 +104,8 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
       ValueError: shapes or dtypes do not fit.
       BackendError: the kernel was asked for and does not take these arguments.
     """
+    check("int8_matmul", x=(x, FLOATS, "M K"))
+    check_axes("int8_matmul", values=(values, "N K"))
     check_int8(x, values, scales)
     chosen = resolve(backend, "int8_matmul", KERNEL, unsupported_int8(x, values))
     if chosen == "reference":
@@ -106,7 +117,7 @@ def int8_matmul(x: jax.Array, values: jax.Array, scales: jax.Array, *, backend: 
             return many_rows.many_rows_matmul(*quantised_rows(x, chosen), values, scales, interpret=interpret)
         return few_rows_int8.matmul(*quantize_int8(x), values, scales, dtype=x.dtype, interpret=interpret)
 
-    return gradient_of_reference(kernel, int8.matmul)(x, values, scales)
+    return gradient_of_reference(launched(kernel, "int8_matmul", chosen), int8.matmul)(x, values, scales)
 
 
 def grouped_int8_matmul(
@@ -136,6 +147,7 @@ def grouped_int8_matmul(
       ValueError: shapes or dtypes do not fit.
       BackendError: the kernel was asked for and does not take these arguments.
     """
+    check_rows("grouped_int8_matmul", rows, tile_expert, used_tiles)
     tile = check_plan(rows, values, tile_expert)
     check_int8(rows, values, scales)
     chosen = resolve(backend, "grouped_int8_matmul", KERNEL, unsupported_int8(rows, values, tile))
@@ -150,7 +162,11 @@ def grouped_int8_matmul(
             return many_rows.many_rows_matmul(*quantised_rows(rows, chosen), *weight, interpret=interpret)
         return few_rows_int8.grouped_matmul(*quantize_int8(rows), *weight, dtype=rows.dtype, interpret=interpret)
 
-    op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
+    op = (
+        plain
+        if chosen == "reference"
+        else gradient_of_reference(launched(kernel, "grouped_int8_matmul", chosen), plain)
+    )
     return op(rows, values, scales, tile_expert, used_tiles)
 
 
@@ -173,6 +189,8 @@ def int4_matmul(x: jax.Array, packed: jax.Array, words: jax.Array, *, backend: s
       ValueError: shapes or dtypes do not fit.
       BackendError: the kernel was asked for and does not take these arguments.
     """
+    check("int4_matmul", x=(x, FLOATS, "M K"))
+    check_axes("int4_matmul", packed=(packed, "N K/2"))
     check_int4(x, packed, words)
     if backend == "auto" and x.shape[0] > few_rows_int4.MOST_ROWS:
         backend = "reference"  # meant for them
@@ -183,7 +201,7 @@ def int4_matmul(x: jax.Array, packed: jax.Array, words: jax.Array, *, backend: s
     def kernel(x, packed, words):
         return few_rows_int4.matmul(x, packed, words, dtype=x.dtype, interpret=mosaic.interpret_on(chosen))
 
-    return gradient_of_reference(kernel, int4.matmul)(x, packed, words)
+    return gradient_of_reference(launched(kernel, "int4_matmul", chosen), int4.matmul)(x, packed, words)
 
 
 def grouped_int4_matmul(
@@ -213,6 +231,7 @@ def grouped_int4_matmul(
       ValueError: shapes or dtypes do not fit.
       BackendError: the kernel was asked for and does not take these arguments.
     """
+    check_rows("grouped_int4_matmul", rows, tile_expert, used_tiles)
     tile = check_plan(rows, packed, tile_expert)
     check_int4(rows, packed, words)
     chosen = resolve(backend, "grouped_int4_matmul", KERNEL, few_rows_int4.unsupported(rows, packed, tile))
@@ -225,5 +244,9 @@ def grouped_int4_matmul(
         how = {"dtype": rows.dtype, "interpret": mosaic.interpret_on(chosen)}
         return few_rows_int4.grouped_matmul(rows, packed, words, tile_expert, used_tiles, **how)
 
-    op = plain if chosen == "reference" else gradient_of_reference(kernel, plain)
+    op = (
+        plain
+        if chosen == "reference"
+        else gradient_of_reference(launched(kernel, "grouped_int4_matmul", chosen), plain)
+    )
     return op(rows, packed, words, tile_expert, used_tiles)

@@ -3,13 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import quantize
-
-BLOCK = 128
+from pallas_kernels.arguments import E4M3, FLOAT32, check
+from pallas_kernels.quantize import BLOCK, quantize
 
 
 def dequantize_blocks(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """values [..., N, K] times the scales of their 128 x 128 blocks [..., ceil(N/128), ceil(K/128)]."""
+    """values float8_e4m3fn [..., N, K] times the scales, float32, of their 128 x 128 blocks.
+
+    Raises ValueError for other dtypes, or scales of another shape than [..., ceil(N / 128), ceil(K / 128)].
+    """
+    check("dequantize_blocks", values=(values, E4M3, "... N K"), scales=(scales, FLOAT32, "... N/128 K/128"))
+    grid = (*values.shape[:-2], *(-(-side // BLOCK) for side in values.shape[-2:]))
+    if scales.shape != grid:
+        raise ValueError(f"dequantize_blocks: scales of values {values.shape} must be {grid}, not {scales.shape}")
     rows, columns = values.shape[-2:]
     full = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :], BLOCK, axis=-1)[..., :columns]
     return (values.astype(jnp.float32) * full).astype(dtype)

@@ -1,15 +1,31 @@
-"""Quantisation of activations: FP8 in groups along the last axis, alone or behind an RMSNorm, and int8 by token."""
+"""Quantisation: of activations to FP8 in groups, alone or behind an RMSNorm, or int8 by token; of weights in blocks."""
 
 import functools
 
 import jax
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, resolve, without_gradient
+from pallas_kernels.arguments import E4M3, FLOAT32, FLOATS, check_size
+from pallas_kernels.arguments import check as check_arrays
+from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
+from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize import mosaic_gpu, reference
-from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS, dequantize
+from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS
+from pallas_kernels.quantize.weights import BLOCK, quantize_weight_fp8
 
-__all__ = ["FP8_MAX", "GROUP", "SCALE_FORMATS", "dequantize", "quantize", "quantize_int8", "rms_norm_quantize"]
+__all__ = [
+    "BLOCK",
+    "FP8_MAX",
+    "GROUP",
+    "SCALE_FORMATS",
+    "dequantize",
+    "quantize",
+    "quantize_int8",
+    "quantize_weight_fp8",
+    "rms_norm_quantize",
+]
+
+callable_package(__name__)
 
 
 def check(x: jax.Array, scale_fmt: str | None, group: int) -> None:
@@ -37,8 +53,11 @@ def quantize(
       values float8_e4m3fn [..., N] and scales float32 [..., N / group]; x is about values * scales.
 
     Raises:
-      ValueError: N is no multiple of `group`, or `scale_fmt` is unknown.
+      ValueError: x is not float, N is no multiple of `group`, or `scale_fmt` is unknown.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_arrays("quantize", x=(x, FLOATS, "... N"))
+    check_size("quantize", group=group)
     unsupported = mosaic_gpu.unsupported(x, group)
     chosen = resolve(backend, "quantize", KERNEL, unsupported)
     check(x, scale_fmt, group)
@@ -46,7 +65,7 @@ def quantize(
         return reference.quantize(x, scale_fmt, group)
     interpret = mosaic.interpret_on(chosen)
     kernel = functools.partial(mosaic_gpu.quantize, scale_fmt=scale_fmt, interpret=interpret)
-    return without_gradient(kernel, "quantize")(x)
+    return without_gradient(launched(kernel, "quantize", chosen), "quantize")(x)
 
 
 def rms_norm_quantize(
@@ -66,8 +85,12 @@ def rms_norm_quantize(
       values float8_e4m3fn [..., N] and scales float32 [..., N / 128].
 
     Raises:
-      ValueError: N is no multiple of 128, or `scale_fmt` is unknown.
+      ValueError: other dtypes or shapes than these, N is no multiple of 128, or `scale_fmt` is unknown.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_arrays("rms_norm_quantize", x=(x, FLOATS, "... N"), weight=(weight, FLOATS, "N"))
+    if weight.shape[0] != x.shape[-1]:
+        raise ValueError(f"rms_norm_quantize needs weight [{x.shape[-1]}], as x has columns, not {weight.shape}")
     unsupported = mosaic_gpu.norm_unsupported(x, weight)
     chosen = resolve(backend, "rms_norm_quantize", KERNEL, unsupported)
     check(x, scale_fmt, GROUP)
@@ -75,7 +98,7 @@ def rms_norm_quantize(
         return reference.rms_norm_quantize(x, weight, eps, scale_fmt)
     interpret = mosaic.interpret_on(chosen)
     kernel = functools.partial(mosaic_gpu.rms_norm_quantize, eps=eps, scale_fmt=scale_fmt, interpret=interpret)
-    return without_gradient(kernel, "rms_norm_quantize")(x, weight)
+    return without_gradient(launched(kernel, "rms_norm_quantize", chosen), "rms_norm_quantize")(x, weight)
 
 
 def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
@@ -87,9 +110,32 @@ def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, ja
 
     Returns:
       values int8 [..., N], from -127 to 127, and scales float32 [...]; x is about values * scales.
+
+    Raises:
+      ValueError: x is not float.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
+    check_arrays("quantize_int8", x=(x, FLOATS, "... N"))
     chosen = resolve(backend, "quantize_int8", KERNEL, mosaic_gpu.int8_unsupported(x))
     if chosen == "reference" or x.size == 0:
         return reference.quantize_int8(x)
     interpret = mosaic.interpret_on(chosen)
-    return without_gradient(functools.partial(mosaic_gpu.quantize_int8, interpret=interpret), "quantize_int8")(x)
+    kernel = functools.partial(mosaic_gpu.quantize_int8, interpret=interpret)
+    return without_gradient(launched(kernel, "quantize_int8", chosen), "quantize_int8")(x)
+
+
+def dequantize(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = "float32") -> jax.Array:
+    """What `quantize` made of an array, in `dtype`.
+
+    Args:
+      values: float8_e4m3fn [..., N].
+      scales: float32 [..., G], each for N / G consecutive values.
+      dtype: of the result.
+
+    Raises:
+      ValueError: other dtypes than these, or the shapes do not fit.
+    """
+    check_arrays("dequantize", values=(values, E4M3, "... N"), scales=(scales, FLOAT32, "... G"))
+    if values.shape[:-1] != scales.shape[:-1] or values.shape[-1] % max(1, scales.shape[-1]):
+        raise ValueError(f"dequantize: scales {scales.shape} are not one for each group of values {values.shape}")
+    return reference.dequantize(values, scales, dtype)

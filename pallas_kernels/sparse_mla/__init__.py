@@ -3,13 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import KERNEL, gradient_of_reference, resolve
+from pallas_kernels.arguments import FLOATS, INT32, check, check_layer, check_size
+from pallas_kernels.backend import KERNEL, gradient_of_reference, launched, resolve
+from pallas_kernels.cache_write import record_bytes
 from pallas_kernels.chunking import CHUNK_BYTES
 from pallas_kernels.mosaic import interpret_on
+from pallas_kernels.operators import callable_package
 from pallas_kernels.sparse_mla import mosaic_gpu, reference
 from pallas_kernels.sparse_mla.reference import dense_mla
 
 __all__ = ["dense_mla", "sparse_mla"]
+
+callable_package(__name__)
 
 
 def sparse_mla(
@@ -49,27 +54,39 @@ def sparse_mla(
       out 0 and lse -inf.
 
     Raises:
-      ValueError: the shapes do not fit together.
-      BackendError: the kernel was asked for and does not take these arguments.
+      ValueError: other dtypes than these, no such layer, or the shapes do not fit together.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
-    ranks_fit = kv.ndim == 4 and queries.ndim == 3 and slots.ndim == 2
-    if (
-        not ranks_fit
-        or slots.shape[0] != queries.shape[0]
-        or (lengths is not None and lengths.shape != slots.shape[:1])
-    ):
+    check(
+        "sparse_mla",
+        queries=(queries, FLOATS, "T H D"),
+        kv=(kv, (*FLOATS, "uint8"), "layers blocks block D"),
+        slots=(slots, INT32, "T K"),
+    )
+    if lengths is not None:
+        check("sparse_mla", lengths=(lengths, INT32, "T"))
+    if slots.shape[0] != queries.shape[0] or (lengths is not None and lengths.shape != slots.shape[:1]):
         raise ValueError(
             f"sparse_mla needs queries [T, H, D], kv [layers, blocks, 64, D], slots [T, K] and lengths [T], not "
             f"{queries.shape}, {kv.shape}, {slots.shape} and {None if lengths is None else lengths.shape}"
         )
+    check_layer("sparse_mla", layer, kv.shape[0])
+    check_size("sparse_mla", 0, rope_dim=rope_dim)
     backend = resolve(backend, "sparse_mla", KERNEL, mosaic_gpu.unsupported(queries, kv, slots, scale, rope_dim))
+    latent = queries.shape[2] - rope_dim
+    row = record_bytes(latent, rope_dim) if kv.dtype == jnp.uint8 else queries.shape[2]
+    if latent < 1 or kv.shape[3] != row:
+        raise ValueError(
+            f"sparse_mla: queries of {queries.shape[2]} columns, {rope_dim} of them rope, need rows of {row} in kv "
+            f"of {kv.dtype}, not of {kv.shape[3]}"
+        )
     if backend == "reference":
         return reference.sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
     interpret = interpret_on(backend)
 
     # What may be a tracer goes in as an argument; a missing array is an empty tree of them.
     op = gradient_of_reference(
-        lambda *arrays: mosaic_gpu.sparse_mla(*arrays, scale, interpret=interpret),
+        launched(lambda *arrays: mosaic_gpu.sparse_mla(*arrays, scale, interpret=interpret), "sparse_mla", backend),
         lambda *arrays: reference.sparse_mla(*arrays, scale, rope_dim, chunk_bytes),
     )
     return op(queries, kv, jnp.asarray(layer, jnp.int32), slots, lengths)

@@ -1,14 +1,21 @@
 """Exact, deterministic selection of the k largest scores of each row."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.backend import KERNEL, resolve
+from pallas_kernels.arguments import FLOAT32, INT32, check, check_size
+from pallas_kernels.backend import KERNEL, launched, resolve
+from pallas_kernels.operators import callable_package
 from pallas_kernels.top_k import mosaic_gpu, reference
 from pallas_kernels.tuning import TOP_K_LIMIT
+
+__all__ = ["LONGEST", "top_k", "unsupported"]
+
+callable_package(__name__)
 
 LONGEST = 163840
 """Scores in a row that the kernel takes."""
@@ -38,14 +45,18 @@ def top_k(scores: jax.Array, k: int, *, lengths: jax.Array | None = None, backen
       the positions is not specified, but the same in each run.
 
     Raises:
-      ValueError: k is less than 1, lengths are not one a row, or the named kernel does not take these arguments.
+      ValueError: other dtypes or ranks than these, k is no int or less than 1, or lengths are not one a row.
+      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
     """
-    if k < 1:
-        raise ValueError(f"top_k needs k >= 1, not {k}")
+    check("top_k", scores=(scores, FLOAT32, "T L"))
+    check_size("top_k", k=k)
+    if lengths is not None:
+        check("top_k", lengths=(lengths, INT32, "T"))
     if lengths is not None and lengths.shape != scores.shape[:-1]:
         raise ValueError(f"top_k needs a length for each row: {scores.shape[:-1]}, not {lengths.shape}")
     chosen = resolve(backend, "top_k", KERNEL, unsupported(scores.shape, scores.dtype, k))
     if chosen == "reference":
         return reference.top_k(scores, k, lengths)
     interpret = mosaic.interpret_on(chosen)
-    return mosaic_gpu.top_k(scores, k, lengths=lengths, interpret=interpret)
+    kernel = functools.partial(mosaic_gpu.top_k, k=k, lengths=lengths, interpret=interpret)
+    return launched(kernel, "top_k", chosen)(scores)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.quantize import dequantize, quantize, quantize_int8
+from dsv32_jax.quant import quantize_weight
+from pallas_kernels.quant_matmul import dequantize_blocks
+from pallas_kernels.quantize import dequantize, quantize, quantize_int8, quantize_weight_fp8
 from pallas_kernels.quantize.reference import round_up_to_power_of_two
 from tests import numpy_model
 
@@ -121,3 +123,17 @@ def test_errors_name_what_is_wrong():
         quantize(jnp.zeros((2, 128)), group=64, backend="mosaic_gpu")
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         quantize(jnp.zeros((2, 128)), backend="cuda")
+
+
+def test_fp8_weights_have_the_least_powers_of_two_that_hold_their_blocks():
+    weight = np.random.default_rng(0).standard_normal((2, 130, 200)).astype(np.float32) * 50
+    values, scales = quantize_weight_fp8(jnp.asarray(weight))
+    assert values.shape == weight.shape and values.dtype == jnp.float8_e4m3fn and scales.shape == (2, 2, 2)
+    for block in np.ndindex(scales.shape):
+        lead, rows, columns = block[0], *(slice(128 * n, 128 * (n + 1)) for n in block[1:])
+        largest, scale = np.abs(weight[lead, rows, columns]).max(), float(scales[block])
+        assert scale == 2 ** np.ceil(np.log2(largest / 448))
+    np.testing.assert_allclose(dequantize_blocks(values, scales), weight, atol=16 * float(scales.max()))
+    stored = quantize_weight(jnp.asarray(weight))
+    np.testing.assert_array_equal(np.asarray(stored.values).view(np.uint8), np.asarray(values).view(np.uint8))
+    np.testing.assert_array_equal(stored.scales, scales)

@@ -10,6 +10,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import export, report, training
 from dsv32_jax.experiments.train_demo.evaluate import MODES
 from dsv32_jax.experiments.train_demo.sizes import SIZES
+from dsv32_jax.files import locked
 from dsv32_jax.params import named_parameters
 from dsv32_jax.quant import QTensor
 
@@ -43,7 +44,9 @@ def test_export_is_fp8_and_near_the_weights(weights, tmp_path):
     assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == 1
     export.export(weights, SIZES["tiny"].config, target)
     assert (target / "README.md").read_text() == "# Card\n"
-    assert not list(tmp_path.glob("*.new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    with locked(target), pytest.raises(UserError, match="demo: process"):
+        export.export(weights, SIZES["tiny"].config, target)
 
 
 def test_export_of_no_checkpoint_is_refused(tmp_path):

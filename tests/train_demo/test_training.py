@@ -14,6 +14,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import stages, training
 from dsv32_jax.experiments.train_demo.sizes import SIZES, Stage
 from dsv32_jax.experiments.train_demo.stages import Training
+from dsv32_jax.files import locked
 
 TINY = SIZES["tiny"]
 SHARED = {"pretrain": {"batch": 2, "length": 128}, "chat": {"bias_speed": 0.001}}
@@ -125,6 +126,8 @@ def test_another_machine_starts_from_bfloat16_weights(whole, data, tmp_path):
 def test_two_runs_do_not_mix(whole, data):
     with pytest.raises(UserError, match="holds another run"):
         Training("tiny", whole[0], data, seed=5)
+    with locked(whole[0]), pytest.raises(UserError, match="is writing it"):
+        Training("tiny", whole[0], data).train()
 
 
 def test_unknown_size_and_stage_are_refused(data, tmp_path):

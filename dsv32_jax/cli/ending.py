@@ -1,0 +1,144 @@
+"""How a command ends: exit codes, and streams that are closed.
+
+| code | |
+|---|---|
+| 0 | all went well |
+| 1 | `bench`: a shape failed; `serve`: the engine's thread ended |
+| 2 | wrong input, or a file that cannot be read or written: one line, `error: ...` |
+| 130 | interrupted by Ctrl-C |
+| 141 | nobody reads the output any more, as in `dsv32 generate | head -1` |
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TextIO
+
+import typer
+
+from dsv32_jax.errors import CheckpointWarning, SurroundingsWarning, UserError
+
+__all__ = ["code_of", "end_process", "prepare_process"]
+
+WRONG, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+
+
+def code_of(command: Callable[[], None]) -> int:
+    """Runs a command to its end; its exit code. What there is to say has been said."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold any bytes, and a terminal may lack the characters of a text.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            command()
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as exit:
+        return exit.exit_code
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    except KeyboardInterrupt:
+        with _deaf():  # a second Ctrl-C must not come into the way of the last line
+            say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return PIPE_CLOSED
+    except UserError as error:
+        return wrong(str(error))
+    except OSError as error:
+        return wrong(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Exception as error:
+        if (usage := _usage(error)) is not None:
+            return usage
+        raise
+    finally:
+        _flush()
+
+
+def wrong(message: str) -> int:
+    say("error: " + " ".join(message.split()))
+    return WRONG
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        print(line, file=sys.stderr, flush=True)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; what is wrong with files and surroundings is not a matter of a place in the code."""
+    theirs = issubclass(category, CheckpointWarning | SurroundingsWarning)
+    text = str(message) if theirs else f"{filename}:{lineno}: {category.__name__}: {message}"
+    say("warning: " + " ".join(text.split()))
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C is passed over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _usage(error: Exception) -> int | None:
+    """Of a command line that typer does not take, in one line; None for other errors."""
+    if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+        return None
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        say(message)
+        return error.exit_code
+    hint = "" if context is None else f" (see `{context.command_path} --help`)"
+    return wrong(message.rstrip(".") + hint)
+
+
+def _flush() -> None:
+    """What cannot be written is dropped, so that Python does not try again and complain at its own end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# ---- a process of its own ----
+
+
+def prepare_process() -> None:
+    """Opens what is closed of the three standard streams."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file that is opened gets this number, and what is meant for the screen goes into it.
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def end_process(code: int) -> NoReturn:
+    """At once where programs are still compiled, which Python would wait for."""
+    compiling = sys.modules.get("dsv32_jax.compiling")  # no need to import it for `--help`
+    if compiling and any(thread.name.startswith(compiling.THREADS) for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,102 @@
+"""The verbs, and what all of them refuse."""
+
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command
+
+from dsv32_jax import __version__, progress
+from dsv32_jax.cli import chat, checkpoints, measuring, scoring, serving, text, tokens
+from dsv32_jax.errors import UserError
+
+__all__ = ["run"]
+
+CHECKPOINTS = ("source", "target")
+"""Paths of checkpoint directories. The libraries that read and write tensors take only names that are UTF-8; files
+that Python itself opens may have any name."""
+
+
+class Verb(TyperCommand):
+    """A verb whose texts are text (an argument may be any bytes), on a platform that JAX can start on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, str) or (one is not None and parameter.name in CHECKPOINTS):
+                    refuse_other_bytes(str(one), flag_of(parameter))
+        check_platform()
+        return super().invoke(ctx)
+
+
+def flag_of(parameter: Any) -> str:
+    """As one writes it: `--prompt`, `SRC`."""
+    if parameter.param_type_name == "option":
+        return max(parameter.opts, key=len)
+    return (parameter.metavar or parameter.name).strip("[].")
+
+
+def refuse_other_bytes(value: str, name: str) -> None:
+    """Raises UserError where Python has put surrogates for bytes that are not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (character {error.start})") from error
+
+
+def check_platform() -> None:
+    """Raises UserError where JAX cannot start as the environment asks: before anything is written."""
+    for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+        wanted = os.environ.get(name)
+        if not wanted or wanted == "cpu":
+            continue
+        try:
+            import jax
+
+            jax.devices()
+        except Exception as error:  # JAX has many types for this, one of them an empty AssertionError
+            reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "JAX has no such device"
+            raise UserError(f"{name}={wanted}: {reason}; unset it, or set {name}=cpu") from error
+
+
+app = typer.Typer(
+    help="DeepSeek-V3.2-Exp in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for verb in (
+    text.generate,
+    chat.chat,
+    scoring.score,
+    tokens.tokenize,
+    checkpoints.info,
+    checkpoints.convert,
+    checkpoints.quantize,
+    measuring.fidelity,
+    serving.serve,
+    measuring.bench,
+):
+    app.command(cls=Verb)(verb)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"dsv32-jax {__version__}")
+        raise typer.Exit
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs a command; exceptions of all kinds come out as they are."""
+    # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
+    command = get_command(app)
+    with progress.shown(), command.make_context("dsv32", list(argv)) as context:
+        command.invoke(context)
