@@ -33,7 +33,7 @@ class Changing:
         """Does what `settle_or_leave` left."""
         raise NotImplementedError
 
-    def change(self, call: Callable[..., T], *given: Any) -> T:
+    def change(self, call: Callable[..., T], *arguments: Any) -> T:
         """Calls what changes the state; raises what it raises."""
         with self.lock:
             if self.torn and self._is_inside(sys._getframe(1)):
@@ -43,7 +43,7 @@ class Changing:
                     self.start_anew("an earlier call was interrupted")
                 self.torn = True
                 self.settle()
-                result = call(*given)
+                result = call(*arguments)
                 self.torn = False
                 return result
             except BaseException as error:

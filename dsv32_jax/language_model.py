@@ -104,11 +104,11 @@ class LanguageModel:
 
     def _check_config(self) -> None:
         """A step computes by the model's own config: another one here would be read in part."""
-        own, other = (vars(config) for config in (self.model.config, self.config))
-        for name in own:
-            if own[name] != other[name] and name not in CONFIG_OF_TEXT:
+        computed, said = (vars(config) for config in (self.model.config, self.config))
+        for name in computed:
+            if computed[name] != said[name] and name not in CONFIG_OF_TEXT:
                 raise UserError(
-                    f"config: {name} is {other[name]!r}, and the model's own config says {own[name]!r}; "
+                    f"config: {name} is {said[name]!r}, and the model's own config says {computed[name]!r}; "
                     "a step computes by the latter, so the two must agree"
                 )
 
@@ -371,8 +371,8 @@ class LanguageModel:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         prompt = self.tokenizer.render_chat(turns, thinking=thinking)
         split, tokens = ReasoningSplit(self.tokenizer, prompt, thinking), []
-        how = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        for piece in self.stream([self.tokenizer.encode(prompt)], max_new_tokens, **how):
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        for piece in self.stream([self.tokenizer.encode(prompt)], max_new_tokens, **sampling):
             tokens.append(piece.token)
             split.add(piece.token, piece.text or "")
         split.finish()
