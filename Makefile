@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: setup
-	$(PYTHON) -m experiments.demo
+	$(PYTHON) -m dsv32_jax.experiments.demo
 
 test: setup
 	$(PYTHON) -m pytest -n 2

@@ -193,11 +193,11 @@ def digest(arrays: Any) -> str | None:
     leaves, structure = jax.tree.flatten(arrays)
     if not leaves:
         return None
-    found = hashlib.sha256(str(structure).encode())
+    digest = hashlib.sha256(str(structure).encode())
     for leaf in map(np.asarray, leaves):
-        found.update(f"{leaf.dtype}{leaf.shape}".encode())
-        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _as(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):

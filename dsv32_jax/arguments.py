@@ -29,11 +29,11 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """An integer from `least` to `most`."""
     if isinstance(value, bool):
         instance(name, value, (), "a whole number")
-    found = int(instance(name, value, (int, np.integer), "a whole number"))
-    if found < least or (most is not None and found > most):
+    whole = int(instance(name, value, (int, np.integer), "a whole number"))
+    if whole < least or (most is not None and whole > most):
         where = f"at least {least}" if most is None else f"in {least}..{most}"
-        raise UserError(f"{name}: {shown(found)}; must be {where}")
-    return found
+        raise UserError(f"{name}: {shown(whole)}; must be {where}")
+    return whole
 
 
 def number(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from dsv32_jax.params import named_parameters
 from dsv32_jax.parts import dequantized, with_weights
 from dsv32_jax.progress import progress_bar
 from dsv32_jax.prompts import Prompts, rows_of
+from dsv32_jax.reasoning import ReasoningSplit
 from dsv32_jax.results import Answer, Generation, Piece, Score
 from dsv32_jax.sampling import NOT_FINITE, check_sampling, not_finite, row_keys, sample
 from dsv32_jax.snapshot import Snapshot
@@ -104,11 +104,11 @@ class LanguageModel:
 
     def _check_config(self) -> None:
         """A step computes by the model's own config: another one here would be read in part."""
-        own, other = (vars(config) for config in (self.model.config, self.config))
-        for name in own:
-            if own[name] != other[name] and name not in CONFIG_OF_TEXT:
+        computed, said = (vars(config) for config in (self.model.config, self.config))
+        for name in computed:
+            if computed[name] != said[name] and name not in CONFIG_OF_TEXT:
                 raise UserError(
-                    f"config: {name} is {other[name]!r}, and the model's own config says {own[name]!r}; "
+                    f"config: {name} is {said[name]!r}, and the model's own config says {computed[name]!r}; "
                     "a step computes by the latter, so the two must agree"
                 )
 
@@ -227,9 +227,7 @@ class LanguageModel:
             found[row, start : start + len(known)] = values
             if out is not None:
                 out[row, start:stop] = np.asarray(logits)[: stop - start]
-        count = sum(len(row) - 1 for row in rows)
-        total = float(found.sum(dtype=np.float64))
-        return Score(found, count, total, _exp(-total / count))
+        return Score.of(found, sum(len(row) - 1 for row in rows))
 
     def trace(self, ids: Prompts) -> Trace:
         """What every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
@@ -371,13 +369,19 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        ids = self.tokenizer.encode_chat(turns, thinking=thinking)
-        how = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        result = self.generate([ids], max_new_tokens, **how)
-        tokens = result.tokens[0][result.tokens[0] >= 0]
-        reasoning, text = self.tokenizer.decode_answer(tokens.tolist(), thinking=thinking)
+        prompt = self.tokenizer.render_chat(turns, thinking=thinking)
+        split, tokens = ReasoningSplit(self.tokenizer, prompt, thinking), []
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        for piece in self.stream([self.tokenizer.encode(prompt)], max_new_tokens, **sampling):
+            tokens.append(piece.token)
+            split.add(piece.token, piece.text or "")
+        split.finish()
         return Answer(
-            text, reasoning, result.finish_reasons[0], tokens, [*turns, {"role": "assistant", "content": text}]
+            split.answer,
+            split.reasoning or None,
+            "stop" if tokens[-1] in self.eos_ids else "length",
+            np.asarray(tokens, np.int32),
+            [*turns, {"role": "assistant", "content": split.answer}],
         )
 
     def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
@@ -582,10 +586,3 @@ def _user_error() -> Iterator[None]:
 def _batch(**arrays: np.ndarray | Array) -> Batch:
     """Arrays of the host stay there: a jitted function takes them over in a tenth of the time of `jnp.asarray`."""
     return Batch(**{n: a if isinstance(a, Array) else np.asarray(a, np.int32) for n, a in arrays.items()})
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf

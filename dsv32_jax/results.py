@@ -1,6 +1,7 @@
 """What the calls of a `LanguageModel` return."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,16 @@ class Score:
     log_likelihood: float
     perplexity: float
 
+    @staticmethod
+    def of(log_likelihoods: np.ndarray, tokens: int) -> "Score":
+        """From float32 [B, T - 1], of which so many are of tokens that are there."""
+        total = float(log_likelihoods.sum(dtype=np.float64))
+        try:
+            perplexity = math.exp(-total / tokens)
+        except OverflowError:
+            perplexity = math.inf
+        return Score(log_likelihoods, tokens, total, perplexity)
+
 
 class Piece(NamedTuple):
     """One newly generated token of one row; `text` is what it completes (None without a tokenizer)."""
@@ -51,7 +62,7 @@ class Answer:
     """What `chat` returns.
 
     text: the answer, without the reasoning before it.
-    reasoning: what the model wrote before "</think>"; None where it was not asked to reason.
+    reasoning: what the model wrote before "</think>"; None where it did not reason.
     finish_reason: "stop", or "length" where the tokens ran out, maybe in the middle of the reasoning.
     tokens: int32 [N], all that was generated.
     messages: the conversation with this answer at its end; add a message to it to go on.

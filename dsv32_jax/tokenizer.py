@@ -104,20 +104,6 @@ class Tokenizer:
         wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self.special_ids)]
         return self._tokenizer.decode(wanted, skip_special_tokens=False)
 
-    def decode_answer(self, ids: Sequence[int], *, thinking: bool) -> tuple[str | None, str]:
-        """The reasoning and the text of an answer to a chat that was encoded with the same `thinking`.
-
-        A model that reasons ends that with "</think>". Without one, all of it is reasoning that was cut off.
-        """
-        if not thinking:
-            return None, self.decode(ids)
-        end = self._tokenizer.token_to_id(END_OF_REASONING)
-        if end in ids:
-            at = list(ids).index(end)
-            return self.decode(ids[:at]), self.decode(ids[at + 1 :])
-        reasoning, _, text = self.decode(ids).partition(END_OF_REASONING)
-        return reasoning, text
-
     def token_text(self, id: int) -> str | None:
         """What one id stands for, special tokens written out; bytes that are no whole character as U+FFFD. None where
         no token has the id."""

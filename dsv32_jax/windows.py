@@ -1,14 +1,14 @@
 """Texts of any length, in windows that a model can read."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import LanguageModel, Score
+from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.progress import progress_bar
+from dsv32_jax.results import Score
 
 __all__ = ["Window", "check_windows", "score_windows", "windows_of"]
 
@@ -79,14 +79,5 @@ def score_windows(
                 out[0, at : at + len(taken)] = taken
                 at += len(taken)
             advance(new)
-    found = np.concatenate(parts)[None]
-    total = float(found.sum(dtype=np.float64))
-    count = found.shape[1]
-    return Score(found, count, total, _perplexity(total, count))
-
-
-def _perplexity(log_likelihood: float, tokens: int) -> float:
-    try:
-        return math.exp(-log_likelihood / tokens)
-    except OverflowError:
-        return math.inf
+    log_likelihoods = np.concatenate(parts)[None]
+    return Score.of(log_likelihoods, log_likelihoods.size)

@@ -30,8 +30,8 @@ def as_called(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser that refuses to write an `--out` into the installed package, before anything is measured."""
 
-    def parse_args(self, *given: Any, **named: Any) -> Any:
-        arguments = super().parse_args(*given, **named)
+    def parse_args(self, *words: Any, **named: Any) -> Any:
+        arguments = super().parse_args(*words, **named)
         if getattr(arguments, "out", None) is not None:
             writable(arguments.out)
         return arguments

@@ -277,6 +277,22 @@ def test_a_change_is_whole_or_not_at_all():
     assert pair.values == [0, 0] and pair.errors == ["KeyboardInterrupt: so it ends"] and not pair.torn
 
 
+def test_an_interrupt_at_each_instruction_of_a_change():
+    for at in range(1, 1000):
+        pair = Pair()
+        try:
+            with Interrupt(at) as interrupt:
+                pair.change(pair.set, 3)
+        except KeyboardInterrupt:
+            pass
+        pair.repair()
+        assert pair.values[0] == pair.values[1] and not pair.torn
+        assert pair.change(pair.set, 4) == 4 and pair.values == [4, 4]
+        if interrupt.count < at:
+            break
+    assert 20 < at < 999
+
+
 def test_code_that_interrupts_a_change_may_leave_something_but_change_nothing():
     pair = Pair()
 

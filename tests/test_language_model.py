@@ -318,10 +318,6 @@ def test_chat_continues_and_keeps_reasoning_apart(spoken, monkeypatch):
         assert "Rain?" in tokenizer.decode(seen[1]) and "Still?" in tokenizer.decode(seen[1])
 
 
-def test_reasoning_that_is_cut_off_is_no_answer(spoken):
-    assert spoken.tokenizer.decode_answer(spoken.tokenizer.encode("It may"), thinking=True) == ("It may", "")
-
-
 def test_a_model_shows_what_it_is(random):
     shown = repr(random)
     for part in (random.config.model_type, f"{random.config.num_hidden_layers} layers", "bfloat16", "cpu", "EXACT"):

@@ -68,17 +68,17 @@ def fidelity(
         chosen = max(chosen, m.options.index_topk or m.config.index_topk)
         del m
     try:
-        found = [compare(a, b) for a, b in zip(*traces, strict=True)]
+        comparisons = [compare(a, b) for a, b in zip(*traces, strict=True)]
     except ValueError as error:
         raise UserError(str(error)) from error
-    short = sum(row["tokens"] <= chosen for row in found)
+    short = sum(row["tokens"] <= chosen for row in comparisons)
     if short:
-        which = "no sequence is" if short == len(found) else f"{short} of {len(found)} sequences are not"
+        which = "no sequence is" if short == len(comparisons) else f"{short} of {len(comparisons)} sequences are not"
         say(f"note: {which} longer than index_topk = {chosen}: their tokens see all before them, so recall is 1")
     if as_json:
-        print_json(rows=[row | {"all_visible_chosen": row["tokens"] <= chosen} for row in found])
+        print_json(rows=[row | {"all_visible_chosen": row["tokens"] <= chosen} for row in comparisons])
         return
-    for number, row in enumerate(found):
+    for number, row in enumerate(comparisons):
         typer.echo(f"--- sequence {number}: {row['tokens']} tokens")
         for layer in row["layers"]:
             typer.echo("  ".join(f"{name} {value:.4g}" for name, value in layer.items()))

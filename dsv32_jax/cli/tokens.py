@@ -43,11 +43,11 @@ def tokenize(
     if skip_special_tokens and not decode:
         raise UserError("--skip-special-tokens: goes with --decode")
     if inputs:
-        given = " ".join(inputs)
+        text = " ".join(inputs)
     else:
-        given = _standard_input() if text_file is None else read_text(text_file, "--text-file")
+        text = _standard_input() if text_file is None else read_text(text_file, "--text-file")
     tokenizer = _tokenizer(model)
-    ids = _ids_of(given, tokenizer) if decode else tokenizer.encode(given, bos=bos)
+    ids = _ids_of(text, tokenizer) if decode else tokenizer.encode(text, bos=bos)
     text = tokenizer.decode(ids, special_tokens=not skip_special_tokens)
     if as_json:
         special = tokenizer.special_ids

@@ -73,11 +73,11 @@ class Training:
         file = self.folder / RUN
         if not file.exists():
             return
-        found = json.loads(file.read_text())
+        present = json.loads(file.read_text())
         # A run of an older version does not know its data.
-        if {**settings, **found} != settings:
+        if {**settings, **present} != settings:
             raise UserError(
-                f"{self.folder}: holds another run ({named(found)}; asked for is {named(settings)}); give another "
+                f"{self.folder}: holds another run ({named(present)}; asked for is {named(settings)}); give another "
                 f"--run or remove it"
             )
 
@@ -243,8 +243,8 @@ class Training:
         rows = tokens[: len(tokens) // width * width].reshape(-1, width)[:HELD_OUT_WINDOWS].astype(np.int32)
         ids = np.concatenate([np.full((len(rows), 1), self.batches.bos, np.int32), rows], axis=1)
         loss = float(mean_loss(self.config, stage.selection, self.compute_dtype, params, ids))
-        found = {"tokens": rows.size, "loss": round(loss, 5), "selection": stage.selection}
-        write_json(self.folder / "held_out.json", found)
+        result = {"tokens": rows.size, "loss": round(loss, 5), "selection": stage.selection}
+        write_json(self.folder / "held_out.json", result)
         return loss
 
 
