@@ -15,7 +15,7 @@ import numpy as np
 from dsv32_jax import __version__
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.companions import companions, copy_files, with_dtype, write_config, write_json
-from dsv32_jax.convert.finite import check_finite
+from dsv32_jax.convert.finite import check_finite, check_loaded
 from dsv32_jax.convert.huggingface import INDEX, SHARD_BYTES, SINGLE, HFReader, HFWriter, plan_shards
 from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWriter, Placement, groups_of, shards_or_plan
 from dsv32_jax.convert.stored import stored_parameters
@@ -67,7 +67,7 @@ def load_hf(
       mtp: False leaves out the multi-token prediction layer, whether or not the files have one.
 
     Raises:
-      UserError: what `HFReader` finds wrong.
+      UserError: what `HFReader` finds wrong, or a parameter that would spoil the result unseen, see `check_loaded`.
     """
     directory = Path(directory)
     refuse_unfinished(directory)
@@ -78,6 +78,7 @@ def load_hf(
     with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
         for path in paths:
             leaf = reader.read(path)
+            check_loaded(path, leaf, config)
             advance(nbytes(leaf))
             placed = jax.tree.map(jnp.asarray, leaf) if placement is None else jax.device_put(leaf, placement(path))
             parameters[path] = as_wanted(placed, dequantize)
@@ -102,6 +103,8 @@ def load_orbax(
     with progress_bar(f"loading {directory.name}", sum(nbytes(reader.describe(path)) for path in paths)) as advance:
         for group in groups_of(paths):
             leaves = reader.read_group(group, placement)
+            for path, leaf in leaves.items():
+                check_loaded(path, leaf, config)
             advance(sum(map(nbytes, leaves.values())))
             parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
     return assembled(config, parameters, dequantize)
@@ -252,12 +255,17 @@ def export_model(
 
     Raises:
       UserError: `directory` exists, cannot be written or is being written by somebody else, a weight is NaN or
-        infinite, or `tokenizer_files` has no tokenizer any more.
+        infinite or has another shape than the config says, or `tokenizer_files` has no tokenizer any more.
     """
     if tokenizer_files is not None and not (Path(tokenizer_files) / "tokenizer.json").is_file():
         raise UserError(f"tokenizer_files {tokenizer_files}: has no tokenizer.json")
     leaves = named_parameters(model)
     config = with_dtype(model.config, leaves)
+    shapes = {path: tuple(leaf.shape) for path, leaf in stored_parameters(config).items()}
+    for path in shapes | leaves:
+        present = tuple(leaves[path].shape) if path in leaves else "not there"
+        if present != shapes.get(path):
+            raise UserError(f"{path}: is {present}; by the config it must be {shapes.get(path, 'absent')}")
     with new_directory(directory) as held, unfinished(held, None) as work:
         writer = HFWriter(work, config, plan_shards(config, leaves, shard_bytes), None)
         for group, members in groups_of(list(leaves)).items():

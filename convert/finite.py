@@ -12,6 +12,7 @@ from dsv32_jax.convert.names import hf_name
 from dsv32_jax.convert.stored import suffixes
 from dsv32_jax.errors import UserError
 from dsv32_jax.observation import Statistics
+from dsv32_jax.params import is_choosing
 from dsv32_jax.quant import QTensor
 
 EXPONENTS = {
@@ -25,25 +26,27 @@ CHUNK = 2**18
 """Values that are looked at together, so that the check takes no memory to speak of."""
 
 
-def check_finite(path: str, leaf: Any, config: ModelConfig) -> None:
+def check_finite(path: str, leaf: Any, config: ModelConfig, parts: tuple[str, ...] | None = None) -> None:
     """Holds a parameter to be one that can be computed with.
 
     Args:
       path: of the parameter.
       leaf: concrete.
       config: of the checkpoint, for the name that the tensor has in files.
+      parts: of a quantised one, "values" or "scales", where not both.
 
     Raises:
       UserError: a value or scale is NaN or infinite, or a scale is 0 or negative; the message names the tensor.
     """
     if not isinstance(leaf, QTensor):
-        parts = {"array": leaf}
+        arrays = {"array": leaf}
     elif leaf.scheme == "int4":
         words = np.asarray(leaf.scales)
-        parts = {"scales": (words >> 16).astype(np.uint16).view(ml_dtypes.bfloat16).swapaxes(-1, -2)}
+        arrays = {"scales": (words >> 16).astype(np.uint16).view(ml_dtypes.bfloat16).swapaxes(-1, -2)}
     else:
-        parts = {"values": leaf.values, "scales": leaf.scales}
-    for part, array in parts.items():
+        arrays = {"values": leaf.values, "scales": leaf.scales}
+    for part in arrays if parts is None else parts:
+        array = arrays[part]
         at = first_not_finite(np.asarray(array))
         rule = "weights and scales must be finite"
         if at is None and part == "scales":
@@ -58,6 +61,14 @@ def check_finite(path: str, leaf: Any, config: ModelConfig) -> None:
             raise UserError(
                 f"{name}{suffixes(leaf, config)[part]} ({path}) is {value} at {place}; {rule}: get its file again"
             )
+
+
+def check_loaded(path: str, leaf: Any, config: ModelConfig) -> None:
+    """`check_finite` of what would not show in the logits: parameters that choose, and the scales of all others."""
+    if is_choosing(path):
+        check_finite(path, leaf, config)
+    elif isinstance(leaf, QTensor):
+        check_finite(path, leaf, config, parts=("scales",))
 
 
 def check_all_finite(parameters: Mapping[str, Any], config: ModelConfig) -> None:

@@ -1,7 +1,7 @@
 """What is checked and made of a request before an engine queues it."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from dsv32_jax.arguments import instance
 from dsv32_jax.blocks import BLOCK_SIZE
 from dsv32_jax.errors import UserError
 from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.prompts import BYTES
 from dsv32_jax.request import Completion, Request, SamplingParams
 from dsv32_jax.scheduler import Scheduler, Sequence
 
@@ -48,6 +49,8 @@ def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams
 def rows_of(lm: LanguageModel, prompts: Iterable[Any]) -> list[list[int]]:
     """Ids of several prompts, of one text, or of none."""
     if not isinstance(prompts, str | np.ndarray | Array):
+        if isinstance(prompts, (*BYTES, Mapping, Set)):
+            raise UserError(f"prompts: {type(prompts).__name__}; must be texts or lists of token ids, in an order")
         prompts = list(instance("prompts", prompts, Iterable, "texts or lists of token ids"))
         if not prompts:
             return []

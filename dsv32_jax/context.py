@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv32_jax.arguments import boolean, integer
 from dsv32_jax.cache import FORMS
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
@@ -51,8 +52,10 @@ class Options:
                 raise UserError(
                     f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}"
                 )
-        if self.index_topk is not None and self.index_topk < 1:
-            raise UserError(f"index_topk must be at least 1, not {self.index_topk}")
+        for field in ("act_quant", "absorb", "debug"):
+            boolean(field, getattr(self, field))
+        if self.index_topk is not None:
+            integer("index_topk", self.index_topk, 1)
 
     @property
     def runs_kernels(self) -> bool:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,27 @@ def read_generation_config(directory: Path, vocab_size: int | None = None) -> di
     path = directory / "generation_config.json"
     if not path.exists():
         return {}
-    fields = {name: value for name, value in read_json(path).items() if value is not None}
+    return checked_generation_config(read_json(path), str(path), vocab_size)
+
+
+def checked_generation_config(
+    raw: Mapping[str, Any], where: str = "generation_config", vocab_size: int | None = None
+) -> dict[str, Any]:
+    """The same of fields that are there already; `where` names them in errors and warnings."""
+    fields = {name: value for name, value in raw.items() if value is not None}
     if fields.get("eos_token_id") == []:
         del fields["eos_token_id"]
     for name, (allowed, right) in _READ.items():
         if name in fields and not allowed(fields[name]):
-            raise UserError(f"{path}: {name} is {shown(fields[name])}; it must be {right} or null")
+            raise UserError(f"{where}: {name} is {shown(fields[name])}; it must be {right} or null")
     for name in ("eos_token_id", "bos_token_id"):
         ids = fields.get(name, [])
         for id in ids if isinstance(ids, list) else [ids]:
             if vocab_size is not None and id >= vocab_size:
-                raise UserError(f"{path}: {name} {id} is outside vocab_size {vocab_size}")
+                raise UserError(f"{where}: {name} {id} is outside vocab_size {vocab_size}")
     ignored = [name for name, value in fields.items() if not _changes_nothing(name, value)]
     if ignored:
-        message = f"{path}: fields that are not offered are passed over: {', '.join(sorted(ignored))}"
+        message = f"{where}: fields that are not offered are passed over: {', '.join(sorted(ignored))}"
         warnings.warn(message, CheckpointWarning, stacklevel=1)
     return fields
 

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dsv32_jax.arguments import integer
+from dsv32_jax.arguments import boolean, instance, integer, shown
 from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.checks import shown_as_user_errors
 from dsv32_jax.compiling import all_at_once
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
+from dsv32_jax.generation_config import checked_generation_config
 from dsv32_jax.memory import describe
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
 from dsv32_jax.params import named_parameters
-from dsv32_jax.parts import dequantized, with_weights
+from dsv32_jax.parts import check_edited, dequantized, shapes_of, with_weights
 from dsv32_jax.progress import progress_bar
 from dsv32_jax.prompts import Prompts, rows_of
 from dsv32_jax.reasoning import ReasoningSplit
@@ -53,8 +54,8 @@ class LanguageModel:
     model instead, which shares the rest. Replacing a method of a class (`MLA.select = ...`) is not supported: what was
     compiled before keeps the old one.
 
-    generation_config: the checkpoint's `generation_config.json` as a dict. Its `eos_token_id` goes before the config's,
-      and what it says of sampling holds where a call says nothing: see `sampling_defaults`.
+    generation_config: the checkpoint's `generation_config.json`; to change it, assign another dict. Its `eos_token_id`
+      goes before the config's, and what it says of sampling holds where a call says nothing: see `sampling_defaults`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.options = options or Options.default(config)
         self.generation_config = generation_config or {}
+        self._shapes = (model.config, shapes_of(model))
         self._flattened: tuple[Snapshot, Options, ModelConfig, list[Any], Any] | None = None
 
     def __repr__(self) -> str:
@@ -85,7 +87,7 @@ class LanguageModel:
         if not self._flattened or not self._flattened[0].shows(self.model):
             self._flattened = None  # there may be no room for two
         if self._flattened is None or self._flattened[1:3] != (self.options, self.config):
-            self._check_config()
+            self.check_model()
             self._flattened = None
             flat = jax.tree.flatten(prepared(self.model, self.options))
             self._flattened = (Snapshot(self.model), self.options, self.config, *flat)
@@ -102,13 +104,30 @@ class LanguageModel:
 
         return run
 
-    def _check_config(self) -> None:
-        """A step computes by the model's own config: another one here would be read in part."""
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """As it was assigned, without nulls; to be read."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, fields: Mapping[str, Any]) -> None:
+        instance("generation_config", fields, Mapping, "a dict")
+        checked = checked_generation_config(fields, vocab_size=self.config.vocab_size)
+        self._generation_config: Mapping[str, Any] = MappingProxyType(checked)
+
+    def check_model(self) -> None:
+        """Raises `UserError` where no step can compute with the model and the config as they are now."""
+        config, shapes = self._shapes
+        if self.model.config != config:  # another model
+            self._shapes = (self.model.config, shapes_of(self.model))
+        else:
+            check_edited(self.model, shapes)
+        # A step computes by the model's own config: another one here would be read in part.
         computed, said = (vars(config) for config in (self.model.config, self.config))
         for name in computed:
             if computed[name] != said[name] and name not in CONFIG_OF_TEXT:
                 raise UserError(
-                    f"config: {name} is {said[name]!r}, and the model's own config says {computed[name]!r}; "
+                    f"config: {name} is {shown(said[name])}, and the model's own config says {shown(computed[name])}; "
                     "a step computes by the latter, so the two must agree"
                 )
 
@@ -172,14 +191,17 @@ class LanguageModel:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the model, its tokenizer and its generation config as a Hugging Face checkpoint.
 
+        Options are of a run and not written: `index_topk`, `act_quant` and all others are to be given to `load` again.
+
         Args:
           directory: must not exist.
 
         Raises:
-          UserError: it exists or cannot be written, or the config says another scheme of a weight than it has.
+          UserError: it exists or cannot be written, or a weight has another shape than it had, or is NaN or infinite.
         """
         from dsv32_jax.loading import save
 
+        self.check_model()
         save(self, directory)
 
     # ---- forward ----
@@ -237,7 +259,7 @@ class LanguageModel:
         rows = self.rows(ids)
         if len(rows) != 1:
             raise UserError(f"trace: {len(rows)} sequences; give one")
-        self._check_config()
+        self.check_model()
         (row,) = rows
         size = _padded(len(row), SMALLEST_CHUNK)
         tables = self._block_tables(1, len(row))
@@ -262,11 +284,14 @@ class LanguageModel:
         Raises:
           UserError: there is no such layer, or `hidden` has another shape.
         """
-        if not 0 <= layer < self.config.num_hidden_layers:
-            raise UserError(f"layer: {layer}; must be in 0..{self.config.num_hidden_layers - 1}")
-        if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size or not len(hidden):
-            raise UserError(f"hidden: {list(hidden.shape)}; must be [T, {self.config.hidden_size}]")
-        self._check_config()
+        layer = integer("layer", layer, 0, self.config.num_hidden_layers - 1)
+        width, longest = self.config.hidden_size, self.config.max_position_embeddings
+        instance("hidden", hidden, (np.ndarray, Array), f"an array of floats [T, {width}]")
+        if hidden.ndim != 2 or hidden.shape[1] != width or not 1 <= len(hidden) <= longest:
+            raise UserError(f"hidden: {list(hidden.shape)}; must be [T, {width}], T in 1..{longest}")
+        if not jnp.issubdtype(hidden.dtype, jnp.floating):
+            raise UserError(f"hidden: {hidden.dtype}; must be floats")
+        self.check_model()
         tokens = len(hidden)
         table = self._block_tables(1, tokens)[0]
         cache = KVCache.create(self.config, table.size, self.options)
@@ -368,6 +393,7 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
+        boolean("thinking", thinking)
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         prompt = self.tokenizer.render_chat(turns, thinking=thinking)
         split, tokens = ReasoningSplit(self.tokenizer, prompt, thinking), []
@@ -402,7 +428,11 @@ class LanguageModel:
 
     def programs(self, lengths: Sequence[int], max_new_tokens: int) -> list[Callable[[], Any]]:
         """What compiles each program of `warmup`."""
-        tables = self._block_tables(len(lengths), max(lengths) + max_new_tokens)
+        lengths = [integer("lengths", length, 1, self.config.max_position_embeddings) for length in lengths]
+        if not lengths:
+            raise UserError("lengths: none; give the number of tokens of each prompt")
+        most = self.config.max_position_embeddings - max(lengths)
+        tables = self._block_tables(len(lengths), max(lengths) + integer("max_new_tokens", max_new_tokens, 1, most))
         cache = jax.eval_shape(lambda: KVCache.create(self.config, tables.size, self.options))
         leaves, structure = self.flat_model()
         pieces = sorted({size for length in lengths for *_, size in self._chunks(length)})
@@ -430,6 +460,7 @@ class LanguageModel:
         host. A row that has ended is therefore computed once more; nobody sees what comes of it.
         """
         temperature, top_p = self.sampling(temperature, top_p, seed)
+        boolean("ignore_eos", ignore_eos)
         run = self._step()
         lengths = np.array([len(row) for row in rows], np.int32)
         batch = len(rows)
@@ -529,8 +560,11 @@ class LanguageModel:
         shape = (len(rows), max(map(len, rows)), self.config.vocab_size)
         if out is None:
             return np.zeros(shape, np.float32)
+        instance("out", out, np.ndarray, f"a NumPy array, float32 {list(shape)}")
         if out.ndim != 3 or out.dtype != np.float32 or out.shape[1] < shape[1] or out.shape[::2] != shape[::2]:
             raise UserError(f"out: {out.dtype} {list(out.shape)}; must be float32 {list(shape)}")
+        if not out.flags.writeable:
+            raise UserError("out: cannot be written; give an array that can")
         out[...] = 0
         return out
 

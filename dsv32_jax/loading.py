@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from dsv32_jax.arguments import boolean, instance
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import SurroundingsWarning, UserError
 from dsv32_jax.files import home_directory
@@ -57,6 +58,9 @@ def load(
     Raises:
       UserError: naming the file, field or argument that is wrong.
     """
+    instance("name_or_path", name_or_path, (str, os.PathLike), "a directory or a name")
+    for name, value in {"debug": debug, "mtp": mtp, "memory_check": memory_check}.items():
+        boolean(name, value)
     directory = find(name_or_path)
     config = ModelConfig.from_hf(directory / "config.json")
     if dequantize is not None:
@@ -93,10 +97,10 @@ def save(lm: LanguageModel, directory: str | os.PathLike[str]) -> None:
     """`LanguageModel.save`."""
     from dsv32_jax import convert
 
+    instance("directory", directory, (str, os.PathLike), "a path")
     files = None if lm.tokenizer is None else lm.tokenizer.directory
-    convert.export_model(
-        with_true_schemes(lm), directory, tokenizer_files=files, generation_config=lm.generation_config
-    )
+    settings = dict(lm.generation_config)
+    convert.export_model(with_true_schemes(lm), directory, tokenizer_files=files, generation_config=settings)
 
 
 def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
@@ -107,7 +111,7 @@ def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
     schemes = {path: scheme for path, scheme in present.items() if scheme is not None}
     said = lm.config.quantization_config
     # The released form leaves it open which linears are plain; any other names every one.
-    if not (isinstance(said, QuantizationConfig) and set(schemes.values()) == {"fp8_block"}):
+    if not (isinstance(said, QuantizationConfig) and set(schemes.values()) <= {"fp8_block"}):
         said = quantization_config(schemes, lm.config)
     model = with_weights(lm.model, {})
     model.config = lm.config.replace(quantization_config=said)

@@ -30,6 +30,11 @@ def is_linear(path: str) -> bool:
     return path.startswith(("layers.", "mtp.layer.")) and not any(part in path for part in PLAIN)
 
 
+def is_choosing(path: str) -> bool:
+    """Whether a parameter only chooses keys or experts: where it is NaN, others are chosen, and logits stay finite."""
+    return ".indexer." in path or ".router" in path
+
+
 def replace_parameters[Model](model: Model, parameters: dict[str, Any]) -> Model:
     """`model` with other leaves; `parameters` must name exactly the parameters it has.
 

@@ -1,6 +1,7 @@
 """A model like another but for some of its weights; the two share the rest."""
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from dsv32_jax.arguments import instance
 from dsv32_jax.errors import UserError
 from dsv32_jax.memory import available_bytes, human
 from dsv32_jax.model import DeepseekV32
-from dsv32_jax.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.quant import QTensor, Weight, is_qtensor
+from dsv32_jax.params import is_choosing, is_linear, named_parameters, path_name, replace_parameters
+from dsv32_jax.quant import SCHEMES, QTensor, Weight, dense, is_qtensor, quantize_weight
 
-__all__ = ["DEQUANTIZED", "dequantized", "with_weights"]
+__all__ = ["DEQUANTIZED", "check_edited", "dequantized", "shapes_of", "with_weights"]
 
 PLAIN_DTYPES = ("float32", "bfloat16", "float16")
 DEQUANTIZED = ("float32", "bfloat16")
@@ -31,11 +34,14 @@ def with_weights(model: DeepseekV32, weights: Mapping[str, Any]) -> DeepseekV32:
         bfloat16 or float16, kept in their dtype; or a QTensor in place of a linear, whatever scheme that had.
 
     Raises:
-      UserError: a path that the model has not, or an array of another shape or dtype.
+      UserError: a path that the model has not; an array of another shape or dtype; or one that is NaN or infinite where
+        that would only choose other keys or experts.
     """
+    instance("weights", weights, Mapping, "a mapping from paths to arrays")
     parameters = named_parameters(model)
     for path, value in weights.items():
         if path not in parameters:
+            instance("weights", path, str, "a path, such as 'layers.3.attn.q_a'")
             close = difflib.get_close_matches(path, parameters, n=3, cutoff=0.5)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise UserError(f"weights {path!r}: the model has no parameter of that path{hint}")
@@ -48,6 +54,7 @@ def _weight(path: str, value: Any, present: Weight) -> Weight:
     if isinstance(value, QTensor):
         if not is_linear(path):
             raise UserError(f"weights {path!r}: a QTensor; only linears can be quantised, give an array")
+        _check_stored(path, value)
     else:
         if not isinstance(value, jax.Array | np.ndarray):
             raise UserError(f"weights {path!r}: {type(value).__name__}; must be an array {list(present.shape)}")
@@ -56,7 +63,59 @@ def _weight(path: str, value: Any, present: Weight) -> Weight:
         value = jnp.asarray(value)
     if value.shape != present.shape:
         raise UserError(f"weights {path!r}: {list(value.shape)}; must be {list(present.shape)}")
+    if is_choosing(path) and not bool(jnp.isfinite(dense(value, jnp.float32)).all()):
+        raise UserError(f"weights {path!r}: has a value that is NaN or infinite; others would be chosen without a word")
     return value
+
+
+def _check_stored(path: str, value: QTensor) -> None:
+    """Holds the arrays of a QTensor against its scheme."""
+    if value.scheme not in SCHEMES:
+        raise UserError(f"weights {path!r}: scheme {value.scheme!r} is unknown; it is one of {', '.join(SCHEMES)}")
+    plain = jax.ShapeDtypeStruct(value.shape, jnp.float32)
+    try:
+        expected = jax.eval_shape(functools.partial(quantize_weight, scheme=value.scheme), plain)
+    except ValueError as error:
+        raise UserError(f"weights {path!r}: {error}") from error
+    for part in ("values", "scales"):
+        array, right = getattr(value, part), getattr(expected, part)
+        if (array.shape, array.dtype) != (right.shape, right.dtype):
+            raise UserError(
+                f"weights {path!r}: {part} {array.dtype} {list(array.shape)}; in {value.scheme} they must be "
+                f"{right.dtype} {list(right.shape)}"
+            )
+
+
+def check_edited(model: DeepseekV32, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds a model that somebody may have edited in place against what it was.
+
+    Args:
+      model: as it is now.
+      shapes: of every parameter, by path, as they were: `shapes_of`.
+
+    Raises:
+      UserError: a weight that could change unseen (a NumPy array, an `nnx.Variable`), that is no float, that has
+        another shape or is gone.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_whole)
+    parameters = {path_name(path): leaf for path, leaf in leaves}
+    for path in [*parameters, *(shapes.keys() - parameters.keys())]:
+        leaf: Any = parameters.get(path)
+        right = f"a jax.Array of floats {list(shapes[path])}" if path in shapes else "absent"
+        arrays = (leaf.values, leaf.scales) if isinstance(leaf, QTensor) else (leaf,)
+        if path not in shapes or not all(isinstance(array, jax.Array) for array in arrays):
+            raise UserError(f"model.{path}: {type(leaf).__name__}; must be {right}")
+        if leaf.shape != shapes[path] or not (is_qtensor(leaf) or jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise UserError(f"model.{path}: {leaf.dtype} {list(leaf.shape)}; must be {right}")
+
+
+def shapes_of(model: DeepseekV32) -> dict[str, tuple[int, ...]]:
+    """Of every parameter by its path."""
+    return {path: tuple(leaf.shape) for path, leaf in named_parameters(model).items()}
+
+
+def _is_whole(leaf: Any) -> bool:
+    return is_qtensor(leaf) or isinstance(leaf, nnx.Variable)
 
 
 def dequantized(model: DeepseekV32, dtype: str, *, memory_check: bool = True) -> DeepseekV32:

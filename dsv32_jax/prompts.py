@@ -10,7 +10,10 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.tokenizer import Tokenizer
 
-__all__ = ["Prompts", "rows_of"]
+__all__ = ["BYTES", "Prompts", "rows_of"]
+
+BYTES = (bytes, bytearray, memoryview)
+"""Sequences of numbers that are no token ids."""
 
 Prompts = str | Sequence[Any] | np.ndarray | Array
 
@@ -29,6 +32,8 @@ def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) 
     """
     if isinstance(prompts, str):
         prompts = [prompts]
+    if isinstance(prompts, BYTES):
+        raise UserError(f"prompt: {type(prompts).__name__}; must be a text: decode it first")
     if isinstance(prompts, np.ndarray | Array):
         array = np.asarray(prompts)
         if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
@@ -46,6 +51,8 @@ def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) 
 def _row(
     number: int, prompt: str | Sequence[int] | np.ndarray | Array, config: ModelConfig, tokenizer: Tokenizer | None
 ) -> list[int]:
+    if isinstance(prompt, BYTES):
+        raise UserError(f"prompt {number}: {type(prompt).__name__}; must be a text: decode it first")
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError("prompt: the checkpoint has no tokenizer.json; give token ids instead of text")

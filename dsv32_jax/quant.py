@@ -7,7 +7,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import NO_GRADIENT_OF_WEIGHT, refuse_gradient
 from pallas_kernels.quant_matmul import (
     BLOCK,
     dequantize_blocks,
@@ -50,7 +49,7 @@ class QTensor:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The tensor itself; FP8 is exact in bfloat16 where scales are powers of two."""
-        return DEQUANTIZE[self.scheme](refuse_gradient(self.values, NO_GRADIENT_OF_WEIGHT), self.scales, dtype)
+        return DEQUANTIZE[self.scheme](self.values, self.scales, dtype)
 
 
 DEQUANTIZE: dict[str, Callable[..., jax.Array]] = {

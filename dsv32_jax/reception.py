@@ -30,7 +30,7 @@ class Reception(Changing):
     def __init__(self, lm: LanguageModel, scheduler: Scheduler):
         super().__init__()
         self.lm = lm
-        self.options = lm.options
+        self.options, self._config = lm.options, lm.config
         self._model = Snapshot(lm.model)
         self.scheduler = scheduler
         self.metrics = Metrics()
@@ -45,10 +45,11 @@ class Reception(Changing):
 
     def check_unedited(self) -> None:
         """Raises `UserError` if the model is not what it was when the engine was made: the cache has values of it."""
-        if not self._model.shows(self.lm.model) or self.options != self.lm.options:
+        now = (self.lm.options, self.lm.config)
+        if not self._model.shows(self.lm.model) or now != (self.options, self._config):
             raise UserError(
-                "the model or its options were edited after this Engine was made, whose cache holds what the old ones "
-                "computed; make a new Engine, or edit another model: `m.with_parts(weights=...)`"
+                "the model, its options or its config were edited after this Engine was made, and its cache holds what "
+                "the old ones computed; make a new Engine, or edit another model: `m.with_parts(weights=...)`"
             )
 
     def add(self, prompt: Any, params: SamplingParams | None = None, *, salt: bytes = b"") -> Request:

@@ -77,7 +77,8 @@ def sample(
     rows = logits.shape[0]
     logits = logits.astype(jnp.float32)
     largest = logits.max(axis=-1, keepdims=True)
-    finite = jnp.isfinite(largest[:, 0])  # a NaN anywhere is the largest
+    # Not of the largest alone: whether a NaN is that depends on the compiler and on its place.
+    finite = (logits < jnp.inf).all(axis=-1) & (largest[:, 0] > -jnp.inf)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (rows,))
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -79,7 +79,10 @@ class Stream(Iterator[Event]):
                     return Event(self.request, *self.request.unread.popleft())
                 if finished:
                     break
-                self._step()
+                try:
+                    self._step()
+                except StopIteration as error:  # which would pass for the end of the stream
+                    raise RuntimeError("a step ended with StopIteration") from error
         except BaseException:
             self.close()
             raise

@@ -228,6 +228,8 @@ def test_forms_of_a_prompt(spoken):
         ([[1], [[2, 3], 4]], "prompt 1: must be a text or a flat list"),
         ([1, 2**70], "prompt 0: must be a text or a flat list"),
         ([-1, -1], "prompt 0: empty"),
+        (b"text", "prompt: bytes; must be a text"),
+        ([bytearray(b"text")], "prompt 0: bytearray; must be a text"),
         ([[1] * 100000], "longer than the cache.*max_position_embeddings"),
     ],
 )
@@ -247,6 +249,7 @@ def test_refused_prompts(random, prompt, message):
         ({"temperature": True}, "temperature: True"),
         ({"top_p": [1.0]}, r"top_p: \[1\.0\]"),
         ({"seed": 1.5}, r"seed: 1\.5; must be a whole number"),
+        ({"ignore_eos": "no"}, "ignore_eos: 'no'; must be True or False"),
         ({"max_new_tokens": 10**6}, "max_position_embeddings"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -284,7 +287,13 @@ def test_a_call_that_says_nothing_samples_as_the_checkpoint_does(random, generat
 def test_the_end_of_a_sentence_is_where_the_files_say_now(random):
     m = LanguageModel(random.model, random.config, options=EXACT, generation_config={"eos_token_id": None})
     assert m.eos_ids == (random.config.eos_token_id,)
-    m.generation_config["eos_token_id"] = [7, 8]
+    m.generation_config = {"eos_token_id": [7, 8]}
+    assert m.eos_ids == (7, 8)
+    with pytest.raises(TypeError):
+        m.generation_config["eos_token_id"] = 3
+    for wrong in ({"eos_token_id": "3"}, {"eos_token_id": 512}, {"do_sample": "no"}, {"temperature": True}, 5):
+        with pytest.raises(UserError, match="generation_config"):
+            m.generation_config = wrong
     assert m.eos_ids == (7, 8)
     m.generation_config = {}
     m.config = random.config.replace(eos_token_id=9)

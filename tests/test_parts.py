@@ -64,7 +64,7 @@ def edit_experts(m):
 
 
 def exchange_layers(m):
-    m.model.layers[0] = m.model.layers[1]
+    m.model.layers[1] = m.model.mtp.layer
 
 
 def replace_the_model(m):
@@ -99,6 +99,31 @@ def test_an_edit_is_noticed(m, edit):
     assert not all(x is y for x, y in zip(now, leaves, strict=False))
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda model: setattr(model, "head", nnx.Param(model.head)),
+            "model.head: Param; must be a jax.Array of floats",
+        ),
+        (lambda model: setattr(model, "head", np.asarray(model.head, np.float32)), "model.head: ndarray; must be"),
+        (lambda model: setattr(model, "head", model.head[:100]), r"model.head: bfloat16 \[100, 128\]; must be"),
+        (lambda model: setattr(model, "norm", jnp.float32(2)), r"model.norm: float32 \[\]; must be"),
+        (lambda model: setattr(model, "head", model.head.astype(jnp.int32)), "model.head: int32"),
+        (lambda model: setattr(model, "head", None), "model.head: NoneType; must be"),
+        (lambda model: model.layers.pop(), r"model.layers.1.*: NoneType; must be"),
+        (lambda model: model.layers.append(model.layers[0]), r"model.layers.2.*; must be absent"),
+    ],
+)
+def test_an_edit_that_no_step_computes_with_is_refused(m, tmp_path, edit, message):
+    """What could change unseen, too: each call, and saving, says so."""
+    edit(m.model)
+    for call in (m.flat_model, lambda: m.trace(IDS), lambda: m.save(tmp_path / "out")):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_call_sees_an_edit(m):
     head, before = m.model.head, m.score(IDS).perplexity
     tokens = m.generate(IDS, 4, ignore_eos=True).tokens
@@ -118,13 +143,17 @@ def test_an_engine_made_before_an_edit_refuses_to_go_on(m):
     request, head, options = engine.add(IDS, SamplingParams(3, ignore_eos=True)), m.model.head, m.options
     engine.step()
     for edit in (edit_head, exchange_layers, replace_the_model, lambda m: setattr(m, "options", Options(debug=True))):
-        layer, model = m.model.layers[0], m.model
+        layer, model = m.model.layers[1], m.model
         edit(m)
         for call in (engine.step, lambda: engine.add(IDS), lambda: engine.generate([IDS])):
             with pytest.raises(UserError, match=r"edited after this Engine was made.*with_parts"):
                 call()
         m.model, m.options = model, options
-        m.model.head, m.model.layers[0] = head, layer
+        m.model.head, m.model.layers[1] = head, layer
+    config, m.config = m.config, m.config.replace(max_position_embeddings=9)
+    with pytest.raises(UserError, match="edited after this Engine"):
+        engine.step()
+    m.config = config
     while not request.finished:
         engine.step()
     np.testing.assert_array_equal(request.tokens, m.generate(IDS, 3, ignore_eos=True).tokens)
@@ -159,6 +188,15 @@ def test_with_parts_is_another_model_that_shares_the_rest(m):
         ({"norm": np.ones(128)}, "weights 'norm': float64"),
         ({Q_A: jnp.ones((32, 64), jnp.float8_e4m3fn)}, "float8_e4m3fn; must be one of"),
         ({"embed": quantize_weight(jnp.ones((512, 64)))}, "weights 'embed': a QTensor; only linears"),
+        ({5: jnp.ones(128)}, "weights: 5; must be a path"),
+        (
+            {Q_A: QTensor(jnp.ones((64, 128)), jnp.ones((1, 1)))},
+            r"values float32 \[64, 128\]; in fp8_block they must be",
+        ),
+        ({Q_A: QTensor(jnp.ones((64, 128), jnp.float8_e4m3fn), jnp.ones(1))}, r"scales float32 \[1\]; in fp8_block"),
+        ({Q_A: QTensor(jnp.ones((64, 128), jnp.int8), jnp.ones(64), "fp9")}, "scheme 'fp9' is unknown"),
+        ({"layers.1.ffn.router_bias": jnp.full(8, jnp.nan)}, "router_bias': has a value that is NaN or infinite"),
+        ({"layers.0.attn.indexer.k_norm_bias": jnp.full(128, jnp.inf)}, "k_norm_bias': has a value that is NaN"),
     ],
 )
 def test_refused_parts(m, replaced, message):

@@ -62,8 +62,9 @@ def test_a_model_that_differs_from_a_layer_on_is_measured_from_there(setting, ru
 
 
 def test_logits_of_another_program_are_held_against_the_base(setting, ruler):
-    model = setting.lm
-    logits = [LanguageModel(setting.base, model.config, options=EXACT).logits(ids)[0] for ids in ruler.batches[0][:2]]
+    logits = [
+        LanguageModel(setting.base, setting.base.config, options=EXACT).logits(ids)[0] for ids in ruler.batches[0][:2]
+    ]
     found = ruler.summary(*map(np.stack, zip(*(ruler.of_logits(own, n) for n, own in enumerate(logits)), strict=True)))
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["relative_loss"] == pytest.approx(0, abs=1e-4)
 

@@ -177,7 +177,7 @@ def score(model: DeepseekV32, run: Run, ids: np.ndarray) -> tuple[np.ndarray, np
 def trace(lm: LanguageModel, model: DeepseekV32, act_quant: bool, ids: np.ndarray) -> fidelity.Trace:
     """Of the real step over one window, in float32."""
     options = dataclasses.replace(lm.options, compute_dtype="float32", act_quant=act_quant, cache_dtype=None)
-    return LanguageModel(model, lm.config, None, options).trace(ids)
+    return LanguageModel(model, model.config, None, options).trace(ids)
 
 
 def by_layer(reference: fidelity.Trace, other: fidelity.Trace) -> dict[str, Any]:

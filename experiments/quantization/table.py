@@ -102,7 +102,7 @@ def table(setting: Setting, out: Path = RESULT, plan: Path = PLAN, report: Calla
 def of_cache(setting: Setting, ruler: Ruler, form: str) -> dict[str, Any]:
     """The base by the real step, with a form of the cache's latent rows; activations as they are."""
     options = dataclasses.replace(setting.lm.options, compute_dtype="float32", act_quant=False, cache_dtype=form)
-    lm = LanguageModel(setting.base, setting.lm.config, None, options)
+    lm = LanguageModel(setting.base, setting.base.config, None, options)
     rows = []
     for number, ids in enumerate(setting.texts.evaluation[:STEP_WINDOWS]):
         rows.append(ruler.of_logits(lm.logits(ids)[0], number))

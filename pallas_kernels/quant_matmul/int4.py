@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arguments import FLOATS, check
+from pallas_kernels.backend import NO_GRADIENT_OF_ROUNDING, refuse_gradient
 
 GROUP = 128
 """Values along K that share a scale and a zero."""
@@ -68,6 +69,8 @@ def unpack_int4(packed: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Arr
 def quantize_weight_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nearest four-bit weight, by the smallest and the largest of each group; 0 is always exact.
 
+    A group with a value that is NaN or infinite is NaN.
+
     Args:
       weight: float [..., N, K], K a multiple of 128.
 
@@ -80,10 +83,12 @@ def quantize_weight_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     check("quantize_weight_int4", weight=(weight, FLOATS, "... N K"))
     if weight.shape[-1] % GROUP:
         raise ValueError(f"quantize_weight_int4 needs K a multiple of {GROUP}, not {weight.shape[-1]}")
+    weight = refuse_gradient(weight, NO_GRADIENT_OF_ROUNDING)
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, GROUP)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
     scales, zeros = int4_scales(low, high)
     values = int4_values(groups, scales[..., None], zeros[..., None]).astype(jnp.uint8)
+    scales = jnp.where(jnp.isfinite(groups).all(-1), scales, jnp.nan)  # 15 values would hide it
     return pack_int4(values.reshape(weight.shape), scales, zeros.astype(jnp.uint8))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import E4M3, FLOAT32, check
+from pallas_kernels.backend import NO_GRADIENT_OF_WEIGHT, refuse_gradient
 from pallas_kernels.quantize import BLOCK, quantize
 
 
@@ -18,7 +19,7 @@ def dequantize_blocks(values: jax.Array, scales: jax.Array, dtype: jax.typing.DT
         raise ValueError(f"dequantize_blocks: scales of values {values.shape} must be {grid}, not {scales.shape}")
     rows, columns = values.shape[-2:]
     full = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :], BLOCK, axis=-1)[..., :columns]
-    return (values.astype(jnp.float32) * full).astype(dtype)
+    return (refuse_gradient(values, NO_GRADIENT_OF_WEIGHT).astype(jnp.float32) * full).astype(dtype)
 
 
 def quant_matmul(

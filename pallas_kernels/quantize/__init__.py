@@ -7,7 +7,14 @@ import jax
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import E4M3, FLOAT32, FLOATS, check_size
 from pallas_kernels.arguments import check as check_arrays
-from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
+from pallas_kernels.backend import (
+    KERNEL,
+    NO_GRADIENT_OF_WEIGHT,
+    launched,
+    refuse_gradient,
+    resolve,
+    without_gradient,
+)
 from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS
@@ -138,4 +145,6 @@ def dequantize(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
     check_arrays("dequantize", values=(values, E4M3, "... N"), scales=(scales, FLOAT32, "... G"))
     if values.shape[:-1] != scales.shape[:-1] or values.shape[-1] % max(1, scales.shape[-1]):
         raise ValueError(f"dequantize: scales {scales.shape} are not one for each group of values {values.shape}")
-    return reference.dequantize(values, scales, dtype)
+    if str(jax.numpy.dtype(dtype)) not in FLOATS:
+        raise ValueError(f"dequantize gives one of {', '.join(FLOATS)}, not {dtype}")
+    return reference.dequantize(refuse_gradient(values, NO_GRADIENT_OF_WEIGHT), scales, dtype)

@@ -55,6 +55,7 @@ def quantize(x: jax.Array, scale_fmt: str | None, group: int) -> tuple[jax.Array
 def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = refuse_gradient(x, NO_GRADIENT_OF_ROUNDING).astype(jnp.float32)
     scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) * jnp.float32(1 / INT8_MAX)
+    scales = jnp.where(jnp.isfinite(x).all(axis=-1), scales, jnp.nan)  # int8 would hide it
     values = jnp.clip(jnp.round(divide(x, scales)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return values, scales
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import FLOATS, check
+from pallas_kernels.backend import NO_GRADIENT_OF_ROUNDING, refuse_gradient
 from pallas_kernels.quantize.reference import FP8_MAX, SMALLEST_AMAX, round_up_to_power_of_two
 
 BLOCK = 128
@@ -24,6 +25,7 @@ def quantize_weight_fp8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
       ValueError: the weight is not float, or has fewer than two axes.
     """
     check("quantize_weight_fp8", weight=(weight, FLOATS, "... N K"))
+    weight = refuse_gradient(weight, NO_GRADIENT_OF_ROUNDING)
     rows, columns = weight.shape[-2:]
     pad = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % BLOCK), (0, -columns % BLOCK)]
     blocks = jnp.pad(weight.astype(jnp.float32), pad)

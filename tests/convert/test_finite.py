@@ -102,6 +102,26 @@ def test_scales_of_integers_are_looked_at(integers, tmp_path, name, value):
     assert os.listdir(tmp_path) == ["in"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.2.self_attn.indexer.wq_b.weight_scale_inv", NAN),
+        ("model.layers.2.self_attn.indexer.wk.weight", 0x7F),
+        ("model.layers.1.self_attn.indexer.k_norm.bias", np.inf),
+        ("model.layers.1.mlp.gate.weight", NAN),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", NAN),
+        (OUT + "_scale_inv", -1.0),
+        (EXPERT + "_scale_inv", NAN),
+    ],
+)
+def test_what_would_not_show_in_the_logits_is_not_loaded(golden, tmp_path, name, value):
+    """What only chooses keys or experts chooses others then; a scale below 0 is another model."""
+    source = shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "in")
+    spoil(source, put(name, value))
+    with pytest.raises(UserError, match=rf"^{name} \("):
+        convert.load_hf(source)
+
+
 def test_an_orbax_checkpoint_is_looked_at(model, golden, tmp_path, monkeypatch):
     source = shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "in")
     spoil(source, put(EXPERT + "_scale_inv", NAN))

@@ -92,7 +92,7 @@ def test_straight_to_orbax(model, written):
 def test_logits_are_the_same_bit_for_bit(model, written):
     ids = [[5, 9, 300, 41, 7, 8]]
     found = [
-        LanguageModel(one, model.config, options=EXACT).logits(ids)
+        LanguageModel(one, one.config, options=EXACT).logits(ids)
         for one in (quantize_model(model, mixed(model)), convert.load_hf(written("mixed")))
     ]
     np.testing.assert_array_equal(*found)

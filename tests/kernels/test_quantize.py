@@ -137,3 +137,26 @@ def test_fp8_weights_have_the_least_powers_of_two_that_hold_their_blocks():
     stored = quantize_weight(jnp.asarray(weight))
     np.testing.assert_array_equal(np.asarray(stored.values).view(np.uint8), np.asarray(values).view(np.uint8))
     np.testing.assert_array_equal(stored.scales, scales)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8_block"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_does_not_become_one(scheme, value):
+    """In a group of its own, and in one that others are in."""
+    weight = jnp.ones((128, 256)).at[0, 200].set(value)
+    found = np.asarray(quantize_weight(weight, scheme).dequantize())
+    assert not np.isfinite(found[0, 200]) and np.isfinite(found[1:, :128]).all()
+    assert np.isfinite(found[0, :128]).all() or scheme == "int8"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8_block"])
+def test_rounding_refuses_a_gradient(scheme):
+    with pytest.raises(NotImplementedError, match="rounding activations has no gradient"):
+        jax.eval_shape(jax.grad(lambda w: quantize_weight(w, scheme).dequantize().sum()), jnp.ones((128, 128)))
+
+
+def test_quantised_values_refuse_a_gradient():
+    values, scales = quantize_weight_fp8(jnp.ones((128, 128)))
+    for back in (lambda v: dequantize_blocks(v, scales), lambda v: dequantize(v, jnp.ones((128, 1)))):
+        with pytest.raises(NotImplementedError, match="quantised weight has no gradient"):
+            jax.eval_shape(jax.grad(lambda v, back=back: back(v).sum()), values)
