@@ -1,6 +1,7 @@
 """`dsv32 chat`: a conversation in a terminal, or over a pipe."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, print_json, sampling_of
+from dsv32_jax.cli.interruption import Interrupt
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -266,6 +268,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._raises = False
+        self._block: object = None
         self._asks = False
         self._asked = False
 
@@ -283,11 +286,13 @@ class Interrupts:
     def raised(self) -> Iterator[None]:
         """Within it the first interrupt is raised, or after `asked_once` was called, the second."""
         self._asks = self._asked = False
+        self._block = object()
         self._raises = True
         try:
             yield
         finally:
             self._raises = False
+            self._block = None
 
     def asked_once(self) -> bool:
         """Whether an interrupt has come; from now on the next one asks first."""
@@ -299,7 +304,13 @@ class Interrupts:
             self._asked = True
         elif self._raises:
             self._raises = False
-            raise KeyboardInterrupt
+            raise Interrupt(functools.partial(self._is_lost_in, self._block))
+
+    def _is_lost_in(self, block: object) -> bool:
+        """Whether that block goes on although an interrupt was raised in it; the next one is raised then, too."""
+        lost = self._block is block
+        self._raises |= lost
+        return lost
 
 
 # ---- history ----

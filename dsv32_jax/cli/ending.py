@@ -19,8 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
-import typer
-
+from dsv32_jax.cli.interruption import Interruption
 from dsv32_jax.errors import CheckpointWarning, SurroundingsWarning, UserError
 
 __all__ = ["code_of", "end_process", "prepare_process"]
@@ -30,6 +29,11 @@ WRONG, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 def code_of(command: Callable[[], None]) -> int:
     """Runs a command to its end; its exit code. What there is to say has been said."""
+    with Interruption() as interruption:
+        return _code_of(lambda: interruption.run(command))
+
+
+def _code_of(command: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files may hold any bytes, and a terminal may lack the characters of a text.
@@ -40,8 +44,6 @@ def code_of(command: Callable[[], None]) -> int:
             command()
         sys.stdout.flush()
         return 0
-    except typer.Exit as exit:
-        return exit.exit_code
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except KeyboardInterrupt:
@@ -55,8 +57,8 @@ def code_of(command: Callable[[], None]) -> int:
     except OSError as error:
         return wrong(f"{error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:
-        if (usage := _usage(error)) is not None:
-            return usage
+        if (code := _code_of_typer(error)) is not None:
+            return code
         raise
     finally:
         _flush()
@@ -99,10 +101,15 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _usage(error: Exception) -> int | None:
-    """Of a command line that typer does not take, in one line; None for other errors."""
-    if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+def _code_of_typer(error: Exception) -> int | None:
+    """Of `typer.Exit`, or of a command line that typer does not take, in one line; None for other errors.
+
+    Asked of what they have: Ctrl-C is heeded before typer is imported.
+    """
+    if not hasattr(error, "exit_code"):
         return None
+    if not hasattr(error, "format_message"):
+        return error.exit_code
     message = error.format_message()
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -137,8 +144,10 @@ def prepare_process() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """At once where programs are still compiled, which Python would wait for."""
+    """At once where programs are still compiled, which Python would wait for; and after an interrupt, when what still
+    runs would complain that others are gone."""
     compiling = sys.modules.get("dsv32_jax.compiling")  # no need to import it for `--help`
-    if compiling and any(thread.name.startswith(compiling.THREADS) for thread in threading.enumerate()):
+    compiles = compiling and any(thread.name.startswith(compiling.THREADS) for thread in threading.enumerate())
+    if compiles or code == INTERRUPTED:
         os._exit(code)
     sys.exit(code)

@@ -1,5 +1,6 @@
 """Conversations: what is kept, what is obeyed, and Ctrl-C at each moment."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 from dsv32_jax.cli.chat import Interrupts, Session, Terminal
 from dsv32_jax.cli.conversation import ContextFull, Conversation, Part
+from dsv32_jax.cli.interruption import PAUSE
 from dsv32_jax.language_model import LanguageModel, Piece
 from dsv32_jax.loading import load
 from tests.harness import read_until
@@ -192,6 +195,25 @@ def test_interrupts_are_raised_only_where_they_are_expected():
             interrupt()
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+def test_a_lost_interrupt_is_raised_again_where_it_is_expected():
+    def lose():
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupt()
+            pytest.fail("was not raised")
+
+    with Interrupts() as interrupts:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt), interrupts.raised():
+                lose()
+                time.sleep(10)
+                pytest.fail("was not raised again")
+            time.sleep(2 * PAUSE)  # no further one comes
+        with interrupts.raised():
+            lose()
+        with interrupts.raised():
+            time.sleep(2 * PAUSE)  # nor one for a block that has ended
 
 
 class Script:
