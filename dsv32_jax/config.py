@@ -21,9 +21,10 @@ from dsv32_jax.config_fields import check_beside, check_field, refuse_typing_sli
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.fields import integer, number, only
 from dsv32_jax.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
+from dsv32_jax.reading import read_json
 from dsv32_jax.rope_scaling import NeutralFields, RopeScaling, read_rope, write_rope
 
-__all__ = ["PRESETS", "ModelConfig", "RopeScaling", "read_json"]
+__all__ = ["PRESETS", "ModelConfig", "RopeScaling"]
 
 _ARCHITECTURE = "DeepseekV32ForCausalLM"
 
@@ -333,23 +334,6 @@ class ModelConfig:
             "rope_scaling": RopeScaling(original_max_position_embeddings=32),
         }  # fmt: skip
         return cls(**sizes | overrides)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file (of a directory: its config.json), or a UserError that names the file."""
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a checkpoint has one") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")
-    return raw
 
 
 PRESETS = {"671b": ModelConfig.deepseek_v32(), "tiny": ModelConfig.tiny()}

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.config import read_json
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.fields import same, shown
+from dsv32_jax.reading import present, read_json
 
 
 def read_generation_config(directory: Path, vocab_size: int | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def read_generation_config(directory: Path, vocab_size: int | None = None) -> di
     Warns (`CheckpointWarning`), once and by name, of fields that would change what is drawn and are not offered.
     """
     path = directory / "generation_config.json"
-    if not path.exists():
+    if not present(path):
         return {}
     fields = {name: value for name, value in read_json(path).items() if value is not None}
     if fields.get("eos_token_id") == []:

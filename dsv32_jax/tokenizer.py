@@ -13,8 +13,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
+from dsv32_jax.reading import decoded, present, read_json
 from dsv32_jax.special_tokens import add_missing_tokens, default_template, special_tokens
 
 Message = Mapping[str, Any]
@@ -164,13 +164,13 @@ class Tokenizer:
 
     def _find_template(self, directory: Path) -> str | None:
         file = directory / "chat_template.jinja"
-        if file.exists():
+        if present(file):
             try:
-                return file.read_text(encoding="utf-8")
+                return decoded(file.read_bytes())
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}: not UTF-8 text") from error
         settings_file = directory / "tokenizer_config.json"
-        template = (read_json(settings_file) if settings_file.exists() else {}).get("chat_template")
+        template = (read_json(settings_file) if present(settings_file) else {}).get("chat_template")
         if template is None and all(self._tokenizer.token_to_id(token) is not None for token in _BUILT_IN_TOKENS):
             return BUILT_IN_TEMPLATE
         return default_template(settings_file, template)

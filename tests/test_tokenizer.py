@@ -242,6 +242,43 @@ def test_settings_of_wrong_types_or_that_contradict_are_refused_by_name(director
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"special_tokens_map": {"bos_token": EOS}}, "token 0, and special_tokens_map.json names 1"),
+        ({"special_tokens_map": {"bos_token": {"content": EOS}}, "config": {}}, "special_tokens_map.json names 1"),
+        ({"special_tokens_map": {"bos_token": "<s>"}}, "bos_token '<s>' is no token"),
+        ({"config": {"bos_token_id": 1}}, "config.json's bos_token_id is 1"),
+        ({"generation_config": {"bos_token_id": 1}}, "generation_config.json's bos_token_id is 1"),
+    ],
+)
+def test_all_that_name_the_bos_token_must_agree(directory, files, words):
+    write(directory, **{"config": {"bos_token_id": 0}} | files)
+    with pytest.raises(UserError, match=words):
+        Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "added", [{"<extra>": 3072.9}, {"<extra>": True}, {"<extra>": "3072"}, {"\ud800": 3072}, {"<extra>": None}]
+)
+def test_ids_of_added_tokens_are_whole_numbers(directory, added):
+    write(directory, added_tokens=added)
+    with pytest.raises(UserError, match=r"added_tokens\.json"):
+        Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_config", "special_tokens_map", "added_tokens", "config", "generation_config", "chat_template.jinja"],
+)
+def test_a_link_that_leads_nowhere_is_no_absent_file(directory, name):
+    link = directory / (name if "." in name else f"{name}.json")
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory / "blobs" / "1")
+    with pytest.raises(UserError, match=f"{link.name}: is a link to .*blobs/1"):
+        Tokenizer(directory)
+
+
 def test_the_template_named_default_is_used(directory):
     change_settings(
         directory, chat_template=[{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]

@@ -60,6 +60,15 @@ def test_a_text_that_fits_is_scored_whole(dsv32, tiny, tmp_path):
     assert narrow["log_likelihood"] != result["log_likelihood"]
 
 
+def test_bits_are_of_the_bytes_that_are_scored(dsv32, tiny, tmp_path):
+    bits = []
+    for text in ("<｜begin▁of▁sentence｜>The keeper", "The keeper"):  # the same ids
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        run = ("score", "--model", tiny, "--text-file", tmp_path / "text.txt", "--json", *EXACT)
+        bits.append(json.loads(dsv32(*run)[1])["bits_per_byte"])
+    assert bits[0] == bits[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
