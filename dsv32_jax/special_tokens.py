@@ -119,7 +119,10 @@ def default_template(path: Path, template: object) -> str | None:
     if template is None or isinstance(template, str):
         return template
     try:
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)  # type: ignore[attr-defined]
+        named = {entry["name"]: entry["template"] for entry in reversed(template)}  # type: ignore[call-overload]
+        if not all(isinstance(one, str) for one in named.values()):
+            raise TypeError
+        return named.get("default")
     except (KeyError, TypeError):
         right = json.dumps([{"name": "default", "template": "..."}])
         raise UserError(f"{path}: chat_template is {shown(template)}; it must be a text or {right}") from None
