@@ -38,6 +38,11 @@ _SIZES = (
 _REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
 # Attributes that are not fields of the file under their own name.
 _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
+# Attributes of which transformers' null is the same as no field: their default holds.
+_NULL_IS_ABSENT = (
+    "attention_bias", "hidden_act", "moe_layer_freq", "norm_topk_prob", "scoring_func", "tie_word_embeddings",
+    "topk_method",
+)  # fmt: skip
 # Attributes that nothing but training reads; any plain value will do.
 _PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
@@ -263,6 +268,8 @@ class ModelConfig:
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
         if raw.setdefault("quantization_config", None) is not None:
             raw["quantization_config"] = read_quantization_config(raw["quantization_config"])
+        for name in [name for name, value in raw.items() if value is None and name in _NULL_IS_ABSENT]:
+            del raw[name]
         raw["num_nextn_predict_layers"] = 0 if (mtp := raw.get("num_nextn_predict_layers")) is None else mtp
         for name, value in raw.items():
             if isinstance(value, list):
