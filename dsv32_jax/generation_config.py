@@ -62,7 +62,7 @@ _READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: _number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "max_new_tokens": (lambda value: _integer(value, 1), "an integer of at least 1"),
     "eos_token_id": (_tokens, "a token id, a list of them"),
-    "bos_token_id": (_tokens, "a token id"),
+    "bos_token_id": (lambda value: _integer(value, 0), "a token id"),
 }
 """What a field may hold besides null, and the same in words."""
 

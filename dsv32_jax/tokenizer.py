@@ -55,7 +55,7 @@ class Tokenizer:
         self.directory = directory = Path(directory)
         path = directory / "tokenizer.json"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(decoded(path.read_bytes()))
         except Exception as error:  # the library raises a bare Exception for every malformed file
             raise UserError(f"{path}: not a readable tokenizer: {_one_line(error)}") from error
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":

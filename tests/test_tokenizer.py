@@ -313,6 +313,15 @@ def test_a_template_that_fails_does_so_in_one_line(directory, template, words):
     assert "\n" not in str(refusal.value)
 
 
+def test_byte_order_marks_are_dropped_from_all_files(directory, tokenizer):
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    write(directory, config={"bos_token_id": 0}, special_tokens_map={}, added_tokens={})
+    for path in directory.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = Tokenizer(directory)
+    assert marked.encode_chat([HI]) == tokenizer.encode(HI["content"])
+
+
 @pytest.mark.parametrize("entry", [{"name": "default", "template": 5}, {"name": ["default"], "template": "a"}])
 def test_a_template_that_is_no_text_is_refused(directory, tokenizer, entry):
     change_settings(directory, chat_template=[entry])
