@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.quant import QTensor
+from dsv32_jax.reading import present
 
 COPIED = (
     "config.json",
@@ -33,7 +34,7 @@ def companions(directory: Path) -> Iterator[Path]:
     seen = set()
     for pattern in COPIED:
         for path in sorted(directory.glob(pattern, case_sensitive=False)):
-            if path not in seen and path.is_file() and "__pycache__" not in path.parts:
+            if path not in seen and present(path) and path.is_file() and "__pycache__" not in path.parts:
                 seen.add(path)
                 yield path
 

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.companions import most_of, said_dtypes
 from dsv32_jax.convert.conversion import checkpoint_kind
-from dsv32_jax.convert.huggingface import INDEX, SINGLE, HFReader
+from dsv32_jax.convert.huggingface import INDEX, SINGLE, HFReader, read_index
 from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, describe
 from dsv32_jax.convert.stored import COMPRESSED, IN_A_WORD, OFFICIAL
 from dsv32_jax.convert.tensor_file import DTYPES, Entry, read_header
 from dsv32_jax.errors import UserError
+from dsv32_jax.reading import present, read_json
 
 SCHEME_OF = {"float8_e4m3fn": "fp8_block", "int8": "int8", "uint8": "int4"}
 """The scheme of weights by the dtype of their values in memory and in Orbax."""
@@ -95,9 +96,9 @@ def contents(directory: Path, config: ModelConfig) -> Contents:
 def hf_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]:
     """Of the files that the index names, or of the only one; those that cannot be read are left to `HFReader`."""
     files, metadata = {SINGLE}, None
-    if (directory / INDEX).exists():
-        index = read_json(directory / INDEX)
-        files, metadata = set(map(str, dict(index.get("weight_map") or {}).values())), index.get("metadata")
+    if present(directory / INDEX):
+        weight_map, metadata = read_index(directory)
+        files = set(weight_map.values())
     disagreements += [
         f"{path.name}: is not in {INDEX}, and is never read"
         for path in sorted(directory.glob("*.safetensors"))

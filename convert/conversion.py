@@ -25,6 +25,7 @@ from dsv32_jax.model import DeepseekV32, abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
 from dsv32_jax.progress import progress_bar
 from dsv32_jax.quant import QTensor
+from dsv32_jax.reading import present
 
 OTHER = {"hf": "orbax", "orbax": "hf"}
 """The layouts, each with the one that it is converted to."""
@@ -42,9 +43,9 @@ def checkpoint_kind(directory: str | os.PathLike[str]) -> str:
     """
     directory = Path(directory)
     refuse_unfinished(directory)
-    if (directory / DESCRIPTION).exists():
+    if present(directory / DESCRIPTION):
         return "orbax"
-    if (directory / INDEX).exists() or (directory / SINGLE).exists():
+    if present(directory / INDEX) or present(directory / SINGLE):
         return "hf"
     raise UserError(f"{directory}: no checkpoint; it has none of {INDEX}, {SINGLE}, {DESCRIPTION}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.names import hf_name, is_mtp, mtp_prefix, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import (
     OFFICIAL,
@@ -25,7 +25,9 @@ from dsv32_jax.convert.stored import (
 from dsv32_jax.convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
+from dsv32_jax.fields import shown
 from dsv32_jax.quant import QTensor
+from dsv32_jax.reading import present, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -87,20 +89,14 @@ class HFReader:
 
     def shard_files(self) -> dict[str, set[str] | None]:
         """Files, and the tensors that the index expects in each (None where there is no index)."""
-        if not (self.directory / INDEX).exists():
+        if not present(self.directory / INDEX):
             return {SINGLE: None}
-        index = read_json(self.directory / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{self.directory / INDEX}: has no weight_map")
-        self.index_metadata = index.get("metadata")
+        weight_map, self.index_metadata = read_index(self.directory)
         files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{self.directory / INDEX}: {file!r} is not a file name")
             if not self.passes_over(name):
                 files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
-        if missing := [file for file in files if not (self.directory / file).exists()]:
+        if missing := [file for file in files if not present(self.directory / file)]:
             prefix = mtp_prefix(self.config)
             only_mtp = all(name.startswith(prefix) for file in missing for name in files[file] or ())
             hint = f"; {without_mtp(prefix)}" if self.config.has_mtp and only_mtp else ""
@@ -210,6 +206,22 @@ class HFReader:
         for expert in experts:
             read_into(out[expert], *self.entries[name.format(expert=expert)])
         return out
+
+
+def read_index(directory: Path) -> tuple[dict[str, str], Any]:
+    """(file of each tensor, metadata) as the index of a checkpoint has them.
+
+    Raises:
+      UserError: it is not of that form, or names what is no file beside it.
+    """
+    index = read_json(directory / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{directory / INDEX}: weight_map is {shown(weight_map)}; it must be {{tensor: file}}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise UserError(f"{directory / INDEX}: {shown(file)} is not a file name")
+    return weight_map, index.get("metadata")
 
 
 class HFWriter:

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dsv32_jax.config import ModelConfig, read_json
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.huggingface import Shard, plan_shards
 from dsv32_jax.convert.names import MTP_PATHS, group_of, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
 from dsv32_jax.quant import QTensor, scheme_of
+from dsv32_jax.reading import read_json
 
 DESCRIPTION = "dsv32_checkpoint.json"
 PARAMS = "params"
@@ -104,6 +105,8 @@ class OrbaxReader:
             )
         if lacking := [key for key in ("parameters", "index_metadata", "shards") if key not in content]:
             raise UserError(f"{directory / DESCRIPTION}: has no {' or '.join(lacking)}; convert again")
+        if not all(isinstance(content[key], dict) for key in ("parameters", "shards")):
+            raise UserError(f"{directory / DESCRIPTION}: parameters and shards must be objects; convert again")
         self.parameters: dict[str, Any] = {
             path: leaf for path, leaf in content["parameters"].items() if mtp or not path.startswith(MTP_PATHS)
         }

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsv32_jax.errors import UserError
+from dsv32_jax.reading import parsed_json
 
 DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -49,7 +50,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str] | None]:
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = parsed_json(file.read(size).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: this shard is missing; copy it from the checkpoint") from None
     except OSError as error:

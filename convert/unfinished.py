@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.files import LockedPath, locked, whole_file
+from dsv32_jax.reading import parsed_json
 
 JOURNAL = ".progress.json"
 PARTIAL = ".partial"
@@ -26,7 +27,7 @@ def refuse_unfinished(directory: Path) -> None:
 def read_journal(directory: Path) -> dict[str, Any] | None:
     """How far a directory is; {} where that cannot be read, and None where it has no journal."""
     try:
-        journal = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
+        journal = parsed_json((directory / JOURNAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
@@ -126,8 +127,11 @@ def new_directory(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
     """Locks a directory that is to be made.
 
     Raises:
-      UserError: it exists, cannot be written, has a name that only unfinished ones have, or somebody else is making it.
+      UserError: it exists, cannot be written, has no name or one that only unfinished ones have, or somebody else is
+        making it.
     """
+    if Path(target).name in ("", ".."):
+        raise UserError(f'"{target}": has no name of its own; give the path of a directory that does not exist')
     if Path(target).name.endswith(PARTIAL):
         raise UserError(f"{target}: unfinished directories end in {PARTIAL}; give another name")
     try:

@@ -21,9 +21,10 @@ from dsv32_jax.config_fields import check_beside, check_field, refuse_typing_sli
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.fields import integer, number, only
 from dsv32_jax.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
+from dsv32_jax.reading import read_json
 from dsv32_jax.rope_scaling import NeutralFields, RopeScaling, read_rope, write_rope
 
-__all__ = ["PRESETS", "ModelConfig", "RopeScaling", "read_json"]
+__all__ = ["PRESETS", "ModelConfig", "RopeScaling"]
 
 _ARCHITECTURE = "DeepseekV32ForCausalLM"
 
@@ -37,6 +38,11 @@ _SIZES = (
 _REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
 # Attributes that are not fields of the file under their own name.
 _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
+# Attributes of which transformers' null is the same as no field: their default holds.
+_NULL_IS_ABSENT = (
+    "attention_bias", "hidden_act", "moe_layer_freq", "norm_topk_prob", "scoring_func", "tie_word_embeddings",
+    "topk_method",
+)  # fmt: skip
 # Attributes that nothing but training reads; any plain value will do.
 _PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
@@ -262,6 +268,8 @@ class ModelConfig:
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
         if raw.setdefault("quantization_config", None) is not None:
             raw["quantization_config"] = read_quantization_config(raw["quantization_config"])
+        for name in [name for name, value in raw.items() if value is None and name in _NULL_IS_ABSENT]:
+            del raw[name]
         raw["num_nextn_predict_layers"] = 0 if (mtp := raw.get("num_nextn_predict_layers")) is None else mtp
         for name, value in raw.items():
             if isinstance(value, list):
@@ -333,23 +341,6 @@ class ModelConfig:
             "rope_scaling": RopeScaling(original_max_position_embeddings=32),
         }  # fmt: skip
         return cls(**sizes | overrides)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file (of a directory: its config.json), or a UserError that names the file."""
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a checkpoint has one") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a {type(raw).__name__}; it must hold a JSON object")
-    return raw
 
 
 PRESETS = {"671b": ModelConfig.deepseek_v32(), "tiny": ModelConfig.tiny()}

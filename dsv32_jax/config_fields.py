@@ -35,12 +35,25 @@ PER_LAYER: dict[str, tuple[Callable[[ModelConfig, int], tuple[str, ...]], str]] 
     "index_topk_pattern": (lambda config, layer: ("F", "full"), "every layer chooses by its own indexer"),
 }
 
-# Another name of something that an attribute, or several, already say.
+
+def _of_yarn(name: str, without: Any) -> Callable[[ModelConfig], Any]:
+    """What `rope_scaling` says, or what stands for it in a config that has none."""
+    return lambda config: getattr(config.rope_scaling, name) if config.rope_scaling else without
+
+
+# Another name of something that an attribute, or several, already say; many are of DeepSeek's own inference code.
 RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "moe_num_experts"), lambda config: config.n_routed_experts),
     **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts"), lambda config: config.n_shared_experts),
     **dict.fromkeys(
-        ("num_experts_per_token", "num_selected_experts", "moe_topk", "moe_top_k", "moe_router_topk"),
+        (
+            "num_experts_per_token",
+            "num_selected_experts",
+            "n_activated_experts",
+            "moe_topk",
+            "moe_top_k",
+            "moe_router_topk",
+        ),
         lambda config: config.num_experts_per_tok,
     ),
     **dict.fromkeys(
@@ -48,7 +61,17 @@ RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
         lambda config: config.n_shared_experts * config.moe_intermediate_size,
     ),
     **dict.fromkeys(("qk_head_dim", "q_head_dim"), lambda config: config.qk_head_dim),
-    **dict.fromkeys(("moe_layer_start_index", "num_dense_layers"), lambda config: config.first_k_dense_replace),
+    **dict.fromkeys(("dim", "d_model", "n_embd"), lambda config: config.hidden_size),
+    **dict.fromkeys(("inter_dim", "ffn_hidden_size"), lambda config: config.intermediate_size),
+    **dict.fromkeys(("moe_inter_dim", "moe_ffn_hidden_size"), lambda config: config.moe_intermediate_size),
+    **dict.fromkeys(("n_layers", "n_layer", "num_layers"), lambda config: config.num_hidden_layers),
+    **dict.fromkeys(("n_heads", "n_head", "num_heads"), lambda config: config.num_attention_heads),
+    **dict.fromkeys(("n_expert_groups", "num_expert_groups", "num_expert_group"), lambda config: config.n_group),
+    **dict.fromkeys(("n_limited_groups", "num_limited_groups"), lambda config: config.topk_group),
+    **dict.fromkeys(("normalize_topk_prob", "norm_topk_probs", "route_norm"), lambda config: config.norm_topk_prob),
+    **dict.fromkeys(
+        ("moe_layer_start_index", "num_dense_layers", "n_dense_layers"), lambda config: config.first_k_dense_replace
+    ),
     **dict.fromkeys(
         ("route_scale", "router_scaling_factor", "moe_router_scaling_factor", "moe_routed_scaling_factor"),
         lambda config: config.routed_scaling_factor,
@@ -60,9 +83,14 @@ RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
         lambda config: config.rms_norm_eps,
     ),
     "rotary_dim": lambda config: config.qk_rope_head_dim,
-    **dict.fromkeys(("rope_base", "rotary_base", "rotary_emb_base"), lambda config: config.rope_theta),
     **dict.fromkeys(
-        ("original_max_position_embeddings", "original_max_seq_len"),
+        ("rope_base", "rotary_base", "rotary_emb_base", "index_rope_theta"), lambda config: config.rope_theta
+    ),
+    **dict.fromkeys(("rope_type", "rope_scaling_type"), _of_yarn("type", "default")),
+    "rope_factor": _of_yarn("factor", 1),
+    **{name: _of_yarn(name, None) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+    **dict.fromkeys(
+        ("original_max_position_embeddings", "original_max_seq_len", "original_seq_len"),
         lambda config: (
             config.rope_scaling.original_max_position_embeddings
             if config.rope_scaling
@@ -90,6 +118,9 @@ FAMILY = _each(
     # Without a schedule that shares nothing, readers would have to guess the rest of it.
     ("index_skip_topk_offset", (2,), "every layer chooses by its own indexer; with index_topk_freq 1 any offset does"),
     ("moe_router_dtype router_dtype", ("float32", "fp32"), "the router's product and scores are float32"),
+    ("index_norm_eps", (1e-6,), "the norm of the index keys has 1e-6 whatever rms_norm_eps is"),
+    ("lm_head_dtype", ("float32", "fp32"), "logits are float32"),
+    ("scale_fmt", ("ue8m0",), "scales of activations are powers of two"),
     ("mlp_bias", (False,), "no feed-forward layer has a bias"),
     ("index_kpool index_block_size index_topk_blocks index_local_blocks indexer_compress_ratio", _OFF,
      "the indexer scores and chooses single tokens"),
@@ -136,7 +167,8 @@ OTHERS = _each(
     ("embed_layer_norm embedding_norm use_embedding_layernorm normalize_embeddings scale_embedding "
      "scale_embeddings", _OFF,
      "embeddings go into the first layer as they are"),
-    ("emb_scale embedding_scale scale_emb residual_scale logit_scale logits_scale logits_scaling output_scale", _ONE,
+    ("emb_scale embedding_scale scale_emb residual_scale residual_scaling logit_scale logit_scaling "
+     "logits_scale logits_scaling output_scale", _ONE,
      "embeddings, residual additions and logits are not scaled"),
     ("scale_depth dim_model_base", (), "embeddings, residual additions and logits are not scaled"),
     ("hidden_activation activation activation_function act_fn mlp_activation mlp_hidden_act", ("silu", "swish"),
@@ -146,8 +178,13 @@ OTHERS = _each(
     ("decoder_sparse_step expert_interval moe_layer_interval interleave_moe_layer_step moe_every_n_layers", _ONE,
      "every layer after first_k_dense_replace has experts"),
     ("use_expert_bias use_routing_bias moe_router_enable_expert_bias", (True,), "experts are chosen by score and bias"),
-    ("moe_router_score_function router_score_function router_scoring_func", ("sigmoid",),
+    ("moe_router_score_function router_score_function router_scoring_func score_func score_function "
+     "scoring_function", ("sigmoid",),
      "the router's score is a sigmoid"),
+    ("use_grouped_topk", (True,), "experts are chosen among topk_group of n_group groups"),
+    ("apply_router_weight_on_input", _OFF, "routing weights multiply what experts return"),
+    ("attn_config ffn_config", ({},), "sizes and kinds are read from the fields of DeepSeek-V3.2 alone"),
+    ("pre_norm", (True,), "a layer is attention and then feed-forward, each after its norm"),
     ("router_temperature", _ONE, "the router's logits are as they come"),
     ("capacity_factor expert_capacity moe_capacity_factor moe_expert_capacity_factor moe_token_drop_policy "
      "drop_tokens", _OFF,
@@ -248,7 +285,7 @@ def check_field(config: ModelConfig, name: str, value: Any, fields: Mapping[str,
         _check_layers(config, name, value)
     elif name in RESTATED:
         neutral(name, value, [RESTATED[name](config)], "the config's other fields say so")
-    elif (rule := _rule(name)) is not None and not (name == "index_skip_topk_offset" and _shares_nothing(fields)):
+    elif (rule := _rule(name)) is not None and not _switched_off(name, fields):
         neutral(name, value, *rule)
 
 
@@ -268,6 +305,13 @@ def refuse_typing_slips(names: Iterable[str], attributes: frozenset[str]) -> Non
 def _rule(name: str) -> tuple[tuple[Any, ...], str] | None:
     rule = FAMILY.get(name) or OTHERS.get(name)
     return rule or next((rule for glob, rule in _PATTERNS.items() if fnmatch.fnmatchcase(name, glob)), None)
+
+
+def _switched_off(name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether another field says that nothing reads this one."""
+    if "sliding_window" in name and name != "use_sliding_window":
+        return fields.get("use_sliding_window") is False
+    return name == "index_skip_topk_offset" and _shares_nothing(fields)
 
 
 def _shares_nothing(fields: Mapping[str, Any]) -> bool:

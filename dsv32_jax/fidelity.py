@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+EQUAL_FIELDS = ("vocab_size", "num_hidden_layers", "hidden_size", "first_k_dense_replace")
+"""Fields of the config in which two models must agree for their traces to be comparable."""
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trace:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.config import read_json
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.fields import same, shown
+from dsv32_jax.reading import present, read_json
 
 
 def read_generation_config(directory: Path, vocab_size: int | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def read_generation_config(directory: Path, vocab_size: int | None = None) -> di
     Warns (`CheckpointWarning`), once and by name, of fields that would change what is drawn and are not offered.
     """
     path = directory / "generation_config.json"
-    if not path.exists():
+    if not present(path):
         return {}
     return checked_generation_config(read_json(path), str(path), vocab_size)
 
@@ -69,7 +69,7 @@ _READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: _number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "max_new_tokens": (lambda value: _integer(value, 1), "an integer of at least 1"),
     "eos_token_id": (_tokens, "a token id, a list of them"),
-    "bos_token_id": (_tokens, "a token id"),
+    "bos_token_id": (lambda value: _integer(value, 0), "a token id"),
 }
 """What a field may hold besides null, and the same in words."""
 

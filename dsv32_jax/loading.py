@@ -19,6 +19,7 @@ from dsv32_jax.model import DeepseekV32, Options
 from dsv32_jax.parts import check_dequantized, check_room, dequantized_bytes, with_weights
 from dsv32_jax.quant import scheme_of
 from dsv32_jax.quantization_config import QuantizationConfig
+from dsv32_jax.reading import present
 from dsv32_jax.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
@@ -123,7 +124,10 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     name = os.fspath(name_or_path)
     directory = DEMO if name == "demo" and not Path(name).is_dir() else _expanded(name)
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
+        if not present(directory / "config.json"):
+            from dsv32_jax.convert.unfinished import refuse_unfinished
+
+            refuse_unfinished(directory)
             raise UserError(f"{directory}: has no config.json; a checkpoint directory must have one")
         return directory
     if name == "demo":
@@ -147,7 +151,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
     """None where there is no `tokenizer.json`."""
-    return Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+    return Tokenizer(directory) if present(directory / "tokenizer.json") else None
 
 
 def use_compilation_cache() -> None:

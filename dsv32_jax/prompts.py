@@ -8,6 +8,7 @@ from jax import Array
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
+from dsv32_jax.messages import check_text
 from dsv32_jax.tokenizer import Tokenizer
 
 __all__ = ["BYTES", "Prompts", "rows_of"]
@@ -58,7 +59,7 @@ def _row(
             raise UserError("prompt: the checkpoint has no tokenizer.json; give token ids instead of text")
         if not prompt:
             raise UserError(f"prompt {number}: empty; it must have at least one character")
-        prompt = tokenizer.encode(prompt, bos=True)
+        prompt = tokenizer.encode(check_text(f"prompt {number}", prompt), bos=True)
     try:
         ids = np.asarray(prompt)
     except ValueError:  # lists of different lengths, one in the other

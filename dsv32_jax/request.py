@@ -10,6 +10,7 @@ import numpy as np
 
 from dsv32_jax.arguments import boolean, instance, integer
 from dsv32_jax.errors import UserError
+from dsv32_jax.messages import check_text
 from dsv32_jax.sampling import check_sampling
 from dsv32_jax.tokenizer import StreamDecoder
 
@@ -103,6 +104,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = tuple(instance("stop", value, COLLECTIONS, "a string or a list of strings"))
     for stop in stops:
         instance("stop", stop, str, "a string or a list of strings")
+        check_text("stop", stop)
     if len(stops) > MOST_STOPS or not all(stops):
         raise UserError(f"stop: must be at most {MOST_STOPS} strings, none of them empty")
     return stops

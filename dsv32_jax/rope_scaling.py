@@ -102,12 +102,13 @@ def read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     where = "rope_parameters" if nested else "rope_scaling"
     scaling, theta, kept = _read_block(where, top.get(where))
     attributes: dict[str, Any] = {"rope_scaling": scaling, "rope_in_parameters": nested, "rope_neutral": kept}
-    if theta is not None and not nested and not same(top.get("rope_theta", theta), theta):
-        raise UserError(f"rope_theta {top['rope_theta']!r} and rope_scaling.rope_theta {theta!r} disagree; keep one")
+    stated = top.get("rope_theta")
+    if theta is not None and not nested and stated is not None and not same(stated, theta):
+        raise UserError(f"rope_theta {stated!r} and rope_scaling.rope_theta {theta!r} disagree; keep one")
     if theta is not None:
         attributes["rope_theta"] = theta
-    elif "rope_theta" in top:
-        attributes["rope_theta"] = top["rope_theta"]
+    elif stated is not None:
+        attributes["rope_theta"] = stated
     elif nested:
         raise UserError("rope_parameters.rope_theta is missing; the config must give it")
     again = {name: value for name, value in top.items() if name != where and (nested or name != "rope_theta")}

@@ -1,5 +1,6 @@
 """Which tokens begin and end a text: a checkpoint's tokenizer_config.json, special_tokens_map.json and config.json."""
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -8,9 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from dsv32_jax.config import read_json
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.fields import shown
+from dsv32_jax.reading import present, read_json, surrogate_in
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SETTINGS, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -26,9 +27,13 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> None
     entries: dict[int, tuple[str, tokenizers.AddedToken]] = {}
     try:
         for content, id in _read(directory / _ADDED).items():
-            entries[int(id)] = (_ADDED, tokenizers.AddedToken(content))
+            if not _is_id(id):
+                raise ValueError(f"id {shown(id)}")
+            entries[id] = (_ADDED, tokenizers.AddedToken(content))
         for id, raw in (_read(directory / _SETTINGS).get("added_tokens_decoder") or {}).items():
-            flags = {flag: bool(raw[flag]) for flag in _FLAGS if flag in raw}
+            flags = {flag: raw[flag] for flag in _FLAGS if flag in raw}
+            if not (id.isascii() and id.isdigit()) or not all(isinstance(flag, bool) for flag in flags.values()):
+                raise ValueError(f"id {shown(id)}, {shown(flags)}")
             entries[int(id)] = (_SETTINGS, tokenizers.AddedToken(raw["content"], **flags))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -45,33 +50,38 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> None
 def special_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
     """The text of bos_token, eos_token, pad_token and unk_token, where a file has one.
 
-    tokenizer_config.json goes before special_tokens_map.json, and both before the ids of config.json. A token that is
-    so named is one, also where tokenizer.json has its text in the vocabulary alone.
+    tokenizer_config.json goes before special_tokens_map.json, and both before the ids of config.json. Of the
+    beginning-of-sentence token all that name it must agree, generation_config.json too. A token that
+    is so named is one, also where tokenizer.json has its text in the vocabulary alone.
 
     Raises:
-      UserError: a token that is no text, that tokenizer.json does not have, or a beginning-of-sentence token that is
-        not config.json's.
+      UserError: a token that is no text, that tokenizer.json does not have, or beginning-of-sentence tokens that
+        disagree.
     """
     ids = _read(directory / "config.json")
     named: dict[str, str] = {}
+    bos: list[tuple[str, int | None, str]] = []  # who says so, which token it is, and the same in short
     for file in (_SETTINGS, _MAP):
         settings = _read(directory / file)
         for name in _NAMES:
             text = _text(directory / file, name, settings.get(name))
-            if text is None or name in named:
+            if text is None or (name in named and name != "bos_token"):
                 continue
             id = tokenizer.token_to_id(text)
             if id is None and name in ("bos_token", "eos_token"):
                 raise UserError(f"{directory / file}: {name} {text!r} is no token of tokenizer.json")
-            expected = ids.get("bos_token_id")
-            if name == "bos_token" and _is_id(expected) and id != expected:
-                raise UserError(
-                    f"{directory / file}: bos_token {text!r} is token {id}, and config.json's bos_token_id is "
-                    f"{expected}; they must agree"
-                )
-            named[name] = text
+            if name == "bos_token":
+                bos.append((f"{directory / file}: bos_token {text!r} is token {id}", id, f"{file} names {id}"))
+            named.setdefault(name, text)
             if id is not None and id not in tokenizer.get_added_tokens_decoder():
                 tokenizer.add_special_tokens([text])
+    for file in ("config.json", "generation_config.json"):
+        if _is_id(id := _read(directory / file).get("bos_token_id")):
+            where = f"{file}'s bos_token_id is {id}"
+            bos.append((f"{directory}: {where}", id, where))
+    for one, other in itertools.pairwise(bos):
+        if one[1] != other[1]:
+            raise UserError(f"{one[0]}, and {other[2]}; they must agree")
     for name in _NAMES:
         id = ids.get(f"{name}_id")
         id = id[0] if isinstance(id, list) and id else id
@@ -89,7 +99,7 @@ def special_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> dict[str
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if present(path) else {}
 
 
 def _is_id(value: object) -> bool:
@@ -99,7 +109,7 @@ def _is_id(value: object) -> bool:
 def _text(path: Path, name: str, value: object) -> str | None:
     """Of a token, which is its text, or an object with that and how it is matched."""
     text = value.get("content") if isinstance(value, Mapping) else value
-    if isinstance(text, str) or value is None:
+    if value is None or (isinstance(text, str) and surrogate_in(text) is None):
         return text or None  # type: ignore[return-value]
     raise UserError(f'{path}: {name} is {shown(value)}; it must be a text, {{"content": text}} or null')
 
@@ -109,7 +119,10 @@ def default_template(path: Path, template: object) -> str | None:
     if template is None or isinstance(template, str):
         return template
     try:
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)  # type: ignore[attr-defined]
+        named = {entry["name"]: entry["template"] for entry in reversed(template)}  # type: ignore[call-overload]
+        if not all(isinstance(one, str) for one in named.values()):
+            raise TypeError
+        return named.get("default")
     except (KeyError, TypeError):
         right = json.dumps([{"name": "default", "template": "..."}])
         raise UserError(f"{path}: chat_template is {shown(template)}; it must be a text or {right}") from None

@@ -4,7 +4,7 @@ import codecs
 import datetime
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from dsv32_jax.config import read_json
+from dsv32_jax.arguments import shown
 from dsv32_jax.errors import UserError
+from dsv32_jax.messages import Message, check_text, checked_messages
+from dsv32_jax.reading import decoded, present, read_json
 from dsv32_jax.special_tokens import add_missing_tokens, default_template, special_tokens
-
-Message = Mapping[str, Any]
 
 # The turns of DeepSeek-V3.2-Exp (the family of V3.1-Terminus), for checkpoints that come without a template. Tool
 # calls are left to templates that a checkpoint brings itself.
@@ -55,7 +55,7 @@ class Tokenizer:
         self.directory = directory = Path(directory)
         path = directory / "tokenizer.json"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(decoded(path.read_bytes()))
         except Exception as error:  # the library raises a bare Exception for every malformed file
             raise UserError(f"{path}: not a readable tokenizer: {_one_line(error)}") from error
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":
@@ -92,7 +92,10 @@ class Tokenizer:
         `bos=True` puts the beginning-of-sentence token in front, unless the text already begins with it or the
         tokenizer has none. The model was trained with it at the start of every sequence, so plain prompts and scored
         texts use it; chat templates write it themselves.
+
+        Raises `UserError` where `text` is none, or has half of a surrogate pair.
         """
+        check_text("text", text)
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -135,15 +138,27 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Message], *, thinking: bool = False, add_generation_prompt: bool = True
     ) -> str:
-        """The chat as one text. `messages` have `role` (system, user, assistant) and `content`."""
+        """The chat as one text.
+
+        Args:
+          messages: see `checked_messages`; the roles are system, user, assistant, and what else the template knows.
+          thinking: the model shall reason before it answers.
+          add_generation_prompt: end with the beginning of an answer.
+
+        Raises:
+          UserError: bad messages, no chat template, or one that fails; in one line.
+        """
+        messages = checked_messages(messages)
         if self.chat_template is None:
             raise UserError(
                 "chat_template: the checkpoint has none, or none named default, and its tokenizer lacks DeepSeek's "
                 "turn tokens"
             )
+        if not isinstance(self.chat_template, str):
+            raise UserError(f"chat_template: {shown(self.chat_template)}; must be a text")
         try:
             return _compile(self.chat_template).render(
-                messages=list(messages),
+                messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 thinking=thinking,
                 enable_thinking=thinking,
@@ -151,6 +166,8 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise UserError(f"chat_template: {_one_line(error)}") from error
+        except Exception as error:  # a template is a program: any error that Python has can come of one
+            raise UserError(f"chat_template: fails with {type(error).__name__}: {_one_line(error)}") from error
 
     def encode_chat(
         self, messages: Sequence[Message], *, thinking: bool = False, add_generation_prompt: bool = True
@@ -164,13 +181,13 @@ class Tokenizer:
 
     def _find_template(self, directory: Path) -> str | None:
         file = directory / "chat_template.jinja"
-        if file.exists():
+        if present(file):
             try:
-                return file.read_text(encoding="utf-8")
+                return decoded(file.read_bytes())
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}: not UTF-8 text") from error
         settings_file = directory / "tokenizer_config.json"
-        template = (read_json(settings_file) if settings_file.exists() else {}).get("chat_template")
+        template = (read_json(settings_file) if present(settings_file) else {}).get("chat_template")
         if template is None and all(self._tokenizer.token_to_id(token) is not None for token in _BUILT_IN_TOKENS):
             return BUILT_IN_TEMPLATE
         return default_template(settings_file, template)

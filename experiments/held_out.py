@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.config import read_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.reading import json_lines
 from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.files import whole_file
+from dsv32_jax.reading import read_json
 from dsv32_jax.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from dsv32_jax.config import PRESETS, ModelConfig, RopeScaling
+from dsv32_jax.config import _NULL_IS_ABSENT, PRESETS, ModelConfig, RopeScaling
 from dsv32_jax.config_fields import WITHOUT_EFFECT
 from dsv32_jax.errors import CheckpointWarning, UserError
 from dsv32_jax.quantization_config import QuantizationConfig
@@ -107,6 +107,25 @@ REFUSED = [
     ("quantization", {"bits": 4}),
     ("compression_config", {"quant_method": "compressed-tensors"}),
     ("indexer_type", ["full", "shared"]),
+    ("score_func", "softmax"),
+    ("n_expert_groups", 1),
+    ("n_limited_groups", 1),
+    ("n_activated_experts", 1),
+    ("rope_factor", 1),
+    ("index_rope_theta", 1e6),
+    ("index_norm_eps", 1e-5),
+    ("rope_type", "linear"),
+    ("rope_scaling_type", "default"),
+    ("use_grouped_topk", False),
+    ("apply_router_weight_on_input", True),
+    ("normalize_topk_prob", False),
+    ("attn_config", {"clip_qkv": 8}),
+    ("residual_scaling", 0.5),
+    ("logit_scaling", 0.5),
+    ("pre_norm", False),
+    ("lm_head_dtype", "bfloat16"),
+    ("beta_fast", 16),
+    ("dim", 256),
     ("use_cache", {}),
 ]
 
@@ -138,6 +157,12 @@ NEUTRAL = [
     {"original_max_position_embeddings": 32, "attention_multiplier": ModelConfig.tiny().softmax_scale},
     {"dtype": "float32", "torch_dtype": "bfloat16", "task_specific_params": {"text-generation": {"max_length": 9}}},
     {"chunk_size_feed_forward": 64, "is_decoder": True, "output_attentions": True, "id2label": {"0": "a"}},
+    {"use_sliding_window": False, "sliding_window": 4096, "sliding_window_size": 128},
+    {"score_func": "sigmoid", "n_expert_groups": 4, "n_limited_groups": 2, "n_activated_experts": 2, "rope_factor": 40},
+    {"index_rope_theta": 10000.0, "index_norm_eps": 1e-6, "rope_type": "yarn", "rope_scaling_type": "yarn"},
+    {"use_grouped_topk": True, "apply_router_weight_on_input": False, "normalize_topk_prob": True, "attn_config": {}},
+    {"residual_scaling": 1.0, "logit_scaling": 1, "pre_norm": True, "lm_head_dtype": "float32", "scale_fmt": "ue8m0"},
+    {"dim": 128, "inter_dim": 256, "moe_inter_dim": 128, "n_layers": 2, "n_dense_layers": 1, "n_heads": 2},
     {"architectures": None, "prefix": None, "num_nextn_predict_layers": None, "cross_attention_hidden_size": None},
 ]  # fmt: skip
 
@@ -147,6 +172,18 @@ def test_what_changes_nothing_is_read_without_a_word_and_written_back(fields):
     written = read(**fields).to_hf()
     expected = fields | ({"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in fields else {})
     assert {name: written[name] for name in fields} == expected
+
+
+@pytest.mark.parametrize("name", [*_NULL_IS_ABSENT, "rope_theta"])
+def test_null_is_the_same_as_absent(name):
+    absent = hf()
+    absent.pop(name, None)
+    assert read(**{name: None}) == ModelConfig.from_hf(absent)
+
+
+def test_a_null_rope_theta_beside_one_in_a_block_is_none():
+    block = ModelConfig.tiny().rope_scaling.to_hf() | {"rope_theta": 5}
+    assert read(rope_theta=None, rope_scaling=block).rope_theta == 5
 
 
 def test_every_field_without_effect_has_its_reason_and_may_say_anything():

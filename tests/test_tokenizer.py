@@ -1,12 +1,16 @@
 """Tokenizer and chat template against what transformers made of the same files; streaming."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import CheckpointWarning, UserError
+from dsv32_jax.prompts import rows_of
+from dsv32_jax.request import SamplingParams
 from dsv32_jax.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "tiny"
@@ -237,9 +241,46 @@ def test_a_bos_token_that_is_plain_text_is_none_and_is_said_so(directory):
 def test_settings_of_wrong_types_or_that_contradict_are_refused_by_name(directory, settings, words):
     write(directory, config={"bos_token_id": 0})
     change_settings(directory, **{"chat_template": None} | settings)
-    with pytest.raises(UserError, match=rf"(tokenizer_config.json: |{directory}: ).*{words}") as refusal:
+    with pytest.raises(UserError, match=rf"(tokenizer_config.json: |{directory}: ).*({words})") as refusal:
         Tokenizer(directory)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"special_tokens_map": {"bos_token": EOS}}, "token 0, and special_tokens_map.json names 1"),
+        ({"special_tokens_map": {"bos_token": {"content": EOS}}, "config": {}}, "special_tokens_map.json names 1"),
+        ({"special_tokens_map": {"bos_token": "<s>"}}, "bos_token '<s>' is no token"),
+        ({"config": {"bos_token_id": 1}}, "config.json's bos_token_id is 1"),
+        ({"generation_config": {"bos_token_id": 1}}, "generation_config.json's bos_token_id is 1"),
+    ],
+)
+def test_all_that_name_the_bos_token_must_agree(directory, files, words):
+    write(directory, **{"config": {"bos_token_id": 0}} | files)
+    with pytest.raises(UserError, match=words):
+        Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "added", [{"<extra>": 3072.9}, {"<extra>": True}, {"<extra>": "3072"}, {"\ud800": 3072}, {"<extra>": None}]
+)
+def test_ids_of_added_tokens_are_whole_numbers(directory, added):
+    write(directory, added_tokens=added)
+    with pytest.raises(UserError, match=r"added_tokens\.json"):
+        Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_config", "special_tokens_map", "added_tokens", "config", "generation_config", "chat_template.jinja"],
+)
+def test_a_link_that_leads_nowhere_is_no_absent_file(directory, name):
+    link = directory / (name if "." in name else f"{name}.json")
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory / "blobs" / "1")
+    with pytest.raises(UserError, match=f"{link.name}: is a link to .*blobs/1"):
+        Tokenizer(directory)
 
 
 def test_the_template_named_default_is_used(directory):
@@ -250,3 +291,87 @@ def test_the_template_named_default_is_used(directory):
     change_settings(directory, chat_template=[{"name": "tool_use", "template": "b"}])
     with pytest.raises(UserError, match="named default"):
         Tokenizer(directory).render_chat([HI])
+
+
+FAILING = [
+    ("{{ 1/0 }}", "ZeroDivisionError"),
+    ("{{ 1 + 'a' }}", "TypeError"),
+    ("{{ 10.0 ** 400 }}", "OverflowError"),
+    ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+    ("{{ messages[9]['content'] }}", "undefined|no element"),
+    ("{{ strftime_now(5) }}", "TypeError"),
+    ("{% for %}", "Expected|expected"),
+    ("{{ range(10 ** 9) | list }}", "OverflowError"),
+]
+
+
+@pytest.mark.parametrize(("template", "words"), FAILING)
+def test_a_template_that_fails_does_so_in_one_line(directory, template, words):
+    change_settings(directory, chat_template=template)
+    with pytest.raises(UserError, match=f"^chat_template: .*({words})") as refusal:
+        Tokenizer(directory).render_chat([HI])
+    assert "\n" not in str(refusal.value)
+
+
+def test_byte_order_marks_are_dropped_from_all_files(directory, tokenizer):
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    write(directory, config={"bos_token_id": 0}, special_tokens_map={}, added_tokens={})
+    for path in directory.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = Tokenizer(directory)
+    assert marked.encode_chat([HI]) == tokenizer.encode(HI["content"])
+
+
+@pytest.mark.parametrize("entry", [{"name": "default", "template": 5}, {"name": ["default"], "template": "a"}])
+def test_a_template_that_is_no_text_is_refused(directory, tokenizer, entry):
+    change_settings(directory, chat_template=[entry])
+    with pytest.raises(UserError, match="chat_template is"):
+        Tokenizer(directory)
+    other = copy.copy(tokenizer)
+    other.chat_template = 5
+    with pytest.raises(UserError, match="chat_template: 5; must be a text"):
+        other.render_chat([HI])
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "messages: there is none"),
+        ("hi", "messages: 'hi'; must be a list"),
+        (None, "messages: None"),
+        (HI, "messages: {.*; must be a list"),
+        ([HI, "hi"], "messages 1: 'hi'; must be a mapping"),
+        ([HI, {"content": "a"}], "messages 1: has no role"),
+        ([HI, {"role": "user"}], "messages 1: has no content"),
+        ([HI, {"role": "user", "content": None}], "messages 1, content: None; must be a text"),
+        ([HI, {"role": "user", "content": 5}], "messages 1, content: 5; must be a text"),
+        ([HI, {"role": 5, "content": "a"}], "messages 1, role: 5; must be a text"),
+        ([HI, {"role": "user", "content": "a\ud800"}], "messages 1, content: character 1 is '.ud800'"),
+        ([HI, {"role": "user", "content": [{"type": "image_url"}]}], "messages 1, content: .* parts of type text"),
+        ([HI, {"role": "user", "content": [{"type": "text"}]}], "messages 1, content: None; must be a text"),
+    ],
+)
+def test_messages_that_are_none_are_named_by_number(tokenizer, messages, words):
+    for use in (tokenizer.render_chat, tokenizer.encode_chat):
+        with pytest.raises(UserError, match=f"^{words}") as refusal:
+            use(messages)
+        assert "\n" not in str(refusal.value)
+
+
+def test_parts_of_type_text_are_joined_and_tool_calls_are_the_templates(directory, tokenizer):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    joined = tokenizer.encode_chat([{"role": "user", "content": "a\nb"}])
+    assert tokenizer.encode_chat([{"role": "user", "content": parts}]) == joined
+    change_settings(directory, chat_template="{{ messages[0].content is none }} {{ messages[0].tool_calls }}")
+    assert Tokenizer(directory).render_chat([{"role": "assistant", "tool_calls": [1]}]) == "True [1]"
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udfff", 5, None, b"a"])
+def test_what_is_no_text_is_not_encoded(tokenizer, text):
+    with pytest.raises(UserError, match=r"^text: "):
+        tokenizer.encode(text)
+    with pytest.raises(UserError, match=r"^stop: "):
+        SamplingParams(stop=[text])
+    if isinstance(text, str):
+        with pytest.raises(UserError, match=r"^prompt 1: "):
+            rows_of(["a", text], ModelConfig.tiny(vocab_size=5000), tokenizer)

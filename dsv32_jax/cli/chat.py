@@ -33,6 +33,7 @@ from dsv32_jax.cli.options import (
     TopP,
 )
 from dsv32_jax.errors import UserError
+from dsv32_jax.reading import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
     from dsv32_jax.cli.conversation import Conversation, Part
@@ -136,7 +137,8 @@ class Terminal:
         line = stream.readline()
         if not line:
             raise EOFError
-        return line.decode() if isinstance(line, bytes) else line
+        line = line.decode() if isinstance(line, bytes) else line
+        return line.removeprefix(BYTE_ORDER_MARK) if self._lines == 1 else line
 
     def show(self, part: "Part") -> None:
         """A part of an answer; reasoning is dim on a terminal, else it goes to stderr."""

@@ -175,13 +175,14 @@ def quantize(
         raise UserError("--migrate: needs a text to see outliers in; give --calibration too")
     text = None if calibration is None else read_text(calibration, "--calibration")
     from dsv32_jax import loading
-    from dsv32_jax.config import ModelConfig, read_json
+    from dsv32_jax.config import ModelConfig
     from dsv32_jax.convert.calibration import calibrate, windows_of
     from dsv32_jax.convert.migration import migrate
     from dsv32_jax.convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
     from dsv32_jax.convert.unfinished import new_directory
     from dsv32_jax.model import abstract_model
     from dsv32_jax.params import named_parameters
+    from dsv32_jax.reading import read_json
 
     check_ranges(ranges)
     source = loading.find(model)

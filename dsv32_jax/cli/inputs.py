@@ -12,6 +12,7 @@ import typer
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.files import whole_file
+from dsv32_jax.reading import decoded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,7 @@ def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Pa
 def read_text(path: Path, flag: str) -> str:
     """Of a UTF-8 file that is not empty; errors name the flag."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = decoded(path.read_bytes())
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -53,6 +53,7 @@ def fidelity(
     rows = [] if token_ids is None else list(read_token_ids(token_ids))
     from dsv32_jax.fidelity import compare
 
+    _check_comparable(first, second)
     traces: list[list[Any]] = []
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
@@ -83,6 +84,21 @@ def fidelity(
         for layer in row["layers"]:
             typer.echo("  ".join(f"{name} {value:.4g}" for name, value in layer.items()))
         typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
+
+
+def _check_comparable(first: str, second: str) -> None:
+    """Refuses what cannot be compared before it is loaded and run, which can take long."""
+    from dsv32_jax import loading
+    from dsv32_jax.config import ModelConfig
+    from dsv32_jax.fidelity import EQUAL_FIELDS
+
+    a, b = (ModelConfig.from_hf(loading.find(name)) for name in (first, second))
+    for field in EQUAL_FIELDS:
+        if getattr(a, field) != getattr(b, field):
+            raise UserError(
+                f"{second}: {field} is {getattr(b, field)}, and of {first} {getattr(a, field)}; "
+                "models that are compared must have the same"
+            )
 
 
 def _pieces(m: Any, text: str, window: int | None, windows: int) -> list[Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from dsv32_jax.cli.options import (
     TokenIds,
 )
 from dsv32_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv32_jax.tokenizer import Tokenizer
 
 
 def score(
@@ -80,7 +83,10 @@ def score(
         result = score_windows(m, rows[0], windows, out) if text is not None else m.score(ids, out=out)
         if out is not None:
             out.flush()
-    bits = None if text is None else -result.log_likelihood / math.log(2) / len(text.encode())
+    bits = None
+    if text is not None:
+        scored = len(text.encode()) - _unscored_bytes(tokenizer_of(m, "--text-file"), text, rows[0][0])
+        bits = -result.log_likelihood / math.log(2) / scored
     summary = {"perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
     summary["log_likelihood"] = result.log_likelihood
     if as_json:
@@ -91,6 +97,14 @@ def score(
     for name, value in summary.items():
         if value is not None:
             typer.echo(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}")
+
+
+def _unscored_bytes(tokenizer: "Tokenizer", text: str, first: int) -> int:
+    """How many bytes of a text its first token takes, which is not scored; 0 where that was put in front of it."""
+    if first not in tokenizer.special_ids:
+        return len(tokenizer.token_bytes(first))
+    written = tokenizer.token_text(first) or ""
+    return len(written.encode()) if text.startswith(written) else 0
 
 
 def _windows(

@@ -8,9 +8,15 @@ import typer
 from dsv32_jax.cli.inputs import print_json, read_text
 from dsv32_jax.cli.options import Json, Model, TextFile
 from dsv32_jax.errors import UserError
+from dsv32_jax.reading import decoded
 
 if TYPE_CHECKING:
     from dsv32_jax.tokenizer import Tokenizer
+
+LONGEST_ID = 10
+"""Digits of an id: no tokenizer counts further than 2**32."""
+SHOWN = 40
+"""Characters of a word that a message shows."""
 
 
 def tokenize(
@@ -72,9 +78,13 @@ def _standard_input() -> str:
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     content = stream.read()
     try:
-        return content.decode() if isinstance(content, bytes) else content
+        return decoded(content) if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 text (byte {error.start})") from error
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= SHOWN else f"{word[:SHOWN]}..."
 
 
 def _ids_of(text: str, tokenizer: "Tokenizer") -> list[int]:
@@ -82,8 +92,12 @@ def _ids_of(text: str, tokenizer: "Tokenizer") -> list[int]:
     ids = []
     for word in text.replace(",", " ").strip("[] \n").split():
         if not (word.isascii() and word.isdigit()):
-            raise UserError(f"--decode: {word} is no token id; give integers from 0")
-        if tokenizer.token_text(int(word)) is None:
-            raise UserError(f"--decode: the tokenizer has no token {word}; it has {tokenizer.vocab_size} tokens")
-        ids.append(int(word))
+            raise UserError(f"--decode: {_shortened(word)} is no token id; give integers from 0")
+        digits = word.lstrip("0") or "0"
+        # Python reads no integer of thousands of digits.
+        if len(digits) > LONGEST_ID or tokenizer.token_text(int(digits)) is None:
+            raise UserError(
+                f"--decode: the tokenizer has no token {_shortened(word)}; it has {tokenizer.vocab_size} tokens"
+            )
+        ids.append(int(digits))
     return ids

@@ -5,13 +5,13 @@ a script that times other libraries on the same machine just before; a ratio acr
 empty L2 (`timer.FLUSH`), would mean nothing, and is refused.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench.timer import FLUSH
+from dsv32_jax.reading import decoded, parsed_json
 from pallas_kernels.shapes import PeerRow, Shape
 
 EMPTY = PeerRow("torch", "empty call", "nothing")
@@ -36,7 +36,7 @@ class Peers:
         files = []
         for path in paths:
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = parsed_json(decoded(path.read_bytes()))
                 found = {
                     PeerRow(row["peer"], row["op"], row["shape"]): row.get("seconds", row.get("error", "no time"))
                     for row in content["rows"]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.report import three
 from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import environment, write_json
+from dsv32_jax.reading import decoded, parsed_json
 from pallas_kernels.backend import BACKENDS, on_hopper
 from pallas_kernels.shapes import (
     SHAPES,
@@ -276,7 +276,7 @@ def open_content(out: Path | None, run: dict[str, Any]) -> Content:
     content: Content = {"runs": [], "rows": []}
     if out is not None and out.exists():
         try:
-            content = json.loads(out.read_text(encoding="utf-8"))
+            content = parsed_json(decoded(out.read_bytes()))
             if not (isinstance(content["runs"], list) and isinstance(content["rows"], list)):
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:

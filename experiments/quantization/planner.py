@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.config import read_json
 from dsv32_jax.convert import planning
 from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.convert.stored import quantized
@@ -18,6 +17,7 @@ from dsv32_jax.experiments.quantization.variants import Setting
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import is_linear, named_parameters
+from dsv32_jax.reading import read_json
 
 ADDED_KL = 0.001
 """Nats that the shipped plan's four bits may add to what eight bits everywhere lose, by the sum of the sensitivities:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.config import read_json
 from dsv32_jax.experiments.quantization.measure import Ruler, dequantised
 from dsv32_jax.experiments.quantization.variants import Setting, alone
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.quant import quantize_weight
+from dsv32_jax.reading import read_json
 
 RESULT = RESULTS / "quantization_sensitivity.json"
 FAMILIES = {

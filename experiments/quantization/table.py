@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.config import read_json
 from dsv32_jax.experiments.quantization.measure import Ruler, by_layer, dequantised, megabytes, score, trace
 from dsv32_jax.experiments.quantization.texts import LENGTH, LONGEST
 from dsv32_jax.experiments.quantization.variants import VARIANTS, Setting
@@ -18,6 +17,7 @@ from dsv32_jax.experiments.train_demo.evaluate import found_needles, needles
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.model import DeepseekV32
+from dsv32_jax.reading import read_json
 
 RESULT, PLAN = RESULTS / "quantization_table.json", RESULTS / "quantization_plan.json"
 NEEDLES_EACH = 4

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax import fidelity
-from dsv32_jax.config import read_json
 from dsv32_jax.experiments import held_out
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.sequence_model import Run, hidden_states, log_likelihoods
@@ -21,6 +20,7 @@ from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.loading import find, load
 from dsv32_jax.model import DeepseekV32
+from dsv32_jax.reading import read_json
 from dsv32_jax.tokenizer import Tokenizer
 from pallas_kernels import rowwise
 

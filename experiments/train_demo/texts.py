@@ -19,6 +19,7 @@ from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import questions
 from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
 from dsv32_jax.loading import DEMO
+from dsv32_jax.reading import decoded
 from dsv32_jax.tokenizer import Tokenizer
 
 HELD_OUT_SHARE = 0.05
@@ -46,7 +47,7 @@ def read(files: Sequence[Path]) -> list[Text]:
         if any(file.resolve() == Path(text.name).resolve() for text in texts):
             raise UserError(f"--text {file}: is given twice")
         try:
-            text = file.read_bytes().decode("utf-8-sig")
+            text = decoded(file.read_bytes())
         except OSError as error:
             raise UserError(f"--text {file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:

@@ -110,6 +110,11 @@ def test_answers_are_kept_before_a_line_that_is_no_text(chat):
     assert chat(b"caf\xe9\n") == (2, None, "error: standard input: line 1 is not UTF-8 text\n")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_message(chat):
+    _, result, _ = chat(b"\xef\xbb\xbfone\n", ["first"])
+    assert result["messages"][0]["content"] == "one"
+
+
 def test_surrogates_from_a_terminal_are_no_text(chat, monkeypatch):
     monkeypatch.setattr(Terminal, "_piped", lambda _: "caf\udce9")
     assert chat("")[0] == 2

@@ -8,6 +8,8 @@ import pytest
 
 from dsv32_jax import fidelity, loading
 from dsv32_jax.cli import main
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.fidelity import EQUAL_FIELDS
 from dsv32_jax.language_model import LanguageModel
 from tests.harness import one_shape
 
@@ -60,6 +62,15 @@ def test_a_text_that_fits_is_scored_whole(dsv32, tiny, tmp_path):
     assert narrow["log_likelihood"] != result["log_likelihood"]
 
 
+def test_bits_are_of_the_bytes_that_are_scored(dsv32, tiny, tmp_path):
+    bits = []
+    for text in ("<｜begin▁of▁sentence｜>The keeper", "The keeper"):  # the same ids
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        run = ("score", "--model", tiny, "--text-file", tmp_path / "text.txt", "--json", *EXACT)
+        bits.append(json.loads(dsv32(*run)[1])["bits_per_byte"])
+    assert bits[0] == bits[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -84,6 +95,16 @@ def test_fidelity_of_a_text(dsv32, tiny, text_file):
     code, out, err = dsv32(*run, "--json")
     assert code == 0 and "the first 2 of " in err
     assert [row["tokens"] for row in json.loads(out)["rows"]] == [8, 8]
+
+
+@pytest.mark.parametrize("field", EQUAL_FIELDS)
+def test_fidelity_refuses_other_sizes_before_it_runs(refused, tiny, text_file, tmp_path, monkeypatch, field):
+    monkeypatch.setattr(loading, "load", None)
+    config = ModelConfig.from_hf(tiny)
+    other = config.replace(**{field: getattr(config, field) + 1})
+    (tmp_path / "config.json").write_text(json.dumps(other.to_hf()))
+    message = refused("fidelity", tiny, tmp_path, "--text-file", text_file)
+    assert f"{field} is {getattr(other, field)}, and of {tiny} {getattr(config, field)}" in message
 
 
 def test_fidelity_says_where_every_token_is_chosen(dsv32, tiny, tmp_path, monkeypatch):

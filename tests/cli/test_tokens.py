@@ -51,6 +51,8 @@ def test_tokens_have_texts_and_special_ones_are_marked(dsv32, tmp_path):
         (("--decode", "-1"), "No such option: -1"),
         (("--decode", "1.5"), "1.5 is no token id"),
         (("--decode", "9" * 40), "no token 999"),
+        (("--decode", "9" * 5000), "no token 9999999999999999999999999999999999999999...;"),
+        (("--decode", "x" * 5000), "xxx... is no token id"),
         (("--decode", "--bos", "1"), "--bos"),
         (("--skip-special-tokens", "a"), "--skip-special-tokens"),
         (("--text-file", "absent.txt"), "--text-file absent.txt: cannot be read"),
@@ -64,6 +66,14 @@ def test_wrong_input(refused, arguments, message):
 def test_standard_input_that_is_no_text(refused, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert "standard input: not UTF-8 text (byte 2)" in refused("tokenize")
+
+
+def test_a_byte_order_mark_is_no_text(dsv32, monkeypatch, tmp_path):
+    expected = dsv32("tokenize", "ab")[1]
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfab")
+    assert dsv32("tokenize", "--text-file", tmp_path / "text.txt")[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfab")))
+    assert dsv32("tokenize")[1] == expected
 
 
 def test_a_checkpoint_without_a_tokenizer(refused, tiny, tmp_path):

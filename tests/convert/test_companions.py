@@ -10,6 +10,7 @@ import pytest
 
 from dsv32_jax import convert
 from dsv32_jax.convert.quantization import PROVENANCE, quantize_checkpoint
+from dsv32_jax.errors import UserError
 from dsv32_jax.params import named_parameters, replace_parameters
 from tests.convert.test_conversion import tensors
 from tests.harness import load_golden
@@ -30,6 +31,15 @@ def source(golden, tmp_path):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(name)
     return directory
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "vocab.json", "encoding/encoding_dsv32.py"])
+def test_a_companion_that_is_a_link_to_nothing_is_named(source, tmp_path, name):
+    (source / name).unlink()
+    (source / name).symlink_to("blob")
+    with pytest.raises(UserError, match=f"{name}: is a link to blob"):
+        convert.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def beside(directory):

@@ -18,6 +18,7 @@ import dsv32_jax
 from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert import conversion
+from dsv32_jax.convert.contents import contents
 from dsv32_jax.convert.huggingface import INDEX, HFReader
 from dsv32_jax.convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax.errors import UserError
@@ -181,6 +182,22 @@ def test_bad_shards_are_named(fp8):
         (fp8 / INDEX).write_text(json.dumps(index))
         with pytest.raises(UserError, match="is not a file name"):
             convert.load_hf(fp8)
+
+
+@pytest.mark.parametrize("weight_map", [["a"], "a", None, {"a": 5}, {"a": "../b"}, {"a": ""}])
+def test_an_index_of_another_form_is_named(fp8, weight_map):
+    (fp8 / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for read in (convert.load_hf, lambda directory: contents(directory, ModelConfig.from_hf(directory))):
+        with pytest.raises(UserError, match=f"{INDEX}: "):
+            read(fp8)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model-00001-of-00002.safetensors"])
+def test_a_link_that_leads_nowhere_is_named(fp8, name):
+    (fp8 / name).unlink()
+    (fp8 / name).symlink_to("blob")
+    with pytest.raises(UserError, match=f"{name}: is a link to blob"):
+        convert.load_hf(fp8)
 
 
 def test_fp8_without_a_quantization_config_is_refused(fp8):

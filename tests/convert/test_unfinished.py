@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax import convert
+from dsv32_jax import convert, loading
 from dsv32_jax.convert import conversion, quantization
 from dsv32_jax.convert.huggingface import HFReader
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model
@@ -35,6 +35,22 @@ def alone(tmp_path_factory):
     for to in ("hf", "orbax"):
         convert.convert(golden_directory("tiny128_fp8") / "model", made / to, to=to)
     return made
+
+
+@pytest.mark.parametrize("target", ["", ".", "./", "/", "..", "sub/.."])
+def test_a_target_without_a_name_of_its_own_is_refused(refused, tiny, tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    assert "has no name of its own" in refused("convert", tiny, target)
+    with pytest.raises(UserError, match="has no name of its own"):
+        convert.export_model(load_golden("tiny"), target)
+    assert "has no name of its own" in refused("quantize", "--model", tiny, "--scheme", "int8", "--out", target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_conversion_is_called_one(tmp_path):
+    (tmp_path / JOURNAL).write_text("{}")
+    with pytest.raises(UserError, match="an unfinished conversion"):
+        loading.find(tmp_path)
 
 
 def content(directory):
