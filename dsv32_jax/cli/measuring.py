@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from dsv32_jax.cli.options import (
 )
 from dsv32_jax.errors import UserError
 from dsv32_jax.progress import progress_bar
+
+if TYPE_CHECKING:
+    from dsv32_jax.config import ModelConfig
 
 
 def fidelity(
@@ -53,11 +56,12 @@ def fidelity(
     rows = [] if token_ids is None else list(read_token_ids(token_ids))
     from dsv32_jax.fidelity import compare
 
-    _check_comparable(first, second)
     traces: list[list[Any]] = []
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
         m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
+        if not traces:
+            _check_comparable(first, m.config, second)
         if text is not None and not traces:
             rows = _pieces(m, text, window, windows)
         with progress_bar(f"tracing {Path(name).name}", len(rows), "sequences") as advance:
@@ -86,17 +90,17 @@ def fidelity(
         typer.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
 
 
-def _check_comparable(first: str, second: str) -> None:
-    """Refuses what cannot be compared before it is loaded and run, which can take long."""
+def _check_comparable(first: str, config: "ModelConfig", second: str) -> None:
+    """Refuses a second model that cannot be compared before the first, of this config, runs: that can take long."""
     from dsv32_jax import loading
     from dsv32_jax.config import ModelConfig
     from dsv32_jax.fidelity import EQUAL_FIELDS
 
-    a, b = (ModelConfig.from_hf(loading.find(name)) for name in (first, second))
+    other = ModelConfig.from_hf(loading.find(second))
     for field in EQUAL_FIELDS:
-        if getattr(a, field) != getattr(b, field):
+        if getattr(config, field) != getattr(other, field):
             raise UserError(
-                f"{second}: {field} is {getattr(b, field)}, and of {first} {getattr(a, field)}; "
+                f"{second}: {field} is {getattr(other, field)}, and of {first} {getattr(config, field)}; "
                 "models that are compared must have the same"
             )
 

@@ -99,7 +99,7 @@ def test_fidelity_of_a_text(dsv32, tiny, text_file):
 
 @pytest.mark.parametrize("field", EQUAL_FIELDS)
 def test_fidelity_refuses_other_sizes_before_it_runs(refused, tiny, text_file, tmp_path, monkeypatch, field):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(LanguageModel, "trace", None)
     config = ModelConfig.from_hf(tiny)
     other = config.replace(**{field: getattr(config, field) + 1})
     (tmp_path / "config.json").write_text(json.dumps(other.to_hf()))
