@@ -22,6 +22,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import Trace
 from dsv32_jax.generation_config import checked_generation_config
 from dsv32_jax.memory import describe
+from dsv32_jax.messages import checked_messages
 from dsv32_jax.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
 from dsv32_jax.params import named_parameters
 from dsv32_jax.parts import check_edited, dequantized, shapes_of, with_weights
@@ -394,7 +395,7 @@ class LanguageModel:
         if self.tokenizer is None:
             raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
         boolean("thinking", thinking)
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        turns = checked_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
         prompt = self.tokenizer.render_chat(turns, thinking=thinking)
         split, tokens = ReasoningSplit(self.tokenizer, prompt, thinking), []
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}

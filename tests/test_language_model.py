@@ -327,6 +327,12 @@ def test_chat_continues_and_keeps_reasoning_apart(spoken, monkeypatch):
         assert "Rain?" in tokenizer.decode(seen[1]) and "Still?" in tokenizer.decode(seen[1])
 
 
+@pytest.mark.parametrize("messages", [None, [], {}, 5, [{"role": "user"}], ["Rain?"], [{"role": "user", "content": 5}]])
+def test_refused_messages(spoken, messages):
+    with pytest.raises(UserError, match="messages"):
+        spoken.chat(messages)
+
+
 def test_a_model_shows_what_it_is(random):
     shown = repr(random)
     for part in (random.config.model_type, f"{random.config.num_hidden_layers} layers", "bfloat16", "cpu", "EXACT"):
