@@ -38,10 +38,10 @@ _SIZES = (
 _REQUIRED = frozenset({*_SIZES, "first_k_dense_replace", "model_type", "routed_scaling_factor", "rms_norm_eps"})
 # Attributes that are not fields of the file under their own name.
 _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
-# Attributes of which transformers' null is the same as no field: their default holds.
+# Attributes whose null is the same as no field: their default holds. Not norm_topk_prob: its default is true, and to
+# transformers a null is false.
 _NULL_IS_ABSENT = (
-    "attention_bias", "hidden_act", "moe_layer_freq", "norm_topk_prob", "scoring_func", "tie_word_embeddings",
-    "topk_method",
+    "attention_bias", "hidden_act", "moe_layer_freq", "scoring_func", "tie_word_embeddings", "topk_method",
 )  # fmt: skip
 # Attributes that nothing but training reads; any plain value will do.
 _PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")

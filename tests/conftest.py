@@ -89,9 +89,12 @@ def tiny() -> str:
 
 
 @pytest.fixture
-def dsv32(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error)."""
+def dsv32(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error without progress, which a slow machine has)."""
+    from dsv32_jax import progress
     from dsv32_jax.cli import main
+
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 3600.0)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:

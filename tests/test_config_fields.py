@@ -181,6 +181,12 @@ def test_null_is_the_same_as_absent(name):
     assert read(**{name: None}) == ModelConfig.from_hf(absent)
 
 
+def test_a_null_whose_meaning_is_disputed_is_refused():
+    """Absent means true here, and null false to transformers."""
+    with pytest.raises(UserError, match="norm_topk_prob is None"):
+        read(norm_topk_prob=None)
+
+
 def test_a_null_rope_theta_beside_one_in_a_block_is_none():
     block = ModelConfig.tiny().rope_scaling.to_hf() | {"rope_theta": 5}
     assert read(rope_theta=None, rope_scaling=block).rope_theta == 5
