@@ -90,7 +90,7 @@ def tiny() -> str:
 
 @pytest.fixture
 def dsv32(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error without progress, which a slow machine has)."""
+    """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error), without progress, however slow it is."""
     from dsv32_jax import progress
     from dsv32_jax.cli import main
 
