@@ -225,9 +225,9 @@ def test_defaults(server, lm, monkeypatch):
     found = server.post("/v1/completions", json=ask).json()
     assert found["usage"]["completion_tokens"] == 16
     ask = {"model": "tiny", "messages": MESSAGES, "ignore_eos": True}
-    monkeypatch.setitem(lm.generation_config, "max_new_tokens", 5)
+    monkeypatch.setattr(lm, "generation_config", {"max_new_tokens": 5})
     assert server.post("/v1/chat/completions", json=ask).json()["usage"]["completion_tokens"] == 5
-    monkeypatch.setitem(lm.generation_config, "max_new_tokens", 5000)  # cut to what the cache has
+    monkeypatch.setattr(lm, "generation_config", {"max_new_tokens": 5000})  # cut to what the cache has
     usage = server.post("/v1/chat/completions", json=ask).json()["usage"]
     assert usage["total_tokens"] == 4 * 64 + 1
     ask |= {"max_tokens": 3, "max_completion_tokens": 2}
