@@ -77,7 +77,7 @@ def sample(
     rows = logits.shape[0]
     logits = logits.astype(jnp.float32)
     largest = logits.max(axis=-1, keepdims=True)
-    # Not of the largest alone: whether a NaN is that depends on the compiler and on its place.
+    # Not of the largest alone: XLA's maximum loses a NaN or keeps it, by the shape.
     finite = (logits < jnp.inf).all(axis=-1) & (largest[:, 0] > -jnp.inf)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (rows,))
