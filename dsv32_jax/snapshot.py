@@ -11,7 +11,7 @@ __all__ = ["Snapshot"]
 class Snapshot:
     """The attributes of a module and of every module below it, as they are now.
 
-    Comparing them again costs a fraction of flattening the module: some 10 microseconds for a small model and 200 for
+    Comparing them again costs a fraction of flattening the module: some 20 microseconds for a small model and 150 for
     one of 61 layers. What is compared is which objects they are, so that a copy of the same values counts as an edit.
     """
 
