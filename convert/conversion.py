@@ -264,9 +264,9 @@ def export_model(
     config = with_dtype(model.config, leaves)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored_parameters(config).items()}
     for path in shapes | leaves:
-        present = tuple(leaves[path].shape) if path in leaves else "not there"
-        if present != shapes.get(path):
-            raise UserError(f"{path}: is {present}; by the config it must be {shapes.get(path, 'absent')}")
+        shape = tuple(leaves[path].shape) if path in leaves else "not there"
+        if shape != shapes.get(path):
+            raise UserError(f"{path}: is {shape}; by the config it must be {shapes.get(path, 'absent')}")
     with new_directory(directory) as held, unfinished(held, None) as work:
         writer = HFWriter(work, config, plan_shards(config, leaves, shard_bytes), None)
         for group, members in groups_of(list(leaves)).items():

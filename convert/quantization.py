@@ -22,12 +22,12 @@ from dsv32_jax.convert.conversion import PROVENANCE, Change, matrix, rewrite, wi
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
-from dsv32_jax.convert.stored import quantization_config, quantized, stored_parameters
+from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.observation import Statistics
 from dsv32_jax.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.quant import SCHEMES, dense, quantize_weight, scheme_of
+from dsv32_jax.quant import SCHEMES, abstract_weight, dense, quantize_weight, scheme_of
 
 UNQUANTISED = "bf16"
 """Says of a linear that it becomes plain bfloat16."""
@@ -181,7 +181,7 @@ def _change(
             return value
         if scheme == UNQUANTISED:
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
-        return quantized(value.shape, scheme)
+        return abstract_weight(value.shape, scheme)
 
     arrays = digest({"statistics": statistics, "weights": weights})
     asked = {"schemes": after, "ranges": ranges, "provenance": provenance, "arrays": arrays}

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -21,7 +20,7 @@ from dsv32_jax.convert.names import hf_name
 from dsv32_jax.errors import UserError
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import is_linear, named_parameters
-from dsv32_jax.quant import QTensor, quantize_weight
+from dsv32_jax.quant import QTensor, abstract_weight
 from dsv32_jax.quantization_config import CompressedTensors, Group, QuantizationConfig
 from pallas_kernels.quant_matmul import pack_int4, unpack_int4
 
@@ -76,7 +75,7 @@ def _stored_parameters(config: ModelConfig) -> dict[str, Any]:
             if scheme is None or len(leaf.shape) < 2:
                 continue
             if is_linear(path):
-                parameters[path] = quantized(leaf.shape, scheme)
+                parameters[path] = abstract_weight(leaf.shape, scheme)
             elif not any("Linear" in group.targets for group in quantization.groups):
                 raise UserError(
                     f"quantization_config.config_groups: {scheme} for {module}, which is never quantised; "
@@ -88,13 +87,6 @@ def _stored_parameters(config: ModelConfig) -> dict[str, Any]:
 def may_be_plain(config: ModelConfig) -> bool:
     """Whether linears may be unquantised although the config has a scheme for them: in the released form."""
     return not isinstance(config.quantization_config, CompressedTensors)
-
-
-@functools.cache
-def quantized(shape: tuple[int, ...], scheme: str) -> QTensor:
-    """A weight in a scheme, abstract."""
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(functools.partial(quantize_weight, scheme=scheme), weight)
 
 
 def suffixes(leaf: Any, config: ModelConfig) -> dict[str, str]:

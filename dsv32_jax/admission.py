@@ -26,7 +26,7 @@ def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams
     special tokens whose texts are stop strings.
     """
     params = instance("params", SamplingParams() if params is None else params, SamplingParams, "SamplingParams")
-    temperature, top_p = lm.sampling_defaults()
+    temperature, top_p = lm.sampling(params.temperature, params.top_p, params.seed)
     ids, vocabulary = list(params.stop_token_ids), lm.config.vocab_size
     if wrong := [id for id in ids if id >= vocabulary]:
         raise UserError(f"stop_token_ids: {wrong[0]}; must be in 0..{vocabulary - 1}")
@@ -40,8 +40,8 @@ def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams
         ids += special
     return dataclasses.replace(
         params,
-        temperature=temperature if params.temperature is None else params.temperature,
-        top_p=top_p if params.top_p is None else params.top_p,
+        temperature=temperature,
+        top_p=top_p,
         stop_token_ids=tuple(dict.fromkeys(ids)),
     )
 

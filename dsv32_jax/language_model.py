@@ -73,7 +73,7 @@ class LanguageModel:
         self.options = options or Options.default(config)
         self.generation_config = generation_config or {}
         self._shapes = (model.config, shapes_of(model))
-        self._flattened: tuple[Snapshot, Options, ModelConfig, list[Any], Any] | None = None
+        self._flattened: tuple[Snapshot, list[Any], Any] | None = None
 
     def __repr__(self) -> str:
         return f"LanguageModel({describe(self.model)}; {self.options})"
@@ -85,14 +85,11 @@ class LanguageModel:
 
         The same lists again until the model, a weight of it, the options or the config is replaced.
         """
-        if not self._flattened or not self._flattened[0].shows(self.model):
+        if self._flattened is None or not self._flattened[0].shows(self):
             self._flattened = None  # there may be no room for two
-        if self._flattened is None or self._flattened[1:3] != (self.options, self.config):
             self.check_model()
-            self._flattened = None
-            flat = jax.tree.flatten(prepared(self.model, self.options))
-            self._flattened = (Snapshot(self.model), self.options, self.config, *flat)
-        return self._flattened[3:]
+            self._flattened = (Snapshot(self), *jax.tree.flatten(prepared(self.model, self.options)))
+        return self._flattened[1:]
 
     def _step(self) -> Callable[[Batch, KVCache], tuple[Array, KVCache]]:
         """`step` of the model and the options as they are now."""

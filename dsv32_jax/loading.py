@@ -14,9 +14,9 @@ from dsv32_jax.errors import SurroundingsWarning, UserError
 from dsv32_jax.files import home_directory
 from dsv32_jax.generation_config import read_generation_config
 from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.memory import checkpoint_bytes
+from dsv32_jax.memory import check_room, checkpoint_bytes
 from dsv32_jax.model import DeepseekV32, Options
-from dsv32_jax.parts import check_dequantized, check_room, dequantized_bytes, with_weights
+from dsv32_jax.parts import check_dequantized, dequantized_bytes, with_weights
 from dsv32_jax.quant import scheme_of
 from dsv32_jax.quantization_config import QuantizationConfig
 from dsv32_jax.reading import present

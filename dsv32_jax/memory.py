@@ -10,6 +10,7 @@ import jax
 
 from dsv32_jax.cache import KVCache
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
 from dsv32_jax.params import named_parameters
 
 GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
@@ -72,6 +73,13 @@ def available_bytes() -> tuple[float, str]:
     except OSError:
         pass
     return math.inf, "unknown memory"
+
+
+def check_room(needed: int, what: str, hint: str = "") -> None:
+    """Raises `UserError` where so many bytes are not free."""
+    free, place = available_bytes()
+    if needed > free:
+        raise UserError(f"{what} take {human(needed)} and {place} has {human(free)} free{hint}")
 
 
 def checkpoint_bytes(directory: Path) -> int:

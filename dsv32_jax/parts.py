@@ -1,7 +1,6 @@
 """A model like another but for some of its weights; the two share the rest."""
 
 import difflib
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +12,10 @@ from flax import nnx
 
 from dsv32_jax.arguments import instance
 from dsv32_jax.errors import UserError
-from dsv32_jax.memory import available_bytes, human
+from dsv32_jax.memory import check_room
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import is_choosing, is_linear, named_parameters, path_name, replace_parameters
-from dsv32_jax.quant import SCHEMES, QTensor, Weight, dense, is_qtensor, quantize_weight
+from dsv32_jax.quant import SCHEMES, QTensor, Weight, abstract_weight, dense, is_qtensor
 
 __all__ = ["DEQUANTIZED", "check_edited", "dequantized", "shapes_of", "with_weights"]
 
@@ -72,9 +71,8 @@ def _check_stored(path: str, value: QTensor) -> None:
     """Holds the arrays of a QTensor against its scheme."""
     if value.scheme not in SCHEMES:
         raise UserError(f"weights {path!r}: scheme {value.scheme!r} is unknown; it is one of {', '.join(SCHEMES)}")
-    plain = jax.ShapeDtypeStruct(value.shape, jnp.float32)
     try:
-        expected = jax.eval_shape(functools.partial(quantize_weight, scheme=value.scheme), plain)
+        expected = abstract_weight(value.shape, value.scheme)
     except ValueError as error:
         raise UserError(f"weights {path!r}: {error}") from error
     for part in ("values", "scales"):
@@ -151,10 +149,3 @@ def dequantized_bytes(parameters: Mapping[str, Any], dtype: str) -> int:
         math.prod(leaf.shape) * (jnp.dtype(dtype) if is_qtensor(leaf) else leaf.dtype).itemsize
         for leaf in parameters.values()
     )
-
-
-def check_room(needed: int, what: str, hint: str = "") -> None:
-    """Raises `UserError` where so many bytes are not free."""
-    free, place = available_bytes()
-    if needed > free:
-        raise UserError(f"{what} take {human(needed)} and {place} has {human(free)} free{hint}")

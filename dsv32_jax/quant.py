@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +113,9 @@ def quantize_weight(weight: jax.Array, scheme: str = "fp8_block") -> QTensor:
     if scheme == "int4":
         return QTensor(*quantize_weight_int4(weight), scheme)
     return QTensor(*quantize_weight_fp8(weight))
+
+
+@cache
+def abstract_weight(shape: tuple[int, ...], scheme: str) -> QTensor:
+    """A weight of a scheme, of `jax.ShapeDtypeStruct`s; raises what `quantize_weight` does."""
+    return jax.eval_shape(partial(quantize_weight, scheme=scheme), jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -30,8 +30,8 @@ class Reception(Changing):
     def __init__(self, lm: LanguageModel, scheduler: Scheduler):
         super().__init__()
         self.lm = lm
-        self.options, self._config = lm.options, lm.config
-        self._model = Snapshot(lm.model)
+        self.options = lm.options
+        self._made_of = Snapshot(lm)
         self.scheduler = scheduler
         self.metrics = Metrics()
         self._numbers = itertools.count()
@@ -45,8 +45,7 @@ class Reception(Changing):
 
     def check_unedited(self) -> None:
         """Raises `UserError` if the model is not what it was when the engine was made: the cache has values of it."""
-        now = (self.lm.options, self.lm.config)
-        if not self._model.shows(self.lm.model) or now != (self.options, self._config):
+        if not self._made_of.shows(self.lm):
             raise UserError(
                 "the model, its options or its config were edited after this Engine was made, and its cache holds what "
                 "the old ones computed; make a new Engine, or edit another model: `m.with_parts(weights=...)`"

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.convert.quantization import UNQUANTISED
-from dsv32_jax.convert.stored import quantized
 from dsv32_jax.language_model import LanguageModel
 from dsv32_jax.memory import available_bytes
 from dsv32_jax.model import abstract_model
 from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import QTensor, Weight
+from dsv32_jax.quant import QTensor, Weight, abstract_weight
 from pallas_kernels.quant_matmul import BLOCK, pack_int4
 
 LARGEST = 64.0
@@ -69,7 +68,7 @@ def in_schemes[Module](abstract: Module, schemes: Mapping[str, str]) -> Module:
 
 def stored(shape: tuple[int, ...], scheme: str) -> Any:
     """A weight [..., N, K] in a scheme or in "bf16", abstract."""
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16) if scheme == UNQUANTISED else quantized(shape, scheme)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16) if scheme == UNQUANTISED else abstract_weight(shape, scheme)
 
 
 def random_parameters[Module](abstract: Module, size: float, seed: int = 0) -> Module:

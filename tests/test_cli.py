@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dsv32_jax
-from dsv32_jax import convert, loading, parts
+from dsv32_jax import convert, loading, memory
 from dsv32_jax.convert import calibration
 from dsv32_jax.errors import UserError
 from dsv32_jax.files import locked
@@ -410,7 +410,7 @@ def test_wrong_models(refused, tmp_path, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):
-    monkeypatch.setattr(parts, "available_bytes", lambda: (1000, "host memory"))
+    monkeypatch.setattr(memory, "available_bytes", lambda: (1000, "host memory"))
     assert "host memory has 1.0 kB free" in refused("generate", "--model", tiny, "--prompt", "a")
 
 

@@ -222,11 +222,11 @@ def test_dequantized(m, dtype):
 def test_dequantized_refuses_what_does_not_fit(m, monkeypatch):
     quantized = sum(leaf.values.size for leaf in m.weights.values() if isinstance(leaf, QTensor))
     for free, dtype in ((4 * quantized - 1, "float32"), (2 * quantized - 1, "bfloat16")):
-        monkeypatch.setattr(parts, "available_bytes", lambda free=free: (free, "here"))
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: (free, "here"))
         with pytest.raises(UserError, match=f"dequantize: the weights in {dtype} take .* here has .* free"):
             m.dequantized(dtype)
         m.dequantized(dtype, memory_check=False)
-        monkeypatch.setattr(parts, "available_bytes", lambda free=free: (free + 1, "here"))
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: (free + 1, "here"))
         m.dequantized(dtype)
     with pytest.raises(UserError, match="dequantize: 'int8' is unknown; it is one of float32, bfloat16"):
         m.dequantized("int8")
@@ -240,7 +240,7 @@ def test_load_dequantizes_as_it_reads(monkeypatch):
         present = quantised.weights[path]
         np.testing.assert_array_equal(leaf, present.dequantize() if isinstance(present, QTensor) else present)
     needed = sum(leaf.nbytes for leaf in loaded.weights.values())
-    monkeypatch.setattr(parts, "available_bytes", lambda: (needed - 1, "here"))
+    monkeypatch.setattr(memory, "available_bytes", lambda: (needed - 1, "here"))
     with pytest.raises(UserError, match="its weights in float32 take"):
         dsv32_jax.load(directory, dequantize="float32")
     narrower = dsv32_jax.load(directory, dequantize="bfloat16", act_quant=True)

@@ -8,7 +8,6 @@ import numpy as np
 
 from dsv32_jax.convert import planning
 from dsv32_jax.convert.conversion import nbytes
-from dsv32_jax.convert.stored import quantized
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.quantization import sensitivity
 from dsv32_jax.experiments.quantization.measure import Ruler, dequantised, megabytes
@@ -17,6 +16,7 @@ from dsv32_jax.experiments.quantization.variants import Setting
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.model import DeepseekV32
 from dsv32_jax.params import is_linear, named_parameters
+from dsv32_jax.quant import abstract_weight
 from dsv32_jax.reading import read_json
 
 ADDED_KL = 0.001
@@ -42,7 +42,7 @@ def bytes_in(model: DeepseekV32, schemes: tuple[str, ...]) -> dict[str, dict[str
     found: dict[str, dict[str, int]] = {}
     for path, leaf in named_parameters(model).items():
         if is_linear(path):
-            found[path] = {scheme: nbytes(quantized(leaf.shape, scheme)) for scheme in schemes}
+            found[path] = {scheme: nbytes(abstract_weight(leaf.shape, scheme)) for scheme in schemes}
     return found
 
 
