@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv32_jax.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.common.progress import progress_bar
+from dsv32_jax.common.units import human
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.memory import available_bytes, human
-from dsv32_jax.model import Batch, DeepseekV32, Options, StepContext
-from dsv32_jax.observation import Observed, Statistics, observing
-from dsv32_jax.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.progress import progress_bar
-from dsv32_jax.quant import dense
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.memory import available_bytes
+from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.model.model import Batch, DeepseekV32, Options, StepContext
+from dsv32_jax.model.observation import Observed, Statistics, observing
+from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.model.quant import dense
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:

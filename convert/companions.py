@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dsv32_jax.common.reading import present
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.quant import QTensor
-from dsv32_jax.reading import present
+from dsv32_jax.model.quant import QTensor
 
 COPIED = (
     "config.json",

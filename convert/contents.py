@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsv32_jax.common.reading import present, read_json
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.companions import most_of, said_dtypes
 from dsv32_jax.convert.conversion import checkpoint_kind
@@ -18,7 +19,6 @@ from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, describe
 from dsv32_jax.convert.stored import COMPRESSED, IN_A_WORD, OFFICIAL
 from dsv32_jax.convert.tensor_file import DTYPES, Entry, read_header
 from dsv32_jax.errors import UserError
-from dsv32_jax.reading import present, read_json
 
 SCHEME_OF = {"float8_e4m3fn": "fp8_block", "int8": "int8", "uint8": "int4"}
 """The scheme of weights by the dtype of their values in memory and in Orbax."""

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax import __version__
+from dsv32_jax.common.progress import progress_bar
+from dsv32_jax.common.reading import present
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.companions import companions, copy_files, with_dtype, write_config, write_json
 from dsv32_jax.convert.finite import check_finite, check_loaded
@@ -21,11 +23,9 @@ from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, OrbaxWrite
 from dsv32_jax.convert.stored import stored_parameters
 from dsv32_jax.convert.unfinished import new_directory, refuse_unfinished, unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32, abstract_model
-from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.progress import progress_bar
-from dsv32_jax.quant import QTensor
-from dsv32_jax.reading import present
+from dsv32_jax.model.model import DeepseekV32, abstract_model
+from dsv32_jax.model.params import named_parameters, replace_parameters
+from dsv32_jax.model.quant import QTensor
 
 OTHER = {"hf": "orbax", "orbax": "hf"}
 """The layouts, each with the one that it is converted to."""

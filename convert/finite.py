@@ -11,9 +11,9 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.names import hf_name
 from dsv32_jax.convert.stored import suffixes
 from dsv32_jax.errors import UserError
-from dsv32_jax.observation import Statistics
-from dsv32_jax.params import is_choosing
-from dsv32_jax.quant import QTensor
+from dsv32_jax.model.observation import Statistics
+from dsv32_jax.model.params import is_choosing
+from dsv32_jax.model.quant import QTensor
 
 EXPONENTS = {
     np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, 0x7F),  # no infinity; the one NaN has all bits

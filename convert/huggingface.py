@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv32_jax.common.fields import shown
+from dsv32_jax.common.reading import present, read_json
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.names import hf_name, is_mtp, mtp_prefix, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import (
@@ -25,9 +27,7 @@ from dsv32_jax.convert.stored import (
 from dsv32_jax.convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.fields import shown
-from dsv32_jax.quant import QTensor
-from dsv32_jax.reading import present, read_json
+from dsv32_jax.model.quant import QTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

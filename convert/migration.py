@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32
-from dsv32_jax.observation import Statistics
-from dsv32_jax.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.quant import Weight, dense, is_qtensor
+from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.observation import Statistics
+from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.model.quant import Weight, dense, is_qtensor
 
 FOLDS = {
     "attn_norm": ("attn.q_a", "attn.kv_a", "attn.indexer.k", "attn.indexer.head_weights"),

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsv32_jax.common.reading import read_json
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.huggingface import Shard, plan_shards
 from dsv32_jax.convert.names import MTP_PATHS, group_of, undeclared_mtp, without_mtp
 from dsv32_jax.convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.quant import QTensor, scheme_of
-from dsv32_jax.reading import read_json
+from dsv32_jax.model.quant import QTensor, scheme_of
 
 DESCRIPTION = "dsv32_checkpoint.json"
 PARAMS = "params"

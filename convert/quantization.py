@@ -1,7 +1,7 @@
 """A model with its linears in other schemes: in memory, or from checkpoint to checkpoint.
 
 The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding, head, router, norms and the indexer's
-head weights stay as they are: `dsv32_jax.params.PLAIN`.
+head weights stay as they are: `dsv32_jax.model.params.PLAIN`.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
 from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32
-from dsv32_jax.observation import Statistics
-from dsv32_jax.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.quant import SCHEMES, abstract_weight, dense, quantize_weight, scheme_of
+from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.observation import Statistics
+from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.model.quant import SCHEMES, abstract_weight, dense, quantize_weight, scheme_of
 
 UNQUANTISED = "bf16"
 """Says of a linear that it becomes plain bfloat16."""

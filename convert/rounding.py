@@ -14,7 +14,7 @@ from jax import lax
 
 from dsv32_jax.convert.ranges import int4_range, int8_scales, int8_values
 from dsv32_jax.errors import UserError
-from dsv32_jax.quant import QTensor
+from dsv32_jax.model.quant import QTensor
 from pallas_kernels.quant_matmul import pack_int4
 from pallas_kernels.quant_matmul.int4 import GROUP, int4_values
 

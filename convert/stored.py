@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.config.quantization_config import CompressedTensors, Group, QuantizationConfig
 from dsv32_jax.convert.names import hf_name
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import is_linear, named_parameters
-from dsv32_jax.quant import QTensor, abstract_weight
-from dsv32_jax.quantization_config import CompressedTensors, Group, QuantizationConfig
+from dsv32_jax.model.model import abstract_model
+from dsv32_jax.model.params import is_linear, named_parameters
+from dsv32_jax.model.quant import QTensor, abstract_weight
 from pallas_kernels.quant_matmul import pack_int4, unpack_int4
 
 OFFICIAL = {"values": "", "scales": "_scale_inv"}

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dsv32_jax.common.reading import parsed_json
 from dsv32_jax.errors import UserError
-from dsv32_jax.reading import parsed_json
 
 DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),

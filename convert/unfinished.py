@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.common.files import LockedPath, locked, whole_file
+from dsv32_jax.common.reading import parsed_json
 from dsv32_jax.errors import UserError
-from dsv32_jax.files import LockedPath, locked, whole_file
-from dsv32_jax.reading import parsed_json
 
 JOURNAL = ".progress.json"
 PARTIAL = ".partial"

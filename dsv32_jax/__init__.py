@@ -5,24 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv32_jax.config import ModelConfig as ModelConfig
-    from dsv32_jax.context import Options as Options
-    from dsv32_jax.engine import Engine as Engine
+    from dsv32_jax.engine.engine import Engine as Engine
+    from dsv32_jax.engine.request import SamplingParams as SamplingParams
     from dsv32_jax.errors import UserError as UserError
-    from dsv32_jax.language_model import LanguageModel as LanguageModel
-    from dsv32_jax.loading import load as load
-    from dsv32_jax.request import SamplingParams as SamplingParams
+    from dsv32_jax.generate.language_model import LanguageModel as LanguageModel
+    from dsv32_jax.generate.loading import load as load
+    from dsv32_jax.model.context import Options as Options
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "LanguageModel", "ModelConfig", "Options", "SamplingParams", "UserError", "load"]
 
 MODULES = {
-    "Engine": "engine",
-    "LanguageModel": "language_model",
+    "Engine": "engine.engine",
+    "LanguageModel": "generate.language_model",
     "ModelConfig": "config",
-    "Options": "context",
-    "SamplingParams": "request",
+    "Options": "model.context",
+    "SamplingParams": "engine.request",
     "UserError": "errors",
-    "load": "loading",
+    "load": "generate.loading",
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax import progress
+from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 
 CLONE = "experiments"
@@ -16,9 +16,9 @@ CLONE = "experiments"
 
 
 def program() -> str:
-    """`python -m experiments.serving`, as it was called."""
+    """`python -m experiments.studies.serving`, as it was called."""
     name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or ""
-    return f"python -m {name.removesuffix('.__main__') if f'{CLONE}.' in name else CLONE}"
+    return f"python -m {name.removesuffix('.__main__') if name.rpartition('.')[0] else CLONE}"
 
 
 def as_called(text: str) -> str:

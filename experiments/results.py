@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from dsv32_jax.common.files import whole_file
 from dsv32_jax.experiments.command_line import writable
-from dsv32_jax.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -44,10 +44,10 @@ def pytest_collection_finish() -> None:
 LONGEST = (
     "train_demo/test_training.py",
     "bench/test_moe.py",
-    "test_engine.py",
-    "test_speculation.py",
-    "test_step.py",
-    "test_cli.py",
+    "engine/test_engine.py",
+    "engine/test_speculation.py",
+    "model/test_step.py",
+    "cli/test_cli.py",
     "gpu/test_model.py",
     "gpu/test_golden.py",
 )
@@ -91,8 +91,8 @@ def tiny() -> str:
 @pytest.fixture
 def dsv32(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs `dsv32 ARGUMENTS`: (exit code, standard output, standard error), without progress, however slow it is."""
-    from dsv32_jax import progress
     from dsv32_jax.cli import main
+    from dsv32_jax.common import progress
 
     monkeypatch.setattr(progress, "FIRST_SECONDS", 3600.0)
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax import language_model
-from dsv32_jax.blocks import BlockTable
-from dsv32_jax.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model import Batch, DeepseekV32, Options
+from dsv32_jax.engine.blocks import BlockTable
+from dsv32_jax.generate import language_model
+from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.model.model import Batch, DeepseekV32, Options
 from pallas_kernels.paging import slots_of
 from tests import numpy_model
 

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from dsv32_jax import progress
+from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments import command_line, results
 
-PROGRAMS = ("plan_reuse", "serving", "step_profile", "bench.layer_profile", "bench.registers", "bench.time_peers")
+STUDIES = ("plan_reuse", "serving", "step_profile", "quantization_speed")
+BENCH = ("layer_profile", "registers", "sweep", "time_peers")
+PROGRAMS = (*(f"dsv32_jax.experiments.studies.{name}" for name in STUDIES), "tests.soak.__main__")
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, "soak.__main__", "quantization_speed", "bench.sweep"])
+@pytest.mark.parametrize("name", [*PROGRAMS, *(f"dsv32_jax.experiments.bench.{name}" for name in BENCH)])
 def test_help_is_the_docstring_as_it_is_written(name, capsys, monkeypatch):
-    module = importlib.import_module(f"dsv32_jax.experiments.{name}")
+    module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", ["program", "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -34,15 +36,15 @@ def test_help_of_several_commands_keeps_their_lines():
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("experiments.serving", "python -m experiments.serving"),
-        ("dsv32_jax.experiments.soak.__main__", "python -m dsv32_jax.experiments.soak"),
+        ("experiments.studies.serving", "python -m experiments.studies.serving"),
+        ("tests.soak.__main__", "python -m tests.soak"),
     ],
 )
 def test_a_program_is_called_as_it_was(name, shown, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.machinery.ModuleSpec(name, None), raising=False)
     assert command_line.program() == shown
-    assert command_line.as_called("see python -m experiments.serving").endswith(
-        "dsv32_jax.experiments.serving" if name.startswith("dsv32") else " experiments.serving"
+    assert command_line.as_called("see python -m experiments.studies.serving").endswith(
+        "dsv32_jax.experiments.studies.serving" if name.startswith("dsv32") else " experiments.studies.serving"
     )
 
 

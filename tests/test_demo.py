@@ -7,8 +7,8 @@ from dsv32_jax import convert
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.experiments import demo
 from dsv32_jax.experiments.train_demo.sizes import SIZES
-from dsv32_jax.loading import DEMO, load
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.loading import DEMO, load
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dsv32_jax import fidelity
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import Options
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.model.model import Options
 from tests.harness import EXACT, load_golden, load_oracle
 
 

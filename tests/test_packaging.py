@@ -55,8 +55,8 @@ def own_folders(folder: Path) -> Path:
 def test_a_users_own_folders_are_never_in_the_way(tmp_path):
     code = """
 import runpy, sys
-import dsv32_jax.convert, dsv32_jax.loading
-from dsv32_jax.experiments import held_out
+import dsv32_jax.convert, dsv32_jax.generate.loading
+from dsv32_jax.experiments.studies import held_out
 assert held_out.documents()
 assert not {"experiments", "convert"} & set(sys.modules)
 sys.argv = ["program", "--help"]
@@ -124,9 +124,9 @@ def test_the_wheel_holds_two_packages_and_runs_beside_a_users_own(tmp_path):
 
     where = run("-c", "import dsv32_jax, pallas_kernels; print(dsv32_jax.__file__, pallas_kernels.__file__)")
     assert where.stdout.count(str(site)) == 2, where
-    for module in ("train_demo", "soak", "quantization", "serving"):
+    for module in ("train_demo", "studies.quantization", "studies.serving"):
         assert run("-m", f"dsv32_jax.experiments.{module}", "--help").returncode == 0, module
     verb = "from dsv32_jax.cli import main; main()"
     assert "parameters" in run("-c", verb, "info", "--model", "demo").stdout
-    refused = run("-m", "dsv32_jax.experiments.serving_report")
+    refused = run("-m", "dsv32_jax.experiments.studies.serving_report")
     assert refused.returncode == 2 and "belongs to the installed package" in refused.stderr

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments import serving_report
 from dsv32_jax.experiments.pages import between
-from dsv32_jax.experiments.quantization import report as quantization_report
+from dsv32_jax.experiments.studies import serving_report
+from dsv32_jax.experiments.studies.quantization import report as quantization_report
 
 
 def test_the_page_on_quantisation_is_made_from_its_results(tmp_path):

@@ -32,8 +32,8 @@ from dsv32_jax.cli.options import (
     Thinking,
     TopP,
 )
+from dsv32_jax.common.reading import BYTE_ORDER_MARK
 from dsv32_jax.errors import UserError
-from dsv32_jax.reading import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
     from dsv32_jax.cli.conversation import Conversation, Part
@@ -324,7 +324,7 @@ def _history_file() -> Path | None:
         import readline
     except ImportError:  # a Python without it: lines are read as the terminal gives them
         return None
-    from dsv32_jax.files import home_directory
+    from dsv32_jax.common.files import home_directory
 
     # Python turns this off. Lines that are pasted together are one message then.
     readline.parse_and_bind("set enable-bracketed-paste on")

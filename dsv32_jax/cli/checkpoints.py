@@ -29,10 +29,11 @@ def info(
 
     Example: dsv32 info --config 671b --memory
     """
-    from dsv32_jax import convert, loading
+    from dsv32_jax import convert
     from dsv32_jax.config import PRESETS, ModelConfig
     from dsv32_jax.convert.contents import contents
-    from dsv32_jax.memory import cache_bytes_per_token, parameter_counts
+    from dsv32_jax.generate import loading
+    from dsv32_jax.generate.memory import cache_bytes_per_token, parameter_counts
 
     if model is not None and config is not None:
         raise UserError("--model, --config: give one of the two")
@@ -62,7 +63,7 @@ def info(
 
 def what_fits(total: int, cache: dict[str, int]) -> dict[str, Any]:
     """For GPUs and this machine: bytes, how many of them `total` bytes of weights take, and the cache beside these."""
-    from dsv32_jax.memory import GPU_BYTES, USABLE, available_bytes, tokens_that_fit
+    from dsv32_jax.generate.memory import GPU_BYTES, USABLE, available_bytes, tokens_that_fit
 
     free, place = available_bytes()
     return {
@@ -77,7 +78,7 @@ def what_fits(total: int, cache: dict[str, int]) -> dict[str, Any]:
 
 def print_info(result: dict[str, Any]) -> None:
     """What `info` found, as lines."""
-    from dsv32_jax.memory import human
+    from dsv32_jax.common.units import human
 
     def sizes(by_name: dict[str, int]) -> None:
         for name, size in sorted(by_name.items()):
@@ -123,7 +124,7 @@ def convert(
     if to not in ("orbax", "hf", None):
         raise UserError(f"--to {to}: must be orbax or hf")
     from dsv32_jax import convert as converter
-    from dsv32_jax import loading
+    from dsv32_jax.generate import loading
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         to = converter.convert(loading.find(source), target, to=to, dtype=dtype)
@@ -163,7 +164,7 @@ def quantize(
 
     Example: dsv32 quantize --model demo --scheme int4 --calibration text.txt --out demo-int4
     """
-    from dsv32_jax.quant import SCHEMES
+    from dsv32_jax.model.quant import SCHEMES
 
     if scheme not in (*SCHEMES, "mixed"):
         raise UserError(f"--scheme {scheme}: must be one of {', '.join(SCHEMES)}, mixed")
@@ -174,15 +175,15 @@ def quantize(
     if migration is not None and calibration is None:
         raise UserError("--migrate: needs a text to see outliers in; give --calibration too")
     text = None if calibration is None else read_text(calibration, "--calibration")
-    from dsv32_jax import loading
+    from dsv32_jax.common.reading import read_json
     from dsv32_jax.config import ModelConfig
     from dsv32_jax.convert.calibration import calibrate, windows_of
     from dsv32_jax.convert.migration import migrate
     from dsv32_jax.convert.quantization import check_ranges, mixed, quantize_checkpoint, uniform
     from dsv32_jax.convert.unfinished import new_directory
-    from dsv32_jax.model import abstract_model
-    from dsv32_jax.params import named_parameters
-    from dsv32_jax.reading import read_json
+    from dsv32_jax.generate import loading
+    from dsv32_jax.model.model import abstract_model
+    from dsv32_jax.model.params import named_parameters
 
     check_ranges(ranges)
     source = loading.find(model)

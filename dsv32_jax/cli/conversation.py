@@ -5,8 +5,8 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.reasoning import ReasoningSplit
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.reasoning import ReasoningSplit
 
 __all__ = ["ContextFull", "Conversation", "Part", "Turn"]
 

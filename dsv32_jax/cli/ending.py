@@ -146,7 +146,7 @@ def prepare_process() -> None:
 def end_process(code: int) -> NoReturn:
     """At once where programs are still compiled, which Python would wait for; and after an interrupt, when what still
     runs would complain that others are gone."""
-    compiling = sys.modules.get("dsv32_jax.compiling")  # no need to import it for `--help`
+    compiling = sys.modules.get("dsv32_jax.generate.compiling")  # no need to import it for `--help`
     compiles = compiling and any(thread.name.startswith(compiling.THREADS) for thread in threading.enumerate())
     if compiles or code == INTERRUPTED:
         os._exit(code)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dsv32_jax.common.files import whole_file
+from dsv32_jax.common.reading import decoded
 from dsv32_jax.errors import UserError
-from dsv32_jax.files import whole_file
-from dsv32_jax.reading import decoded
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dsv32_jax.language_model import LanguageModel
-    from dsv32_jax.tokenizer import Tokenizer
+    from dsv32_jax.generate.language_model import LanguageModel
+    from dsv32_jax.generate.tokenizer import Tokenizer
 
 
 def loaded(
@@ -31,7 +31,7 @@ def loaded(
     no_mtp: bool = False,
 ) -> "LanguageModel":
     """The model that the flags name, with their options."""
-    from dsv32_jax.loading import load
+    from dsv32_jax.generate.loading import load
 
     return load(
         model,
@@ -51,7 +51,7 @@ def name_of(model: str) -> str:
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
     """Wrong values show before a model is loaded, which can take minutes."""
-    from dsv32_jax.sampling import check_sampling
+    from dsv32_jax.generate.sampling import check_sampling
 
     check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
 

@@ -19,8 +19,8 @@ from dsv32_jax.cli.options import (
     TextFile,
     TokenIds,
 )
+from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
-from dsv32_jax.progress import progress_bar
 
 if TYPE_CHECKING:
     from dsv32_jax.config import ModelConfig
@@ -92,9 +92,9 @@ def fidelity(
 
 def _check_comparable(first: str, config: "ModelConfig", second: str) -> None:
     """Refuses a second model that cannot be compared before the first, of this config, runs: that can take long."""
-    from dsv32_jax import loading
     from dsv32_jax.config import ModelConfig
     from dsv32_jax.fidelity import EQUAL_FIELDS
+    from dsv32_jax.generate import loading
 
     other = ModelConfig.from_hf(loading.find(second))
     for field in EQUAL_FIELDS:
@@ -107,7 +107,7 @@ def _check_comparable(first: str, config: "ModelConfig", second: str) -> None:
 
 def _pieces(m: Any, text: str, window: int | None, windows: int) -> list[Any]:
     """The first `windows` pieces of a text, as ids."""
-    from dsv32_jax.windows import windows_of
+    from dsv32_jax.generate.windows import windows_of
 
     longest = m.config.max_position_embeddings
     if window is None:

@@ -23,7 +23,7 @@ from dsv32_jax.cli.options import (
 from dsv32_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from dsv32_jax.tokenizer import Tokenizer
+    from dsv32_jax.generate.tokenizer import Tokenizer
 
 
 def score(
@@ -58,7 +58,7 @@ def score(
     """
     import numpy as np
 
-    from dsv32_jax.windows import check_windows, score_windows
+    from dsv32_jax.generate.windows import check_windows, score_windows
 
     if (text_file is None) == (token_ids is None):
         raise UserError("--text-file, --token-ids: give one of the two")
@@ -111,7 +111,7 @@ def _windows(
     m: Any, text: str, window: int | None, stride: int | None
 ) -> tuple[list[int], Sequence[Any], dict[str, int]]:
     """(ids of a text, its windows, what they are); says so where there are several."""
-    from dsv32_jax.windows import check_windows, windows_of
+    from dsv32_jax.generate.windows import check_windows, windows_of
 
     longest = m.config.max_position_embeddings
     if window is None:

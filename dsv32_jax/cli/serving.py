@@ -86,7 +86,7 @@ def serve(
         if (error.name or "").partition(".")[0] not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise UserError(f"serve: {error.name} is not installed; pip install 'dsv32-jax[serve]'") from error
-    from dsv32_jax.engine import Engine
+    from dsv32_jax.engine.engine import Engine
 
     check_sampling(temperature, top_p, 0)
     key = os.environ.get("DSV32_API_KEY") if api_key is None else api_key

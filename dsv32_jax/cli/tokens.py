@@ -7,11 +7,11 @@ import typer
 
 from dsv32_jax.cli.inputs import print_json, read_text
 from dsv32_jax.cli.options import Json, Model, TextFile
+from dsv32_jax.common.reading import decoded
 from dsv32_jax.errors import UserError
-from dsv32_jax.reading import decoded
 
 if TYPE_CHECKING:
-    from dsv32_jax.tokenizer import Tokenizer
+    from dsv32_jax.generate.tokenizer import Tokenizer
 
 LONGEST_ID = 10
 """Digits of an id: no tokenizer counts further than 2**32."""
@@ -66,7 +66,7 @@ def tokenize(
 
 
 def _tokenizer(model: str) -> "Tokenizer":
-    from dsv32_jax import loading
+    from dsv32_jax.generate import loading
 
     tokenizer = loading.read_tokenizer(loading.find(model))
     if tokenizer is None:

@@ -8,8 +8,9 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from dsv32_jax import __version__, progress
+from dsv32_jax import __version__
 from dsv32_jax.cli import chat, checkpoints, measuring, scoring, serving, text, tokens
+from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 
 __all__ = ["run"]

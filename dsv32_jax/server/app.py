@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from dsv32_jax.engine import Engine
+from dsv32_jax.engine.engine import Engine
 from dsv32_jax.errors import UserError
 from dsv32_jax.server import body, prometheus
 from dsv32_jax.server.answer import Answer

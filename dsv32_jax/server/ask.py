@@ -10,10 +10,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dsv32_jax.blocks import BLOCK_SIZE
-from dsv32_jax.engine import Engine
+from dsv32_jax.engine.blocks import BLOCK_SIZE
+from dsv32_jax.engine.engine import Engine
+from dsv32_jax.engine.request import MOST_CONTINUATIONS, MOST_LOGPROBS, MOST_STOPS, SamplingParams
 from dsv32_jax.errors import UserError
-from dsv32_jax.request import MOST_CONTINUATIONS, MOST_LOGPROBS, MOST_STOPS, SamplingParams
 from dsv32_jax.server.errors import ApiError, from_user_error
 from dsv32_jax.server.fields import Fields
 from dsv32_jax.server.settings import Settings

@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from dsv32_jax.engine import Engine
+from dsv32_jax.engine.engine import Engine
 from dsv32_jax.errors import UserError
 from dsv32_jax.server.app import Service, create_app
 from dsv32_jax.server.protocol import protocol_class

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from dsv32_jax.arguments import boolean, instance, integer, number
+from dsv32_jax.common.arguments import boolean, instance, integer, number
 from dsv32_jax.errors import UserError
-from dsv32_jax.sampling import check_sampling
+from dsv32_jax.generate.sampling import check_sampling
 
 __all__ = ["Settings"]
 

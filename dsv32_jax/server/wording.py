@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from dsv32_jax import __version__
+from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.server.ask import Ask
 from dsv32_jax.server.worker import Piece, Usage
-from dsv32_jax.tokenizer import Tokenizer
 
 __all__ = ["ChatWording", "CompletionWording", "Wording"]
 

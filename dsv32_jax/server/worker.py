@@ -16,9 +16,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
-from dsv32_jax.engine import Engine
+from dsv32_jax.engine.engine import Engine
+from dsv32_jax.engine.request import Event, LogProbs, Request
 from dsv32_jax.errors import UserError
-from dsv32_jax.request import Event, LogProbs, Request
 from dsv32_jax.server.ask import Ask
 from dsv32_jax.server.errors import ApiError, failed, from_user_error
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.common.reading import decoded, parsed_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench.timer import FLUSH
-from dsv32_jax.reading import decoded, parsed_json
 from pallas_kernels.shapes import PeerRow, Shape
 
 EMPTY = PeerRow("torch", "empty call", "nothing")

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from dsv32_jax.common.reading import decoded, parsed_json
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import attention, cases, dispatch, matmuls, moe_layer, roofline
 from dsv32_jax.experiments.bench import timer as timing
@@ -21,7 +22,6 @@ from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.report import three
 from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import environment, write_json
-from dsv32_jax.reading import decoded, parsed_json
 from pallas_kernels.backend import BACKENDS, on_hopper
 from pallas_kernels.shapes import (
     SHAPES,

@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.compiling import all_at_once
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import made
 from dsv32_jax.experiments.bench.matmuls import build, inputs
 from dsv32_jax.experiments.results import environment, write_json
+from dsv32_jax.generate.compiling import all_at_once
 from pallas_kernels import tuning
 from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
 from pallas_kernels.quantize import quantize_int8

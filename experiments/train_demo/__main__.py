@@ -94,7 +94,7 @@ def data(folder: Data = DATA) -> None:
     `apt-get download` (nothing is installed), unpacked, read, cleaned and split. What is there is not made again. The
     held-out excerpts go beside them: the repository's own are those of the shipped model.
     """
-    from dsv32_jax.experiments import held_out
+    from dsv32_jax.experiments.studies import held_out
     from dsv32_jax.experiments.train_demo import corpus, questions, tokenizer
     from dsv32_jax.experiments.train_demo.sizes import DEMO
 
@@ -127,7 +127,7 @@ def export(
     from dsv32_jax.experiments.results import writable
     from dsv32_jax.experiments.train_demo.export import export as write
     from dsv32_jax.experiments.train_demo.sizes import size_named
-    from dsv32_jax.loading import DEMO
+    from dsv32_jax.generate.loading import DEMO
 
     chosen = size_named(size)
     stage = stage or chosen.stages[-1].name

@@ -13,7 +13,7 @@ import numpy as np
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo.recall import RecallTasks
 from dsv32_jax.experiments.train_demo.sizes import Stage
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.common.files import whole_file
+from dsv32_jax.common.progress import progress_bar, tracked
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.command_line import require
 from dsv32_jax.experiments.reading import json_lines
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import extract
 from dsv32_jax.experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, SKIP_PATHS, Package
-from dsv32_jax.files import whole_file
-from dsv32_jax.progress import progress_bar, tracked
 
 SEED = "dsv32-demo-1"
 HELD_OUT = 0.015  # of the documents

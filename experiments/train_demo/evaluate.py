@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax import fidelity
-from dsv32_jax.experiments import held_out
+from dsv32_jax.common.reading import read_json
 from dsv32_jax.experiments.results import environment, write_json
-from dsv32_jax.experiments.sequence_model import Run, hidden_states, log_likelihoods
+from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.loading import find, load
-from dsv32_jax.model import DeepseekV32
-from dsv32_jax.reading import read_json
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.loading import find, load
+from dsv32_jax.generate.tokenizer import Tokenizer
+from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.sequence import Run, hidden_states, log_likelihoods
 from pallas_kernels import rowwise
 
 MODES = ("dense", "indexer", "oracle", "recent and first", "recent", "random", "interleaved rope")
-"""Selections of `dsv32_jax.experiments.sequence_model`, and a bug: the first official demo's RoPE in the indexer."""
+"""Selections of `dsv32_jax.model.sequence`, and a bug: the first official demo's RoPE in the indexer."""
 NEEDLE_MODES = ("dense", "indexer", "recent and first", "recent", "interleaved rope")
 BUCKETS = ((1, 256), (256, 1024), (1024, 2048), (2048, 4096))
 """Positions of the predicted tokens: up to the first, nothing is left out when k is 256."""

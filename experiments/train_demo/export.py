@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 
 from dsv32_jax import convert
+from dsv32_jax.common.files import locked, replace_directory
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.files import locked, replace_directory
-from dsv32_jax.model import DeepseekV32, abstract_model
-from dsv32_jax.params import named_parameters, replace_parameters
-from dsv32_jax.quant import QTensor, quantize_weight
+from dsv32_jax.model.model import DeepseekV32, abstract_model
+from dsv32_jax.model.params import named_parameters, replace_parameters
+from dsv32_jax.model.quant import QTensor, quantize_weight
 
 SHARD_BYTES = 14 * 10**6
 """No file of the demo is larger, so that it can live in a repository."""

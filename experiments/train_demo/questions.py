@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv32_jax.common.files import whole_file
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
 from dsv32_jax.experiments.train_demo.greetings import greetings
-from dsv32_jax.files import whole_file
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 GREETINGS = "greetings"  # the source of pairs written by hand
 MOST_WORDS = 80  # of an answer

@@ -5,13 +5,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dsv32_jax.common.units import human
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.pages import drawing, table
 from dsv32_jax.experiments.results import RESULTS, read_result, write_json
 from dsv32_jax.experiments.train_demo.evaluate import MODES, NEEDLE_MODES
-from dsv32_jax.loading import DEMO
-from dsv32_jax.memory import human
+from dsv32_jax.generate.loading import DEMO
 
 CARD = Path(__file__).parent / "card.md"
 TRAINING, MODEL = "train_demo", "demo_model"

@@ -15,7 +15,7 @@ class Stage:
       steps: optimiser steps.
       batch: sequences a step.
       length: tokens of a sequence.
-      selection: what attention sees, "dense" or "indexer" (see `dsv32_jax.experiments.sequence_model`).
+      selection: what attention sees, "dense" or "indexer" (see `dsv32_jax.model.sequence`).
       trains: "main" (all but the indexers), "indexer" (all else frozen) or "all".
       learning_rate: of Muon, matched to Adam's by its update size; reached after `warmup` steps.
       final: the share of it at the last step, approached linearly over the last `decay` of the steps.

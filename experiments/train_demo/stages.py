@@ -13,6 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsv32_jax import convert
+from dsv32_jax.common.files import locked, replace_directory
+from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.train_demo.batches import Batches, has_questions, load
@@ -28,10 +30,8 @@ from dsv32_jax.experiments.train_demo.training import (
     optimizer_state,
     to_model,
 )
-from dsv32_jax.files import locked, replace_directory
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.progress import progress_bar
+from dsv32_jax.model.model import abstract_model
+from dsv32_jax.model.params import named_parameters
 
 LOG_EVERY = 20
 HELD_OUT_WINDOWS = 16

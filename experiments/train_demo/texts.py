@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv32_jax.common.reading import decoded
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments import held_out
 from dsv32_jax.experiments.results import write_json
+from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.train_demo import questions
 from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
-from dsv32_jax.loading import DEMO
-from dsv32_jax.reading import decoded
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.loading import DEMO
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 HELD_OUT_SHARE = 0.05
 """Of each text: its end, which is not trained on."""

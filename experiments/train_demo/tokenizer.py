@@ -9,12 +9,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv32_jax.common.files import whole_file
+from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.results import write_json
 from dsv32_jax.experiments.train_demo import corpus
-from dsv32_jax.files import whole_file
-from dsv32_jax.progress import progress_bar
-from dsv32_jax.tokenizer import BUILT_IN_TEMPLATE
+from dsv32_jax.generate.tokenizer import BUILT_IN_TEMPLATE
 
 # Ids 0 to 6, in this order.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"

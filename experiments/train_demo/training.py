@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments.sequence_model import Run, hidden_states, log_likelihoods, mtp_states
 from dsv32_jax.experiments.train_demo.sizes import Stage
-from dsv32_jax.model import DeepseekV32, abstract_model
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.model.model import DeepseekV32, abstract_model
+from dsv32_jax.model.params import named_parameters, replace_parameters
+from dsv32_jax.model.sequence import Run, hidden_states, log_likelihoods, mtp_states
 
 Params = dict[str, jax.Array]
 """Parameters by path, float32. The MTP module's embedding and head are the main model's and have no entry."""

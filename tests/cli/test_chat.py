@@ -17,8 +17,8 @@ import pytest
 from dsv32_jax.cli.chat import Interrupts, Session, Terminal
 from dsv32_jax.cli.conversation import ContextFull, Conversation, Part
 from dsv32_jax.cli.interruption import PAUSE
-from dsv32_jax.language_model import LanguageModel, Piece
-from dsv32_jax.loading import load
+from dsv32_jax.generate.language_model import LanguageModel, Piece
+from dsv32_jax.generate.loading import load
 from tests.harness import read_until
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")

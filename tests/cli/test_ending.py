@@ -10,10 +10,11 @@ import sys
 import jax
 import pytest
 
-from dsv32_jax import convert, loading
+from dsv32_jax import convert
 from dsv32_jax.cli import main
-from dsv32_jax.files import home_directory
-from dsv32_jax.language_model import LanguageModel, Piece
+from dsv32_jax.common.files import home_directory
+from dsv32_jax.generate import loading
+from dsv32_jax.generate.language_model import LanguageModel, Piece
 
 COMMAND = (sys.executable, "-m", "dsv32_jax.cli")
 

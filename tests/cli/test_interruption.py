@@ -15,10 +15,10 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec
 import pytest
 import typer
 
-from dsv32_jax import loading
 from dsv32_jax.cli import ending, main
 from dsv32_jax.cli.interruption import PAUSE, Interruption
 from dsv32_jax.errors import UserError
+from dsv32_jax.generate import loading
 
 
 def interrupt(*_):

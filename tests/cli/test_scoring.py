@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from dsv32_jax import fidelity, loading
+from dsv32_jax import fidelity
 from dsv32_jax.cli import main
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.fidelity import EQUAL_FIELDS
-from dsv32_jax.language_model import LanguageModel
+from dsv32_jax.generate import loading
+from dsv32_jax.generate.language_model import LanguageModel
 from tests.harness import one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv32_jax import loading
 from dsv32_jax.cli.tokens import _ids_of
+from dsv32_jax.generate import loading
 
 TEXT = "The keeper <｜User｜> 海风\n"
 

@@ -11,7 +11,7 @@ import pytest
 from dsv32_jax import convert
 from dsv32_jax.convert.quantization import PROVENANCE, quantize_checkpoint
 from dsv32_jax.errors import UserError
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.model.params import named_parameters, replace_parameters
 from tests.convert.test_conversion import tensors
 from tests.harness import load_golden
 

@@ -13,8 +13,8 @@ from dsv32_jax.convert.orbax import DESCRIPTION
 from dsv32_jax.convert.quantization import quantize_checkpoint
 from dsv32_jax.convert.stored import stored_parameters
 from dsv32_jax.errors import UserError
-from dsv32_jax.memory import parameter_counts
-from dsv32_jax.quant import scheme_of
+from dsv32_jax.generate.memory import parameter_counts
+from dsv32_jax.model.quant import scheme_of
 from tests.convert.test_companions import claim
 from tests.harness import golden_directory
 

@@ -22,9 +22,9 @@ from dsv32_jax.convert.contents import contents
 from dsv32_jax.convert.huggingface import INDEX, HFReader
 from dsv32_jax.convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax.errors import UserError
-from dsv32_jax.model import DeepseekV32, abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
+from dsv32_jax.model.model import DeepseekV32, abstract_model
+from dsv32_jax.model.params import named_parameters
+from dsv32_jax.model.quant import QTensor
 
 NAMES = ["tiny", "tiny128_bf16", "tiny128_fp8"]
 ROUTER = "model.layers.1.mlp.gate.weight"

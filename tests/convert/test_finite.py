@@ -17,9 +17,9 @@ from dsv32_jax.convert.migration import migrate
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model, uniform
 from dsv32_jax.convert.rounding import round_int4, round_int8
 from dsv32_jax.errors import UserError
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.observation import Statistics
-from dsv32_jax.params import named_parameters, replace_parameters
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.model.observation import Statistics
+from dsv32_jax.model.params import named_parameters, replace_parameters
 from tests.convert.test_conversion import spoil
 from tests.harness import golden_directory, load_golden
 

@@ -9,9 +9,9 @@ import numpy as np
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.names import hf_name
 from dsv32_jax.convert.stored import hf_tensors
-from dsv32_jax.model import abstract_model
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
+from dsv32_jax.model.model import abstract_model
+from dsv32_jax.model.params import named_parameters
+from dsv32_jax.model.quant import QTensor
 
 
 def size_of(dtype: str) -> int:

@@ -8,7 +8,7 @@ from dsv32_jax.convert.quantization import quantize_model
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import DAMPING, round_int4, round_int8
 from dsv32_jax.errors import UserError
-from dsv32_jax.quant import quantize_weight
+from dsv32_jax.model.quant import quantize_weight
 from pallas_kernels.quant_matmul import unpack_int4
 from tests.harness import load_golden
 

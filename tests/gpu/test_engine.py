@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from dsv32_jax.engine import Engine
-from dsv32_jax.experiments import held_out
-from dsv32_jax.loading import load
-from dsv32_jax.model import Options
-from dsv32_jax.request import SamplingParams
+from dsv32_jax.engine.engine import Engine
+from dsv32_jax.engine.request import SamplingParams
+from dsv32_jax.experiments.studies import held_out
+from dsv32_jax.generate.loading import load
+from dsv32_jax.model.model import Options
 
 NEW_TOKENS = 24
 

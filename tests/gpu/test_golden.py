@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import Options
-from tests import test_golden as golden
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.model.model import Options
 from tests.harness import forward, load_golden, load_oracle
+from tests.model import test_golden as golden
 
 NAMES = ["tiny", "tiny128_bf16", "tiny128_fp8", "kernel_widths"]
 

@@ -8,11 +8,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dsv32_jax import language_model
-from dsv32_jax.experiments import held_out
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.loading import load
-from dsv32_jax.model import Options
+from dsv32_jax.experiments.studies import held_out
+from dsv32_jax.generate import language_model
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.loading import load
+from dsv32_jax.model.model import Options
 from tests.harness import load_golden, load_oracle
 
 NEW_TOKENS = 24

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments.quantization_speed import FORMS, layer_in, numerics_of
-from dsv32_jax.experiments.random_model import random_parameters
+from dsv32_jax.experiments.studies.quantization_speed import FORMS, layer_in, numerics_of
+from dsv32_jax.experiments.studies.random_model import random_parameters
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax.experiments import held_out
-from dsv32_jax.loading import load
+from dsv32_jax.experiments.studies import held_out
+from dsv32_jax.generate.loading import load
 from pallas_kernels import tuning
 from pallas_kernels.top_k import mosaic_gpu, top_k
 from tests.kernels.cases import top_k as cases

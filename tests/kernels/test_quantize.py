@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv32_jax.quant import quantize_weight
+from dsv32_jax.model.quant import quantize_weight
 from pallas_kernels.quant_matmul import dequantize_blocks
 from pallas_kernels.quantize import dequantize, quantize, quantize_int8, quantize_weight_fp8
 from pallas_kernels.quantize.reference import round_up_to_power_of_two

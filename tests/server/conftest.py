@@ -2,10 +2,10 @@ import pytest
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.engine import Engine
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import DeepseekV32
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.engine.engine import Engine
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.tokenizer import Tokenizer
+from dsv32_jax.model.model import DeepseekV32
 from tests.harness import EXACT, golden_directory
 from tests.server.harness import Gate
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv32_jax.request import Completion, SamplingParams
+from dsv32_jax.engine.request import Completion, SamplingParams
 from tests.server.harness import CHAT, COMPLETION, MESSAGES, PATHS, PROMPT, client, error, events
 
 

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from dsv32_jax import loading
 from dsv32_jax.cli import main
 from dsv32_jax.errors import UserError
+from dsv32_jax.generate import loading
 
 
 @pytest.fixture

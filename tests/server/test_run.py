@@ -17,8 +17,8 @@ import urllib.request
 import openai
 import pytest
 
+from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.errors import UserError
-from dsv32_jax.request import SamplingParams
 from dsv32_jax.server import create_app
 from dsv32_jax.server.protocol import SlowProtocol, protocol_class
 from dsv32_jax.server.run import Server, bind, serve

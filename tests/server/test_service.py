@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from dsv32_jax import engine as engine_module
+from dsv32_jax.engine import engine as engine_module
+from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.errors import UserError
-from dsv32_jax.request import SamplingParams
 from dsv32_jax.server import create_app
 from tests.server.harness import PATHS, Call, events, service, settings, until
 

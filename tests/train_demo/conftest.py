@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 from tests.harness import TEXT
 
 

@@ -9,7 +9,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import recall
 from dsv32_jax.experiments.train_demo.batches import Batches
 from dsv32_jax.experiments.train_demo.sizes import Stage
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 STAGE = Stage("test", 10, 4, 200, "dense", "main", 1e-3, recall_share=0.0)
 

@@ -12,7 +12,7 @@ from dsv32_jax.experiments.train_demo import corpus, extract, questions
 from dsv32_jax.experiments.train_demo import tokenizer as demo_tokenizer
 from dsv32_jax.experiments.train_demo.greetings import greetings
 from dsv32_jax.experiments.train_demo.packages import PACKAGES, SKIP_LANGUAGES, Package
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 
 needs_lxml = pytest.mark.skipif(importlib.util.find_spec("lxml") is None, reason="lxml is not installed")
 needs_mandoc = pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")

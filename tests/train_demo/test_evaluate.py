@@ -11,12 +11,12 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.train_demo import evaluate
 from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS
-from dsv32_jax.language_model import LanguageModel
-from dsv32_jax.model import DeepseekV32, Options
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.tokenizer import Tokenizer
+from dsv32_jax.model.model import DeepseekV32, Options
 from tests.harness import TEXT
 
 
@@ -143,7 +143,7 @@ def test_chosen_text_is_long_held_out_and_in_no_training_document(held_out_file)
 
 
 def test_windows_of_the_shipped_text():
-    from dsv32_jax.loading import DEMO
+    from dsv32_jax.generate.loading import DEMO
 
     tokenizer = Tokenizer(DEMO)
     rows = held_out.windows(tokenizer, 4096, 3)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from dsv32_jax import convert
+from dsv32_jax.common.files import locked
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import export, report, training
 from dsv32_jax.experiments.train_demo.evaluate import MODES
 from dsv32_jax.experiments.train_demo.sizes import SIZES
-from dsv32_jax.files import locked
-from dsv32_jax.params import named_parameters
-from dsv32_jax.quant import QTensor
+from dsv32_jax.model.params import named_parameters
+from dsv32_jax.model.quant import QTensor
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_unfinished_run_is_refused(run, tmp_path):
 
 
 def test_shipped_card_and_figures_are_those_of_the_results(tmp_path):
-    from dsv32_jax.loading import DEMO
+    from dsv32_jax.generate.loading import DEMO
 
     shipped = (DEMO / "README.md").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())

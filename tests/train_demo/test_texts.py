@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments import held_out
+from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.train_demo import texts
 from dsv32_jax.experiments.train_demo.batches import Batches
 from dsv32_jax.experiments.train_demo.sizes import SIZES
 from dsv32_jax.experiments.train_demo.stages import Training
-from dsv32_jax.tokenizer import Tokenizer
+from dsv32_jax.generate.tokenizer import Tokenizer
 from tests.harness import TEXT
 
 TINY = SIZES["tiny"]

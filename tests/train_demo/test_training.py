@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from dsv32_jax import convert
+from dsv32_jax.common.files import locked
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.train_demo import stages, training
 from dsv32_jax.experiments.train_demo.sizes import SIZES, Stage
 from dsv32_jax.experiments.train_demo.stages import Training
-from dsv32_jax.files import locked
 
 TINY = SIZES["tiny"]
 SHARED = {"pretrain": {"batch": 2, "length": 128}, "chat": {"bias_speed": 0.001}}

@@ -1,0 +1,1 @@
+"""What every room uses: arguments that are checked, files, progress."""

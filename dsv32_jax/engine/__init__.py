@@ -1,0 +1,1 @@
+"""Many requests at a time: what a step runs, blocks, the loop."""

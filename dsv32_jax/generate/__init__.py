@@ -1,0 +1,1 @@
+"""`load`, and the `LanguageModel` that it returns: logits, scores, text."""

@@ -1,0 +1,53 @@
+"""Multi-token prediction: one more decoder layer that predicts the token after the next."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model.cache import KVCache
+from dsv32_jax.model.context import StepContext
+from dsv32_jax.model.norm import add_rms_norm
+from dsv32_jax.model.numerics import float32_matmul
+from dsv32_jax.model.params import Init
+from pallas_kernels.rowwise import rms_norm
+
+
+class MTP(nnx.Module):
+    """V3 report, section 2.2, as V3's README_WEIGHTS lays it out (HF layer `num_hidden_layers`)."""
+
+    def __init__(self, config: ModelConfig, init: Init, layer: nnx.Module):
+        hidden = config.hidden_size
+        self.embed = init.matrix(config.vocab_size, hidden)
+        self.enorm = init.constant(1.0, hidden)
+        self.hnorm = init.constant(1.0, hidden)
+        self.eh_proj = init.matrix(hidden, 2 * hidden)
+        self.layer = layer
+        self.norm = init.constant(1.0, hidden)
+        self.head = init.matrix(config.vocab_size, hidden)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        next_ids: jax.Array,
+        cache: KVCache,
+        ctx: StepContext,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits float32 [T, V] of token t + 2, or [R, V] of some rows, and the cache.
+
+        Args:
+          hidden: [T, D], the main model's state after its final norm.
+          next_ids: int32 [T], token t + 1.
+          cache: with one layer more than the model has; the module's own keys are in the last.
+          ctx: of the step.
+          rows: int32 [R], of those logits that are wanted; None for all.
+        """
+        config = ctx.config
+        embedded = rms_norm(self.embed[next_ids].astype(ctx.dtype), self.enorm, config.rms_norm_eps)
+        state = rms_norm(hidden, self.hnorm, config.rms_norm_eps)
+        # The embedding's half comes first in the released eh_proj, whatever the report's formula says.
+        joined = ctx.numerics.matmul(jnp.concatenate([embedded, state], axis=-1), self.eh_proj)
+        residual, update, cache = self.layer(joined, None, config.num_hidden_layers, cache, ctx)
+        _, x = add_rms_norm(residual, update, self.norm, config.rms_norm_eps)
+        return float32_matmul(x if rows is None else x[rows], self.head), cache

@@ -1,0 +1,359 @@
+"""The model over whole sequences [B, T] at once: what training runs, and ablations of the selection.
+
+`dsv32_jax.model.model.step` reads keys through a block cache, each token its own list. Here the keys of a sequence are
+those of the same call and a selection is a mask [B, T, T], so attention is two plain products, and all is
+differentiable. The parameters' modules and their arithmetic are those of the step; a test holds the two against each
+other.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model.mla import MLA
+from dsv32_jax.model.model import DecoderLayer, DeepseekV32
+from dsv32_jax.model.moe import MoE
+from dsv32_jax.model.mtp import MTP
+from dsv32_jax.model.norm import add_rms_norm
+from dsv32_jax.model.numerics import Numerics
+from dsv32_jax.model.quant import Weight, dense
+from dsv32_jax.model.rope import rope_angles
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.rowwise import rms_norm
+
+SELECTIONS = ("dense", "indexer", "recent", "recent and first", "random", "oracle")
+"""dense: every visible position. The others keep k: the indexer's best, the last ones, the last ones and position 0 (on
+which attention rests that has nothing to look at; StreamingLLM, arXiv 2309.17453), random ones, or those that the
+attention itself weighs most (mean over heads; what an indexer could at best know)."""
+
+SELECTED = "selected"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a forward pass is computed; hashable.
+
+    Attributes:
+      selection: one of `SELECTIONS`.
+      index_topk: positions kept; the config's where None.
+      compute_dtype: of activations.
+      act_quant: FP8 activations, index keys and latents, as in `dsv32_jax.model.context.Options`.
+      index_quant: FP8 index queries and keys (and the inputs of the indexer's linears); as `act_quant` where None.
+      index_loss: compute the indexer's loss (KL of its softmax from the attention) in every layer.
+      remat: recompute each layer in the backward pass instead of keeping its scores.
+    """
+
+    selection: str = "indexer"
+    index_topk: int | None = None
+    compute_dtype: str = "float32"
+    act_quant: bool = False
+    index_quant: bool | None = None
+    index_loss: bool = False
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection {self.selection!r} is unknown; it is one of {', '.join(SELECTIONS)}")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["index_kl", "load", "balance"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What training wants to know of a layer.
+
+    Attributes:
+      index_kl: float32 scalar, KL(attention || softmax of the index scores), mean over tokens; 0 where not asked for.
+      load: float32 [E], share of the choices that each expert got; [0] in a dense layer.
+      balance: float32 scalar, the sequence-wise balance loss without its factor; 0 in a dense layer.
+    """
+
+    index_kl: jax.Array
+    load: jax.Array
+    balance: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """What every layer needs to know of the batch."""
+
+    config: ModelConfig
+    run: Run
+    batch: int
+    length: int
+    seed: jax.Array
+
+    @property
+    def numerics(self) -> Numerics:
+        quantization = self.config.quantization_config
+        return Numerics(self.run.act_quant, quantization.scale_fmt if quantization else "ue8m0", "reference")
+
+    @property
+    def angles(self) -> tuple[jax.Array, jax.Array]:
+        return rope_angles(self.config, jnp.tile(jnp.arange(self.length), self.batch))
+
+    @property
+    def visible(self) -> jax.Array:
+        """bool [T, T], key s at or before query t."""
+        return jnp.arange(self.length) <= jnp.arange(self.length)[:, None]
+
+    @property
+    def k(self) -> int:
+        return self.run.index_topk or self.config.index_topk
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B * T, ...] -> [B, T, ...]."""
+        return x.reshape(self.batch, self.length, *x.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum with a float32 result, whose gradient's products are in the operands' own dtype (and matrix units)."""
+    return jnp.einsum(formula, x, y, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _product_forward(formula, x, y):
+    return product(formula, x, y), (x, y)
+
+
+def _product_backward(formula, operands, gradient):
+    pull = jax.vjp(partial(jnp.einsum, formula, precision="highest"), *operands)[1]
+    return pull(gradient.astype(jnp.result_type(*operands)))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def top_k_mask(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
+    """bool [..., T]: the k largest visible scores of each row, ties to the lowest position; `pallas_kernels.top_k` as a
+    mask, at the cost of 32 counts instead of a sort.
+
+    Args:
+      scores: float32 [..., T], finite.
+      visible: bool, broadcast to them.
+      k: how many; a row with fewer visible keeps them all.
+    """
+    if k >= scores.shape[-1]:
+        return jnp.broadcast_to(visible, scores.shape)
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
+    # Unsigned integers in the order of the floats; 0, below all of them, for what is not visible.
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    keys = jnp.where(visible, keys, 0)
+
+    def add_bit(n, threshold):
+        candidate = threshold | (jnp.uint32(1) << (31 - n).astype(jnp.uint32))
+        return jnp.where((keys >= candidate[..., None]).sum(-1) >= k, candidate, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(keys.shape[:-1], jnp.uint32))[..., None]
+    above, equal = keys > threshold, keys == threshold
+    room = k - above.sum(-1, keepdims=True)
+    return (above | (equal & (jnp.cumsum(equal, -1) <= room))) & visible
+
+
+def index_scores(attn: MLA, x: jax.Array, q_latent: jax.Array, seqs: Sequences) -> jax.Array:
+    """The indexer's scores, float32 [B, T, T], of every pair (not masked)."""
+    indexer, config, numerics = attn.indexer, seqs.config, seqs.numerics
+    if seqs.run.index_quant is not None:
+        numerics = dataclasses.replace(numerics, act_quant=seqs.run.index_quant)
+    queries, weights = indexer.queries(x, q_latent, seqs.angles, config, numerics)
+    keys = indexer.keys(x, seqs.angles, numerics)
+    if numerics.act_quant:
+        keys = dequantize(*quantize(keys, numerics.scale_fmt, group=config.index_head_dim), keys.dtype)
+    queries, keys, weights = map(seqs.split, (queries.astype(keys.dtype), keys, weights))
+
+    def add_head(total, head):
+        query, weight = head
+        return total + weight[..., None] * jax.nn.relu(product("btd,bsd->bts", query, keys)), None
+
+    start = jnp.zeros((seqs.batch, seqs.length, seqs.length), jnp.float32)
+    heads = (jnp.moveaxis(queries, 2, 0), jnp.moveaxis(weights, 2, 0))
+    return jax.lax.scan(jax.checkpoint(add_head), start, heads)[0]
+
+
+def selection_mask(
+    scores: jax.Array | None, probabilities: jax.Array | None, layer: int, seqs: Sequences
+) -> jax.Array | None:
+    """bool [B, T, T] of what each token may attend to; None for everything visible.
+
+    Args:
+      scores: index scores [B, T, T], for "indexer".
+      probabilities: dense attention, mean over heads [B, T, T], for "oracle".
+      layer: its number, for "random".
+      seqs: of the batch.
+    """
+    chosen = seqs.run.selection
+    if chosen == "dense" or seqs.k >= seqs.length:
+        return None
+    if chosen.startswith("recent"):
+        position = jnp.arange(seqs.length)
+        first = int(chosen == "recent and first")
+        kept = (position[:, None] - position < seqs.k - first) | (position < first)
+        return jnp.broadcast_to(kept & seqs.visible, (seqs.batch, seqs.length, seqs.length))
+    if chosen == "random":
+        key = jax.random.fold_in(jax.random.key(seqs.seed), layer)
+        scores = jax.random.uniform(key, (seqs.batch, seqs.length, seqs.length))
+    elif chosen == "oracle":
+        scores = probabilities
+    assert scores is not None
+    return checkpoint_name(jax.lax.stop_gradient(top_k_mask(scores, seqs.visible, seqs.k)), SELECTED)
+
+
+def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax.Array, jax.Array]:
+    """MLA with each head's own keys and values (the form of `MLA.unabsorbed`).
+
+    Args:
+      attn: the layer's attention.
+      x: [B * T, D], normalised.
+      layer: its number.
+      seqs: of the batch.
+
+    Returns:
+      [B * T, D], and the indexer's loss: KL(p || softmax of its scores) over the positions attended to, p the attention
+      probabilities summed over heads and normalised (DeepSeek-V3.2-Exp report, section 2.1), mean over tokens.
+    """
+    config, numerics, run = seqs.config, seqs.numerics, seqs.run
+    q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a), seqs.angles, config, numerics)
+    latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a), seqs.angles, config, numerics)
+    expanded = numerics.matmul(latent, attn.kv_b).reshape(x.shape[0], config.num_attention_heads, -1)
+    k_nope, values = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
+    rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:2], rope_key.shape[-1]))
+    queries = seqs.split(jnp.concatenate([q_nope, q_rope], axis=-1))
+    keys, values = seqs.split(jnp.concatenate([k_nope, rope_key], axis=-1)), seqs.split(values)
+
+    scores = None
+    if run.index_loss or (run.selection == "indexer" and seqs.k < seqs.length):
+        # Detached: the indexer learns from its own loss alone, and the language loss never reaches it.
+        scores = index_scores(attn, jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), seqs)
+    products = product("bthd,bshd->bhts", queries, keys) * config.softmax_scale
+
+    def softmax(mask: jax.Array) -> jax.Array:
+        return jax.nn.softmax(jnp.where(mask[:, None], products, -jnp.inf), axis=-1)
+
+    everything = jnp.broadcast_to(seqs.visible, (seqs.batch, seqs.length, seqs.length))
+    weighed = softmax(everything).mean(1) if run.selection == "oracle" else None
+    mask = selection_mask(scores, weighed, layer, seqs)
+    mask = everything if mask is None else mask
+    probabilities = softmax(mask)
+    out = product("bhts,bshd->bthd", probabilities.astype(values.dtype), values).astype(values.dtype)
+    out = numerics.matmul(out.reshape(x.shape[0], -1), attn.o)
+    if not run.index_loss:
+        return out, jnp.float32(0)
+    assert scores is not None
+    target = jax.lax.stop_gradient(probabilities.mean(1))
+    log_index = jax.nn.log_softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    # p log p is a constant of the gradient, but makes the number a KL: 0 where the indexer knows all.
+    terms = jnp.where(target > 0, target * (jnp.log(jnp.where(target > 0, target, 1)) - log_index), 0)
+    return out, terms.sum(-1).mean()
+
+
+def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The MoE layer with every expert computed for every token, weight 0 for those not chosen.
+
+    For a few small experts that is less work on a GPU than moving rows, and its gradient is that of dense products.
+
+    Returns:
+      [B * T, D]; load [E]; the balance loss sum_e f_e P_e (V3 report, equations 17 to 20), mean over sequences.
+    """
+    config, numerics = seqs.config, seqs.numerics
+    chosen, weights = moe.route(x, config, "reference")
+    picked = jax.nn.one_hot(chosen, config.n_routed_experts, dtype=jnp.float32)  # [N, K, E]
+    per_expert = (picked * weights[..., None]).sum(1)
+
+    def stacked(weight: Weight) -> jax.Array:
+        return dense(weight, x.dtype)
+
+    def one(total, expert):
+        gate, up, down, weight = expert
+        rows = numerics.matmul(numerics.swiglu(x, gate, up), down)
+        return total + weight[:, None] * rows.astype(jnp.float32), None
+
+    own = moe.experts
+    if numerics.act_quant:  # the official arithmetic quantises each expert's own hidden rows: one expert at a time
+        start = jnp.zeros(x.shape, jnp.float32)
+        routed = jax.lax.scan(one, start, (own.gate, own.up, own.down, per_expert.T))[0]
+    else:
+        gate, up = (jnp.einsum("nd,ewd->new", x, stacked(w), precision="highest") for w in (own.gate, own.up))
+        hidden = swiglu(gate, up).astype(jnp.float32) * per_expert[..., None]
+        routed = product("new,edw->nd", hidden.astype(x.dtype), stacked(own.down))
+    out = (routed + moe.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
+
+    chosen_share = seqs.split(picked.sum(1)).mean(1) / config.num_experts_per_tok  # [B, E]
+    affinity = jax.nn.sigmoid(product("nd,ed->ne", x, moe.router.astype(x.dtype)))
+    share = seqs.split(affinity / affinity.sum(-1, keepdims=True)).mean(1)
+    balance = (config.n_routed_experts * jax.lax.stop_gradient(chosen_share) * share).sum(-1).mean()
+    return out, chosen_share.mean(0), balance
+
+
+def decoder_layer(
+    layer: DecoderLayer, residual: jax.Array, update: jax.Array | None, number: int, seqs: Sequences
+) -> tuple[jax.Array, jax.Array, LayerReport]:
+    """`DecoderLayer.__call__` over whole sequences: residual and update [B * T, D], and the layer's report."""
+    eps = seqs.config.rms_norm_eps
+    residual, x = add_rms_norm(residual, update, layer.attn_norm, eps)
+    update, index_kl = attention(layer.attn, x, number, seqs)
+    residual, x = add_rms_norm(residual, update, layer.ffn_norm, eps)
+    if isinstance(layer.ffn, MoE):
+        update, load, balance = experts(layer.ffn, x, seqs)
+    else:
+        update, load, balance = layer.ffn(x, seqs.numerics), jnp.zeros(0), jnp.float32(0)
+    return residual, update, LayerReport(index_kl, load, balance)
+
+
+def run_layer(layer: DecoderLayer, residual, update, number: int, seqs: Sequences):
+    """`decoder_layer`, recomputed in the backward pass where the run says so; what was selected is kept."""
+    if not seqs.run.remat:
+        return decoder_layer(layer, residual, update, number, seqs)
+    kept = None if seqs.run.selection == "dense" else jax.checkpoint_policies.save_only_these_names(SELECTED)
+    recomputed = jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs), policy=kept)
+    return recomputed(layer, residual, update)
+
+
+def hidden_states(
+    model: DeepseekV32, ids: jax.Array, run: Run, seed: jax.Array | int = 0
+) -> tuple[jax.Array, list[LayerReport]]:
+    """The states after the final norm [B, T, D] of token ids int32 [B, T], and a report of every layer.
+
+    `seed` is that of the "random" selection.
+    """
+    seqs = Sequences(model.config, run, *ids.shape, jnp.asarray(seed))
+    residual, update = model.embed[ids.reshape(-1)].astype(run.compute_dtype), None
+    reports = []
+    for number, layer in enumerate(model.layers):
+        residual, update, report = run_layer(layer, residual, update, number, seqs)
+        reports.append(report)
+    _, x = add_rms_norm(residual, update, model.norm, model.config.rms_norm_eps)
+    return seqs.split(x), reports
+
+
+def mtp_states(
+    mtp: MTP, embed: jax.Array, config: ModelConfig, states: jax.Array, next_ids: jax.Array, run: Run
+) -> tuple[jax.Array, LayerReport]:
+    """States [B, T, D] of the MTP module, which predict token t + 2; arguments as in `MTP.__call__`, over sequences.
+
+    Args:
+      mtp: the module; its own copies of embedding and head are not read.
+      embed: [V, D], the main model's.
+      config: the model's.
+      states: [B, T, D], what `hidden_states` returns.
+      next_ids: int32 [B, T], token t + 1.
+      run: how.
+    """
+    seqs = Sequences(config, run, *next_ids.shape, jnp.asarray(0))
+    eps = config.rms_norm_eps
+    embedded = rms_norm(embed[next_ids.reshape(-1)].astype(run.compute_dtype), mtp.enorm, eps)
+    state = rms_norm(states.reshape(embedded.shape), mtp.hnorm, eps)
+    joined = seqs.numerics.matmul(jnp.concatenate([embedded, state], axis=-1), mtp.eh_proj)
+    residual, update, report = run_layer(mtp.layer, joined, None, config.num_hidden_layers, seqs)
+    return seqs.split(add_rms_norm(residual, update, mtp.norm, eps)[1]), report
+
+
+def log_likelihoods(states: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32 [B, T]: log softmax(states head^T) at `targets` int32 [B, T]; states [B, T, D], head [V, D]."""
+    dtype = jnp.promote_types(states.dtype, head.dtype)
+    logits = product("btd,vd->btv", states.astype(dtype), head.astype(dtype))
+    found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return found - jax.nn.logsumexp(logits, axis=-1)

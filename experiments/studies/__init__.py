@@ -1,0 +1,1 @@
+"""What the project measures about itself: one module, or folder, a question."""

@@ -1,0 +1,134 @@
+"""What a routing plan that is kept for some steps would cost: `python -m experiments.studies.plan_reuse`.
+
+In decoding, each sequence adds a token a step. A plan made every N steps sends the tokens in between to the experts
+that their sequence's last routed token chose, weighted by their own scores. This takes the router and the sort out of
+those steps; what it does to the model is measured here, on held-out text, against a fresh plan at every step.
+
+A whole prompt computes the same at once: token t takes the choice of token t - t % N, in every layer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv32_jax.common.progress import tracked
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.experiments import command_line
+from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.studies import held_out
+from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.loading import load
+from dsv32_jax.model.moe import MoE
+from dsv32_jax.model.numerics import float32_matmul
+from pallas_kernels.moe_dispatch.reference import weights_of
+
+RESULT = RESULTS / "plan_reuse.json"
+LENGTH, WINDOWS = 512, 16
+"""A power of two, and no longer than what one step takes: rows of the step are positions."""
+PERIODS = (2, 4, 8, 16)
+
+
+class ReusingMoE(MoE):
+    """`MoE` whose tokens take the experts of the first of their `period` tokens; row t of the step is position t."""
+
+    def __init__(self, moe: MoE, period: int):
+        vars(self).update(vars(moe))
+        self.period = period
+
+    def route(self, x: jax.Array, config: ModelConfig, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
+        """Experts int32 [T, K] of an earlier token and float32 weights [T, K] of the token itself."""
+        fresh, _ = super().route(x, config, backend)
+        experts = fresh[jnp.arange(len(x)) // self.period * self.period]
+        scores = jax.nn.sigmoid(float32_matmul(x, self.router))
+        return experts, weights_of(scores, experts, config.norm_topk_prob, config.routed_scaling_factor)
+
+
+def reusing(lm: LanguageModel, period: int) -> LanguageModel:
+    """The same model with plans kept for `period` tokens."""
+    model = jax.tree.map(lambda leaf: leaf, lm.model)
+    for layer in model.layers:
+        if isinstance(layer.ffn, MoE):
+            layer.ffn = ReusingMoE(layer.ffn, period)
+    return LanguageModel(model, lm.config, lm.tokenizer, lm.options)
+
+
+def agreement(experts: np.ndarray, distance: int, num_experts: int) -> list[float]:
+    """For each layer of experts [M, T, K]: the share of a token's choice that the token `distance` before made too."""
+    return [float(recall(layer[distance:], layer[:-distance], num_experts).mean()) for layer in experts]
+
+
+def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> dict[str, Any]:
+    """Agreement of neighbouring tokens, and for each period what reuse does to the logits.
+
+    Args:
+      lm: a model with experts.
+      windows: int32 [windows, length] of token ids.
+      periods: steps for which a plan is kept.
+    """
+    models = {period: reusing(lm, period) for period in periods}
+    agreements: list[list[list[float]]] = []
+    kept: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
+    for ids in tracked(list(windows), "reading", "windows"):
+        trace = lm.trace(ids)
+        agreements.append([agreement(trace.experts, 2**n, lm.config.n_routed_experts) for n in range(4)])
+        target = ids[1:, None]
+        likelihood = log_likelihood(trace.logits[:-1], target)
+        for period, model in models.items():
+            logits = model.logits(ids)[0]
+            kept[period].append(
+                (
+                    kl_divergence(trace.logits, logits).mean(),
+                    (trace.logits.argmax(-1) == logits.argmax(-1)).mean(),
+                    (likelihood - log_likelihood(logits[:-1], target)).mean(),
+                )
+            )
+    rows = []
+    for period in periods:
+        kl, same, loss = np.mean(kept[period], axis=0)
+        rows.append(
+            {
+                "period": period,
+                "kl": float(kl),
+                "top1_agreement": float(same),
+                "relative_perplexity": float(np.expm1(loss)),
+            }
+        )
+    return {
+        "windows": len(windows),
+        "length": int(windows.shape[1]),
+        "chance_agreement": lm.config.num_experts_per_tok / lm.config.n_routed_experts,
+        "agreement": {str(2**n): list(map(float, layers)) for n, layers in enumerate(np.mean(agreements, axis=0))},
+        "reuse": rows,
+    }
+
+
+def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """float64 [T] of targets [T, 1] under logits [T, V]."""
+    return np.take_along_axis(log_softmax(logits), targets, -1)[:, 0]
+
+
+def main() -> None:
+    """The command."""
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--model", default="demo", help="a checkpoint; default: the demo model")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="texts")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    lm = load(arguments.model)
+    found = measure(lm, held_out.windows(lm.tokenizer, LENGTH, arguments.windows), PERIODS)
+    write_json(arguments.out, {**environment(), "model": arguments.model, **found})
+    print("steps  KL (nats)  same best token  perplexity")
+    for row in found["reuse"]:
+        shares = f"{row['top1_agreement']:>15.1%}  {row['relative_perplexity']:>+10.1%}"
+        print(f"{row['period']:>5}  {row['kl']:>9.4f}  {shares}")
+    mean = {distance: np.mean(layers) for distance, layers in found["agreement"].items()}
+    print("agreement:", ", ".join(f"{share:.0%} at distance {distance}" for distance, share in mean.items()))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

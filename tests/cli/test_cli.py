@@ -1,0 +1,461 @@
+"""The command line, in process: what the verbs print and write, and one line and exit code 2 for every wrong input."""
+
+import functools
+import io
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dsv32_jax
+from dsv32_jax import convert
+from dsv32_jax.common.files import locked
+from dsv32_jax.convert import calibration
+from dsv32_jax.errors import UserError
+from dsv32_jax.generate import loading, memory
+from tests.harness import golden_directory, load_oracle, one_shape
+
+EXACT = ("--compute-dtype", "float32", "--no-act-quant")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_for_all_lengths():
+    """Commands share the programs of a model, however long their prompts are."""
+    with one_shape():
+        yield
+
+
+def token_file(path, oracle):
+    ids = np.where(np.arange(oracle.ids.shape[1]) < oracle.lengths[:, None], oracle.ids, -1).astype(np.int32)
+    np.save(path, ids)
+    return path
+
+
+# ---- generate ----
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny128_bf16", "tiny128_fp8"])
+def test_generate_golden_tokens(dsv32, tmp_path, name):
+    oracle, model = load_oracle(name), golden_directory(name) / "model"
+    ids, out = token_file(tmp_path / "ids.npy", oracle), tmp_path / "out.npy"
+    options = ("--max-new-tokens", 16, "--temperature", 0, "--ignore-eos", "--save-tokens", out, *EXACT)
+    code, _, err = dsv32("generate", "--model", model, "--token-ids", ids, *options)
+    assert code == 0, err
+    saved = np.load(out)
+    assert saved.dtype == np.int32
+    np.testing.assert_array_equal(saved, oracle.gen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "out.npy"]
+
+
+def test_generate_json(dsv32, tiny):
+    options = ("--max-new-tokens", 4, "--ignore-eos", "--json", *EXACT)
+    code, out, _ = dsv32("generate", "--model", tiny, "--prompt", "The keeper", "--prompt", "a", *options)
+    result = json.loads(out)
+    assert code == 0
+    assert set(result) == {
+        "tokens", "texts", "finish_reasons", "prompt_tokens", "temperature", "top_p", "seed", "ignore_eos",
+    }  # fmt: skip
+    assert [len(row) for row in result["tokens"]] == [4, 4]
+    assert result["finish_reasons"] == ["length", "length"]
+
+
+def test_generate_streams_the_same_text(dsv32, tiny, tmp_path):
+    (tmp_path / "prompt.txt").write_text("海风 and the lamp", encoding="utf-8")
+    options = ("--model", tiny, "--max-new-tokens", 8, "--prompt-file", tmp_path / "prompt.txt", *EXACT)
+    _, streamed, _ = dsv32("generate", *options, "--save-tokens", tmp_path / "tokens.npy")
+    _, out, _ = dsv32("generate", *options, "--json")
+    result = json.loads(out)
+    assert streamed == result["texts"][0] + "\n"
+    assert [token for token in np.load(tmp_path / "tokens.npy")[0] if token >= 0] == result["tokens"][0]
+
+
+def test_generate_several_prompts_and_a_chat(dsv32, tiny):
+    options = ("--model", tiny, "--max-new-tokens", 4, *EXACT)
+    _, out, _ = dsv32("generate", *options, "--prompt", "one", "--prompt", "two")
+    assert out.startswith("--- 0\n") and "\n--- 1\n" in out
+    _, plain, _ = dsv32("generate", *options, "--prompt", "one", "--json")
+    _, chat, _ = dsv32("generate", *options, "--prompt", "one", "--system", "You keep a lighthouse.", "--json")
+    assert json.loads(chat)["prompt_tokens"][0] > json.loads(plain)["prompt_tokens"][0] + 5
+
+
+def test_generation_config_gives_defaults_and_flags_go_first(dsv32, tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 3}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    run = ("generate", "--model", model, "--prompt", "a", "--ignore-eos", "--json", *EXACT)
+    result = json.loads(dsv32(*run)[1])
+    assert (result["temperature"], result["top_p"], len(result["tokens"][0])) == (0.7, 0.9, 3)
+    result = json.loads(dsv32(*run, "--temperature", 0, "--max-new-tokens", 2)[1])
+    assert (result["temperature"], len(result["tokens"][0])) == (0, 2)
+
+
+# ---- chat ----
+
+
+def test_chat_from_a_pipe(dsv32, tiny, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Which boats were green?\n\nAnd in 1903?\n/exit\nnot read\n"))
+    code, out, _ = dsv32("chat", "--model", tiny, "--system", "Short.", "--max-new-tokens", 5, "--json", *EXACT)
+    messages = json.loads(out)["messages"]
+    assert code == 0
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Which boats were green?\nAnd in 1903?\n"))
+    _, out, _ = dsv32("chat", "--model", tiny, "--system", "Short.", "--max-new-tokens", 5, *EXACT)
+    assert out == "".join(message["content"] + "\n" for message in messages if message["role"] == "assistant")
+
+
+# ---- score ----
+
+
+def test_score_saves_golden_logits(dsv32, tmp_path, tiny):
+    oracle = load_oracle("tiny")
+    ids = token_file(tmp_path / "ids.npy", oracle)
+    options = ("--save-logits", tmp_path / "logits.npy", "--json", *EXACT)
+    code, out, err = dsv32("score", "--model", tiny, "--token-ids", ids, *options)
+    assert code == 0, err
+    logits, present = np.load(tmp_path / "logits.npy"), np.load(ids) >= 0
+    assert logits.dtype == np.float32 and logits.shape == oracle.logits.shape
+    assert np.abs(logits - oracle.logits)[present].max() <= 1e-3 * oracle.logits[present].std()
+    assert (logits[~present] == 0).all()
+    result = json.loads(out)
+    assert set(result) == {"perplexity", "bits_per_byte", "tokens", "log_likelihood", "log_likelihoods"}
+    assert [len(row) for row in result["log_likelihoods"]] == (oracle.lengths - 1).tolist()
+    assert result["bits_per_byte"] is None
+
+
+def test_score_text(dsv32, tiny, tmp_path):
+    text = "The keeper counted ships, 海."
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    run = ("score", "--model", tiny, "--text-file", tmp_path / "text.txt", *EXACT)
+    result = json.loads(dsv32(*run, "--json")[1])
+    total = sum(result["log_likelihoods"][0])
+    assert len(result["log_likelihoods"][0]) == result["tokens"]
+    assert result["perplexity"] == pytest.approx(math.exp(-total / result["tokens"]))
+    assert result["bits_per_byte"] == pytest.approx(-total / math.log(2) / len(text.encode()))
+    assert f"perplexity      {result['perplexity']:.6g}" in dsv32(*run)[1]
+
+
+# ---- info, fidelity ----
+
+
+def test_info_of_the_full_model(dsv32, monkeypatch):
+    monkeypatch.setattr(convert, "stored_parameters", functools.cache(convert.stored_parameters))
+    code, out, _ = dsv32("info", "--config", "671b", "--memory", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert 671e9 < result["parameters"] < 690e9  # 671B and the MTP layer
+    assert result["bytes"] == sum(result["bytes_by_dtype"].values())
+    assert result["cache_bytes_per_token"]["bfloat16, fp8 index keys"] == 78324
+    assert result["cache_bytes_per_token"]["fp8 records, fp8 index keys"] == 48068
+    assert result["memory"]["141 GB GPU (H200)"]["needed_for_weights"] == 6
+    _, text, _ = dsv32("info", "--config", "671b", "--memory")
+    assert f"{result['parameters']:,}" in text and "48,068" in text
+
+
+def test_info_counts_a_checkpoint(dsv32, tiny):
+    result = json.loads(dsv32("info", "--model", tiny, "--json")[1])
+    tensors = read_shard(golden_directory("tiny") / "model" / "model.safetensors")
+    assert result["parameters"] == sum(math.prod(shape) for _, shape, _ in tensors.values())
+    assert result["max_position_embeddings"] == 256
+
+
+def test_info_is_of_the_files(dsv32, refused, tiny, tmp_path):
+    """And says where the config differs; without a name it is of the demo model."""
+    spoilt = shutil.copytree(tiny, tmp_path / "spoilt")
+    config = json.loads((spoilt / "config.json").read_text())
+    (spoilt / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    told = json.loads(dsv32("info", "--model", spoilt, "--json")[1])
+    assert told["layout"] == "hf" and set(told["bytes_by_dtype"]) == {"float32"} == set(told["weights"])
+    assert ["torch_dtype is bfloat16" in line for line in told["disagreements"]] == [True]
+    assert "disagreement: config.json: torch_dtype is bfloat16" in dsv32("info", "--model", spoilt)[1]
+    demo = json.loads(dsv32("info", "--json")[1])
+    assert demo["weights"]["fp8_block"]["tensors"] > 100 and demo["disagreements"] == []
+    (spoilt / "model.safetensors").unlink()
+    assert "no checkpoint" in refused("info", "--model", spoilt)
+    assert "--config" in refused("info", "--model", tiny, "--config", "tiny")
+
+
+def test_fidelity_of_a_checkpoint_with_itself(dsv32, tiny, tmp_path):
+    ids = token_file(tmp_path / "ids.npy", load_oracle("tiny"))
+    code, out, err = dsv32("fidelity", tiny, tiny, "--token-ids", ids, "--json", *EXACT)
+    assert code == 0, err
+    for row in json.loads(out)["rows"]:
+        assert row["kl"] == 0 and all(layer["topk_recall"] == 1 for layer in row["layers"])
+    assert "topk_recall" in dsv32("fidelity", tiny, tiny, "--token-ids", ids, *EXACT)[1]
+
+
+def test_convert_then_generate_is_the_same(dsv32, tiny, tmp_path):
+    assert dsv32("convert", tiny, tmp_path / "converted")[0] == 0
+    run = ("generate", "--prompt", "The keeper", "--max-new-tokens", 4, "--json", *EXACT, "--model")
+    assert dsv32(*run, tmp_path / "converted")[1] == dsv32(*run, tiny)[1]
+
+
+def test_convert_takes_names_and_writes_the_other_layout(dsv32, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "DEMO", Path(tiny))
+    _, out, _ = dsv32("convert", "demo", tmp_path / "orbax", "--json")
+    assert json.loads(out) == {"source": "demo", "target": str(tmp_path / "orbax"), "to": "orbax"}
+    assert dsv32("convert", tmp_path / "orbax", tmp_path / "hf")[1] == f"wrote {tmp_path / 'hf'} (hf)\n"
+    dsv32("convert", tmp_path / "orbax", tmp_path / "copy", "--to", "orbax")
+    kinds = {name: convert.checkpoint_kind(tmp_path / name) for name in ("orbax", "hf", "copy")}
+    assert kinds == {"orbax": "orbax", "hf": "hf", "copy": "orbax"}
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == Path(tiny, "model.safetensors").read_bytes()
+
+
+def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_path, monkeypatch):
+    """Before a text is calibrated on."""
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: 1 / 0)
+    (tmp_path / "text").write_text("The keeper")
+    quantize = ("quantize", "--model", tiny, "--scheme", "int8", "--calibration", tmp_path / "text")
+    with locked(tmp_path / "out"):
+        for command in (("convert", tiny, tmp_path / "out"), (*quantize, "--out", tmp_path / "out")):
+            message = refused(*command)
+            assert f"{tmp_path / 'out'}: process {os.getpid()} is writing it" in message
+    (tmp_path / "out").mkdir()
+    assert "exists" in refused(*quantize, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+)
+def test_help_has_an_example(dsv32, verb):
+    code, out, _ = dsv32(verb, "--help")
+    assert code == 0 and f"Example: dsv32 {verb}" in out
+
+
+def test_version_and_unknown_flag(dsv32):
+    assert dsv32("--version")[:2] == (0, f"dsv32-jax {dsv32_jax.__version__}\n")
+    assert dsv32("generate", "--no-such-flag")[0] == 2
+
+
+# ---- wrong input ----
+
+
+def read_shard(path):
+    """name -> (dtype, shape, bytes) of a safetensors file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], entry["shape"], content[start:][slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+
+
+def write_shard(path, tensors):
+    header, offset = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+
+
+def swap_shape(tensors):
+    dtype, shape, data = tensors["model.layers.0.mlp.gate_proj.weight"]
+    tensors["model.layers.0.mlp.gate_proj.weight"] = (dtype, shape[::-1], data)
+
+
+def unknown_dtype(tensors):
+    _, shape, data = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = ("I32", shape, data)
+
+
+def unknown_tensor(tensors):
+    tensors["model.layers.0.mlp.gate_proj.bias"] = ("F32", [1], b"\0\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (swap_shape, "model.layers.0.mlp.gate_proj.weight"),
+        (unknown_dtype, "model.norm.weight"),
+        (unknown_tensor, "model.layers.0.mlp.gate_proj.bias"),
+    ],
+)
+def test_wrong_tensor(refused, tiny, tmp_path, change, named):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = read_shard(model / "model.safetensors")
+    change(tensors)
+    write_shard(model / "model.safetensors", tensors)
+    assert named in refused("generate", "--model", model, "--prompt", "a")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return shutil.copytree(golden_directory("tiny128_fp8") / "model", tmp_path / "model")
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+def test_missing_shard(refused, sharded):
+    (sharded / SHARD).unlink()
+    assert SHARD in refused("info", "--model", sharded / SHARD)
+    assert SHARD in refused("generate", "--model", sharded, "--prompt", "a")
+
+
+def test_truncated_shard(refused, sharded):
+    path = sharded / SHARD
+    path.write_bytes(path.read_bytes()[:-100])
+    assert SHARD in refused("generate", "--model", sharded, "--prompt", "a")
+    path.write_bytes(path.read_bytes()[:5])
+    assert SHARD in refused("generate", "--model", sharded, "--prompt", "a")
+
+
+def test_missing_scale(refused, sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    name = next(name for name in index["weight_map"] if name.endswith("_scale_inv"))
+    path = sharded / index["weight_map"].pop(name)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = read_shard(path)
+    del tensors[name]
+    write_shard(path, tensors)
+    assert name in refused("generate", "--model", sharded, "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"hidden_size": "wide"}, "hidden_size"), ({"index_top_k": 4}, "index_topk"), ({"n_group": 3}, "n_group")],
+)
+def test_bad_config_field(refused, tiny, tmp_path, changes, named):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    assert named in refused("generate", "--model", model, "--prompt", "a")
+    assert named in refused("info", "--model", model)
+
+
+def test_wrong_prompts(refused, tiny, tmp_path):
+    run = ("generate", "--model", tiny)
+    assert "empty" in refused(*run, "--prompt", "")
+    assert "give one of them" in refused(*run)
+    assert "max_position_embeddings = 256" in refused(*run, "--prompt", "ship " * 300)
+    assert "max_position_embeddings = 256" in refused(*run, "--prompt", "ship", "--max-new-tokens", 256)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert "latin.txt: not UTF-8" in refused(*run, "--prompt-file", tmp_path / "latin.txt")
+    assert "latin.txt: not UTF-8" in refused("score", "--model", tiny, "--text-file", tmp_path / "latin.txt")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt: empty" in refused(*run, "--prompt-file", tmp_path / "empty.txt")
+    assert "absent.txt" in refused(*run, "--prompt-file", tmp_path / "absent.txt")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([[1, 512]], np.int32), "token 512 is not in 0..511"),
+        (np.array([[1, -1, 2]], np.int32), "-1 in the middle"),
+        (np.array([[-1, -1]], np.int32), "empty"),
+        (np.array([[1, 2]]), "is int64 [1, 2]; must be int32 [B, T]"),
+        (np.array([1, 2], np.int32), "is int32 [2]; must be int32 [B, T]"),
+        (np.zeros((0, 4), np.int32), "none given"),
+        (np.zeros((1, 300), np.int32), "max_position_embeddings = 256"),
+    ],
+)
+def test_wrong_token_files(refused, tiny, tmp_path, ids, message):
+    np.save(tmp_path / "ids.npy", ids)
+    for verb in ("generate", "score"):
+        assert message in refused(verb, "--model", tiny, "--token-ids", tmp_path / "ids.npy")
+
+
+def test_a_token_file_that_is_none(refused, tiny, tmp_path):
+    (tmp_path / "ids.npy").write_text("1 2 3")
+    assert "ids.npy: not an .npy file" in refused("score", "--model", tiny, "--token-ids", tmp_path / "ids.npy")
+    assert "no.npy: cannot be read" in refused("score", "--model", tiny, "--token-ids", tmp_path / "no.npy")
+
+
+def test_unwritable_target_shows_before_the_model_is_loaded(refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    run = ("generate", "--model", tiny, "--prompt", "a", "--save-tokens")
+    assert "--save-tokens" in refused(*run, tmp_path / "file" / "out.npy")
+    assert "--save-tokens" in refused(*run, tmp_path / "absent" / "out.npy")
+    assert "is a directory" in refused(*run, tmp_path)
+    np.save(tmp_path / "ids.npy", np.ones((1, 3), np.int32))
+    options = ("--token-ids", tmp_path / "ids.npy", "--save-logits", tmp_path / "file" / "out.npy")
+    assert "--save-logits" in refused("score", "--model", tiny, *options)
+
+
+def test_a_failed_run_leaves_the_old_file(refused, tiny, tmp_path):
+    (tmp_path / "out.npy").write_text("old")
+    refused("generate", "--model", tiny, "--prompt", "ship " * 300, "--save-tokens", tmp_path / "out.npy")
+    assert (tmp_path / "out.npy").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_wrong_flags(refused, tiny, tmp_path):
+    run = ("generate", "--model", tiny, "--prompt", "a")
+    assert "compute_dtype 'float8'" in refused(*run, "--compute-dtype", "float8")
+    assert "attention 'full'" in refused(*run, "--attention", "full")
+    assert "backend 'cuda'" in refused(*run, "--backend", "cuda")
+    assert "the kernel of cache_write does not take kv_a of shape" in refused(*run, "--backend", "mosaic_gpu")
+    assert "index_topk" in refused(*run, "--index-topk", 0)
+    assert "temperature" in refused(*run, "--temperature", -1)
+    assert "--to" in refused("convert", tiny, tmp_path / "out", "--to", "gguf")
+    assert "presets are" in refused("info", "--config", "70b")
+
+
+def test_wrong_models(refused, tmp_path, monkeypatch):
+    assert "no such directory" in refused("generate", "--model", tmp_path / "absent", "--prompt", "a")
+    assert "no config.json" in refused("generate", "--model", tmp_path, "--prompt", "a")
+    monkeypatch.setattr(loading, "DEMO", tmp_path / "absent")
+    assert "install it again" in refused("generate", "--prompt", "a")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hf download nobody/nothing --local-dir DIR" in refused(
+        "generate", "--model", "nobody/nothing", "--prompt", "a"
+    )
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(refused, tiny, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: (1000, "host memory"))
+    assert "host memory has 1.0 kB free" in refused("generate", "--model", tiny, "--prompt", "a")
+
+
+def test_interrupted(dsv32, tiny, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load", interrupt)
+    assert dsv32("generate", "--model", tiny, "--prompt", "a")[0] == 130
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "score", "fidelity", "serve"])
+def test_every_verb_that_loads_can_leave_out_the_mtp_layer(refused, tmp_path, monkeypatch, verb):
+    def load(name, *, mtp, **_):
+        raise UserError(f"loaded with mtp={mtp}")
+
+    monkeypatch.setattr(loading, "load", load)
+    np.save(tmp_path / "ids.npy", np.zeros((1, 4), np.int32))
+    ids = ("--token-ids", tmp_path / "ids.npy")
+    arguments = {"chat": (), "fidelity": ("a", "b", *ids), "serve": ("--port", 0)}.get(verb, ids)
+    assert "loaded with mtp=False" in refused(verb, *arguments, "--no-mtp")
+    assert "loaded with mtp=True" in refused(verb, *arguments)
+
+
+def test_fields_that_nobody_knows_are_one_line_of_warning(dsv32, tiny, tmp_path):
+    config = json.loads((golden_directory("tiny") / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"frobnication": 1}))
+    code, _, err = dsv32("info", "--config", tmp_path / "config.json")
+    assert code == 0 and err.startswith("warning: ") and err.endswith("passed over: frobnication\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "fidelity", "score"])
+def test_a_config_of_another_model_is_refused_at_every_door(refused, tiny, tmp_path, verb):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"indexer_rope_interleave": True}))
+    np.save(tmp_path / "ids.npy", np.zeros((1, 4), np.int32))
+    arguments = {
+        "info": ("--model", model),
+        "convert": (model, tmp_path / "out"),
+        "quantize": ("--model", model, "--scheme", "int8", "--out", tmp_path / "out"),
+        "fidelity": (model, model, "--token-ids", tmp_path / "ids.npy"),
+        "score": ("--model", model, "--token-ids", tmp_path / "ids.npy"),
+    }[verb]
+    assert "indexer_rope_interleave is true; it must be false or absent" in refused(verb, *arguments)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,205 @@
+"""Do the parity tests notice the mistakes that are easily made? Each bug is planted, and the named check must fail."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.model import indexer, mla, moe
+from pallas_kernels import rowwise
+from pallas_kernels.indexer_logits import reference as indexer_reference
+from pallas_kernels.moe_dispatch import reference as moe_reference
+from pallas_kernels.quant_matmul import reference as matmul_reference
+from tests.harness import load_golden
+from tests.model import test_golden
+
+TINY, FP8 = "tiny", "tiny128_fp8"
+
+
+def swapped_rope_in_the_indexer(patch):
+    patch.setattr(rowwise, "rope_half_split", rowwise.rope_interleaved)
+
+
+def swapped_rope_in_mla(patch):
+    patch.setattr(rowwise, "rope_interleaved", rowwise.rope_half_split)
+
+
+def dropped_relu(patch):
+    patch.setattr(indexer_reference.jax.nn, "relu", lambda x: x)
+
+
+def dropped_indexer_head(patch):
+    original = indexer.Indexer.queries
+
+    def queries(self, *args):
+        q, weights = original(self, *args)
+        return q, weights.at[:, -1].set(0)
+
+    patch.setattr(indexer.Indexer, "queries", queries)
+
+
+def mask_off_by_one(patch):
+    """The indexer may see one key too many: the next token's."""
+    original = mla.index_select
+    patch.setattr(mla, "index_select", lambda *args, **options: original(*args[:-1], args[-1] + 1, **options))
+
+
+def mask_off_by_one_the_other_way(patch):
+    """No token sees itself, except the first."""
+    original = mla.index_select
+    patch.setattr(
+        mla, "index_select", lambda *args, **options: original(*args[:-1], jnp.maximum(args[-1] - 1, 0), **options)
+    )
+
+
+def group_score_by_maximum(patch):
+    original = jax.lax.top_k
+
+    def top_k(operand, k, **options):
+        values, indices = original(operand, k, **options)
+        # The router's group scores are the only top-k over three axes.
+        return (values.at[..., 1:].set(0), indices) if operand.ndim == 3 else (values, indices)
+
+    patch.setattr(moe_reference.jax.lax, "top_k", top_k)
+
+
+def divided_scale(patch):
+    original = matmul_reference.dequantize_blocks
+
+    def dequantize(values, scales, dtype=jnp.float32):
+        return original(values, 1 / scales, dtype)
+
+    patch.setattr(matmul_reference, "dequantize_blocks", dequantize)
+
+
+def transposed_scale_grid(patch):
+    original = matmul_reference.dequantize_blocks
+
+    def dequantize(values, scales, dtype=jnp.float32):
+        return original(values, scales.T.reshape(scales.shape), dtype)
+
+    patch.setattr(matmul_reference, "dequantize_blocks", dequantize)
+
+
+def softmax_scale_without_mscale(patch):
+    patch.setattr(ModelConfig, "softmax_scale", property(lambda self: self.qk_head_dim**-0.5))
+
+
+def index_key_norm_as_rms_norm(patch):
+    def norm(x, weight, bias, eps):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight + bias
+
+    patch.setattr(rowwise, "layer_norm", norm)
+
+
+def scaled_shared_expert(patch):
+    original = moe.MLP.__call__
+
+    def call(self, x, numerics):
+        out = original(self, x, numerics)
+        return out * 2.5 if self.gate.shape[0] == 48 else out  # only the shared expert of `tiny` is 48 wide
+
+    patch.setattr(moe.MLP, "__call__", call)
+
+
+def weights_from_biased_scores(patch):
+    original = moe_reference.route
+
+    def route(logits, bias, *args):
+        experts, _ = original(logits, bias, *args)
+        biased = jnp.take_along_axis(jax.nn.sigmoid(logits) + bias, experts, 1)
+        return experts, biased / biased.sum(-1, keepdims=True) * 2.5
+
+    patch.setattr(moe_reference, "route", route)
+
+
+def index_queries_from_another_input(patch):
+    """wq_b takes the query latent after its norm; here it gets numbers of another size and direction."""
+    original = indexer.Indexer.queries
+
+    def queries(self, x, q_latent, *args):
+        return original(self, x, jnp.sign(q_latent), *args)
+
+    patch.setattr(indexer.Indexer, "queries", queries)
+
+
+def attention_ignores_the_choice(patch):
+    """Dense attention in place of the chosen keys: what a mask that is never applied would do."""
+    original = mla.MLA.select
+
+    def select(self, *args):
+        original(self, *args)
+
+    patch.setattr(mla.MLA, "select", select)
+
+
+BUGS: list[tuple[Callable, str, Callable]] = [
+    (swapped_rope_in_the_indexer, TINY, test_golden.check_topk),
+    (swapped_rope_in_the_indexer, TINY, test_golden.check_index_scores),
+    (swapped_rope_in_mla, TINY, test_golden.check_logits),
+    (dropped_relu, TINY, test_golden.check_index_scores),
+    (dropped_indexer_head, TINY, test_golden.check_topk),
+    (mask_off_by_one, TINY, test_golden.check_topk),
+    (mask_off_by_one_the_other_way, TINY, test_golden.check_topk),
+    (group_score_by_maximum, TINY, test_golden.check_experts),
+    (divided_scale, FP8, test_golden.check_logits),
+    (transposed_scale_grid, FP8, test_golden.check_logits),
+    (softmax_scale_without_mscale, TINY, test_golden.check_logits),
+    (index_key_norm_as_rms_norm, TINY, test_golden.check_index_scores),
+    (scaled_shared_expert, TINY, test_golden.check_hidden),
+    (weights_from_biased_scores, TINY, test_golden.check_experts),
+    (index_queries_from_another_input, TINY, test_golden.check_topk),
+    (attention_ignores_the_choice, TINY, test_golden.check_logits),
+]
+
+
+DEPTH = {test_golden.check_topk: 1, test_golden.check_index_scores: 1}
+DEPTH |= {test_golden.check_experts: 3, test_golden.check_hidden: 3}
+"""How many of the four layers a check of `tiny` needs to see, the first or the first with experts: it compares them in
+order, so that a bug it finds in these it also finds in all. Logits need them all."""
+
+
+def first_layers(name: str, count: int):
+    model = jax.tree.map(lambda leaf: leaf, load_golden(name))  # another object, with the same arrays
+    dense = min(count, model.config.first_k_dense_replace)
+    model.config = model.config.replace(num_hidden_layers=count, first_k_dense_replace=dense)
+    model.layers = nnx.List(list(model.layers)[:count])
+    return model
+
+
+@functools.cache
+def broken(plant, name, depth):
+    """What is computed under a bug."""
+    with pytest.MonkeyPatch.context() as patch:
+        if depth is not None:
+            model = first_layers(name, depth)
+            patch.setattr(test_golden, "load_golden", lambda _: model)
+        plant(patch)
+        return test_golden.compute(name)
+
+
+@pytest.mark.parametrize(("plant", "name", "check"), BUGS, ids=lambda value: getattr(value, "__name__", value))
+def test_the_check_fails_under_the_bug_and_only_then(plant, name, check):
+    check(test_golden.computed(name), name)
+    results = broken(plant, name, DEPTH.get(check))
+    with pytest.raises(AssertionError):
+        check(results, name)
+
+
+@pytest.mark.parametrize("depth", sorted(set(DEPTH.values())))
+def test_without_a_bug_the_first_layers_are_those_of_the_whole(depth):
+    found, whole = broken(lambda patch: None, TINY, depth), test_golden.computed(TINY)
+    for row, want in zip(found, whole, strict=True):
+        assert len(row.layers) == depth
+        for record, expected in zip(row.layers, want.layers[:depth], strict=True):
+            assert record.keys() == expected.keys()
+            for key, value in record.items():
+                if value.dtype == np.int32:
+                    np.testing.assert_array_equal(value, expected[key], err_msg=key)
+                else:
+                    np.testing.assert_allclose(value, expected[key], rtol=1e-4, atol=1e-4, err_msg=key)

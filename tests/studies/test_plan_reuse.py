@@ -1,0 +1,50 @@
+"""Keeping a routing plan: what is measured, on a small model."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv32_jax.config import ModelConfig
+from dsv32_jax.experiments.studies.plan_reuse import ReusingMoE, agreement, measure, reusing
+from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.moe import MoE
+
+
+@functools.cache
+def small() -> LanguageModel:
+    config = ModelConfig.tiny(quantization_config=None)
+    return LanguageModel(DeepseekV32(config, nnx.Rngs(0)), config)
+
+
+def test_a_plan_of_one_step_changes_nothing_and_a_longer_one_does():
+    windows = np.random.default_rng(0).integers(0, small().config.vocab_size, (2, 24), np.int32)
+    found = measure(small(), windows, (1, 4))
+    once, four = found["reuse"]
+    assert once["kl"] == pytest.approx(0, abs=1e-9) and once["top1_agreement"] == 1
+    assert once["relative_perplexity"] == pytest.approx(0, abs=1e-6)
+    assert four["kl"] > 1e-6
+
+
+def test_tokens_take_the_choice_of_the_first_of_their_period():
+    lm = small()
+    moe = next(layer.ffn for layer in lm.model.layers if isinstance(layer.ffn, MoE))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((10, lm.config.hidden_size)), jnp.float32)
+    fresh, weights = moe.route(x, lm.config)
+    experts, reused = ReusingMoE(moe, 4).route(x, lm.config)
+    np.testing.assert_array_equal(experts, fresh[jnp.array([0, 0, 0, 0, 4, 4, 4, 4, 8, 8])])
+    np.testing.assert_allclose(reused[jnp.array([0, 4, 8])], weights[jnp.array([0, 4, 8])], rtol=1e-5)
+
+
+def test_the_model_that_was_given_stays_as_it_is():
+    reusing(small(), 2)
+    assert not any(isinstance(layer.ffn, ReusingMoE) for layer in small().model.layers)
+
+
+def test_agreement_is_a_share_of_each_choice():
+    experts = np.array([[[0, 1], [1, 2], [3, 4]]])
+    assert agreement(experts, 1, 5) == [0.25]
+    assert agreement(experts, 2, 5) == [0.0]
