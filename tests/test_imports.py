@@ -72,13 +72,21 @@ def test_no_arrow_points_up(package):
     assert [bad for path in files(package) for bad in violations(path.relative_to(ROOT), path.read_text())] == []
 
 
+def test_every_room_has_its_floor():
+    rooms = {path.name.removesuffix(".py") for path in (ROOT / "dsv32_jax").iterdir() if path.name[0] != "_"}
+    assert rooms - {"demo"} == set(ROOMS)  # the demo model's files
+
+
 def test_the_rule_itself():
     model, loading = Path("dsv32_jax/model/model.py"), Path("dsv32_jax/generate/loading.py")
     inside = "def f():\n    from dsv32_jax import convert"
     assert violations(model, inside) and not violations(loading, inside)
-    assert violations(loading, "from dsv32_jax.convert import hf") and violations(
-        loading, "import dsv32_jax.experiments"
-    )
+    upward = ("from dsv32_jax.convert import hf", "import dsv32_jax.experiments")
+    assert all(violations(loading, source) for source in upward)
+    assert violations(model, "from dsv32_jax.generate import loading")
+    assert violations(model, "def f():\n    from dsv32_jax.engine.engine import Engine")
+    assert not violations(loading, "from dsv32_jax.model.model import step")
+    assert violations(Path("dsv32_jax/errors.py"), "import dsv32_jax.common.files")
     assert violations(Path("experiments/x.py"), "from convert import hf")
     assert violations(Path("pallas_kernels/top_k/x.py"), "from flax import nnx")
 
