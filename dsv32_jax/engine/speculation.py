@@ -67,7 +67,7 @@ def draft(
       int32 [R], -1 behind a sibling's token that is not the first one's: the layer has not seen it; and the cache.
     """
     following = jnp.where(after.rows >= 0, drawn[after.rows], after.ids)
-    ctx = StepContext(model.config, options, batch)
+    ctx = StepContext(model.config, options, batch, options.seams())
     assert model.mtp is not None
     logits, cache = model.mtp(states, following, cache, ctx, batch.logit_rows)
     guessed = jnp.argmax(logits, axis=-1).astype(jnp.int32)

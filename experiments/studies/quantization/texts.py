@@ -13,10 +13,10 @@ import numpy as np
 
 from dsv32_jax.common.files import whole_file
 from dsv32_jax.convert.calibration import calibrate
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import named_parameters
 
 LENGTH, LONGEST, SHORTEST = 1024, 2048, 512
