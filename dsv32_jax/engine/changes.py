@@ -1,4 +1,4 @@
-"""Changes of what belongs together: each whole or not at all, whatever interrupts it, and one thread at a time."""
+"""Atomic changes of an object's state: whole or not at all, whatever interrupts them, one thread at a time."""
 
 import sys
 import threading
@@ -14,27 +14,27 @@ T = TypeVar("T")
 class Changing:
     """An object whose state changes only in calls of `change`.
 
-    An exception there, `KeyboardInterrupt` included, ends in `start_anew`. Where that is interrupted as well, the next
-    change does it: `torn` stays. Other threads wait for the lock.
+    After an exception there, `KeyboardInterrupt` included, `start_anew` makes the state valid. Where that is
+    interrupted as well, `torn` stays true, and the next change calls it. Other threads wait for the lock.
 
-    Python may run code of others in the middle of ours: the handler of a signal, or a `__del__`. What such code leaves
-    for later is done by `settle`, with which every change begins.
+    Python may run other code in the middle of a change: the handler of a signal, or a `__del__`. Such code leaves its
+    changes for later, and every change begins with `settle`, which makes them.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.torn = False  # in the middle of a change, or for good
+        self.torn = False  # a change runs, or an interrupted one has left the state invalid
 
     def start_anew(self, error: str) -> None:
-        """Makes the state a valid one, whatever it is; may be called again after an interrupt."""
+        """Makes the state valid, whatever it is; may be called again after an interrupt."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Does what `settle_or_leave` left."""
+        """Makes the changes that `settle_or_leave` left."""
         raise NotImplementedError
 
     def change(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Calls what changes the state; raises what it raises."""
+        """Calls a function that changes the state; raises what it raises."""
         with self.lock:
             if self.torn and self._is_inside(sys._getframe(1)):
                 raise RuntimeError("a signal's handler or a finalizer that interrupts a change may make none itself")
@@ -53,18 +53,18 @@ class Changing:
                 raise
 
     def settle_or_leave(self) -> None:
-        """`settle`, unless this interrupts a change: then the next one does."""
+        """Calls `settle`, unless the caller has interrupted a change: then the next change does."""
         with self.lock:
             if not (self.torn and self._is_inside(sys._getframe(1))):
                 self.change(lambda: None)
 
     def repair(self) -> None:
-        """What the next change would do if the last one was interrupted."""
+        """Makes the state valid if the last change was interrupted."""
         if self.torn:
             self.settle_or_leave()
 
     def _is_inside(self, frame: FrameType | None) -> bool:
-        """A frame is called from a change. Asked of the stack, as a flag could be left set by an interrupt."""
+        """Whether a frame is called from a change. The stack tells: an interrupt could leave a flag set."""
         while frame is not None:
             if frame.f_code is Changing.change.__code__ and frame.f_locals["self"] is self:
                 return True

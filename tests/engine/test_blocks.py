@@ -76,18 +76,18 @@ class Pools(RuleBasedStateMachine):
         self.pool, self.naive = BlockPool(count), NaivePool(count)
         self.memory = np.full((count, BLOCK_SIZE), -1)
         self.alive: list[Sequence] = []
-        self.asked = self.found = 0
+        self.tokens_asked = self.tokens_found = 0
 
     @rule(
         target=sequences,
         text=st.sampled_from(TEXTS),
         length=st.integers(1, 400),
-        own=st.booleans(),
+        unique=st.booleans(),
         salt=st.sampled_from([b"", b"tenant"]),
         room=st.sampled_from([0, 0, 70, 400]),
     )
-    def open(self, text, length, own, salt, room):
-        prompt = [*text[: length - 1], 99] if own else text[:length]
+    def open(self, text, length, unique, salt, room):
+        prompt = [*text[: length - 1], 99] if unique else text[:length]
         held = []
         for stop in range(BLOCK_SIZE, len(prompt), BLOCK_SIZE):
             block = self.naive.find((salt, *prompt[:stop]))
@@ -109,7 +109,7 @@ class Pools(RuleBasedStateMachine):
         assert table.length == len(held) * BLOCK_SIZE < len(prompt)
         sequence = Sequence(table, prompt, held, table.length, table.length)
         self.alive.append(sequence)
-        self.asked, self.found = self.asked + len(prompt), self.found + table.length
+        self.tokens_asked, self.tokens_found = self.tokens_asked + len(prompt), self.tokens_found + table.length
         return sequence
 
     @rule(sequence=sequences, count=st.integers(0, 150), commit=st.booleans())
@@ -203,22 +203,22 @@ class Pools(RuleBasedStateMachine):
 
     @invariant()
     def the_statistics_are_the_model_s(self):
-        found, naive = self.pool.statistics(), self.naive
+        statistics, naive = self.pool.statistics(), self.naive
         filled = collections.Counter()
         for sequence in self.alive:
             for index, block in enumerate(sequence.table.blocks):
                 filled[block] = max(filled[block], min(BLOCK_SIZE, sequence.length - index * BLOCK_SIZE))
         in_use = naive.count(True, True) + naive.count(True, False)
-        assert (found.in_use, found.cached, found.free) == (
+        assert (statistics.in_use, statistics.cached, statistics.free) == (
             in_use,
             naive.count(False, True),
             naive.count(False, False),
         )
-        assert found.shared == sum(block.holders > 1 for block in naive.blocks)
-        assert (found.tokens_asked, found.tokens_found) == (self.asked, self.found)
-        assert found.evictions == naive.evictions
+        assert statistics.shared == sum(block.holders > 1 for block in naive.blocks)
+        assert (statistics.tokens_asked, statistics.tokens_found) == (self.tokens_asked, self.tokens_found)
+        assert statistics.evictions == naive.evictions
         empty = 1 - sum(filled.values()) / (in_use * BLOCK_SIZE) if in_use else 0
-        assert found.internal_fragmentation == pytest.approx(empty) and found.external_fragmentation == 0
+        assert statistics.internal_fragmentation == pytest.approx(empty) and statistics.external_fragmentation == 0
 
 
 TestPools = Pools.TestCase

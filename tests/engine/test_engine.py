@@ -47,9 +47,9 @@ def engine(lm):
 
 @functools.cache
 def alone(lm, prompt, new, temperature, seed):
-    how = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
+    sampling = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
     with one_shape():
-        return lm.generate(list(prompt), new, **how).tokens[0].tolist()
+        return lm.generate(list(prompt), new, **sampling).tokens[0].tolist()
 
 
 REQUEST = st.tuples(
@@ -66,28 +66,28 @@ REQUEST = st.tuples(
 
 def programs() -> list[int]:
     """How many of each function were compiled because they were called."""
-    functions = (engine_module.engine_step, engine_module.draw, engine_module.log_probabilities)
+    functions = (engine_module.engine_step, engine_module.sample_tokens, engine_module.log_probabilities)
     return [function._cache_size() for function in (*functions, engine_module.copy_blocks)]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
-    found = []
+    added = []
     before = programs()
     for clock in range(2000):
         for text, length, new, temperature, seed, n, comes, leaves in requests:
             if clock == comes:
                 params = SamplingParams(new, temperature, 0.9, seed, n, ignore_eos=True)
-                found.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves))
-        for request, leaves in found:
+                added.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves))
+        for request, leaves in added:
             if clock == leaves:
                 engine.cancel(request)
         engine.step()
         if clock > 10 and not engine.busy:
             break
-    assert len(found) == len(requests) and not engine.busy
-    for request, _ in found:
+    assert len(added) == len(requests) and not engine.busy
+    for request, _ in added:
         params = request.params
         for n, completion in enumerate(request.completions):
             if n == 0 or params.temperature == 0:
@@ -136,14 +136,14 @@ def test_what_the_engine_says_of_itself(lm):
     engine.cancel(given_up)
     while engine.busy:
         engine.step()
-    found = json.loads(json.dumps(engine.summary()))
+    summary = json.loads(json.dumps(engine.summary()))
     tokens = sum(len(completion.tokens) for r in (given_up, *requests) for completion in r.completions)
-    assert (found["prompt_tokens"], found["generated_tokens"]) == (20 + 3 * 150, tokens)
-    assert found["finished"] == {"cancelled": 1, "length": 3} and found["running"] == found["waiting"] == 0
-    assert found["preemptions"] > 0 and found["cached_tokens"] == sum(r.cached_tokens for r in requests)
-    assert found["cache"]["in_use"] == 0 and found["step_tokens"] >= tokens
+    assert (summary["prompt_tokens"], summary["generated_tokens"]) == (20 + 3 * 150, tokens)
+    assert summary["finished"] == {"cancelled": 1, "length": 3} and summary["running"] == summary["waiting"] == 0
+    assert summary["preemptions"] > 0 and summary["cached_tokens"] == sum(r.cached_tokens for r in requests)
+    assert summary["cache"]["in_use"] == 0 and summary["step_tokens"] >= tokens
     for name in ("queued_seconds", "first_token_seconds", "between_tokens_seconds"):
-        times = found[name]
+        times = summary[name]
         assert 0 <= times["p50"] <= times["p90"] <= times["p99"]
     assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0])["p50"] == 3 and percentiles([]) is None
 
@@ -161,10 +161,10 @@ def test_log_probabilities(lm, engine):
         - logits.max(1, keepdims=True)
     )
     assert len(completion.logprobs) == 4
-    for row, token, found in zip(want, completion.tokens, completion.logprobs, strict=True):
-        assert found.token == pytest.approx(row[token], abs=1e-4)
-        assert list(found.likeliest) == np.argsort(-row)[:3].tolist()
-        assert list(found.likeliest.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+    for row, token, logprobs in zip(want, completion.tokens, completion.logprobs, strict=True):
+        assert logprobs.token == pytest.approx(row[token], abs=1e-4)
+        assert list(logprobs.likeliest) == np.argsort(-row)[:3].tolist()
+        assert list(logprobs.likeliest.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
 
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch):
@@ -245,9 +245,11 @@ def test_text_and_stop_strings(lm):
     stop = plain.text[4:7]
     request = engine.add("The lighthouse keeper", SamplingParams(20, stop=(stop,), ignore_eos=True))
     pieces = [event.text for event in engine.stream(request)]
-    (found,) = request.completions
-    assert found.finish_reason == "stop" and found.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
-    assert len(found.tokens) < 20
+    (completion,) = request.completions
+    assert completion.finish_reason == "stop" and completion.text == plain.text[: plain.text.index(stop)] == "".join(
+        pieces
+    )
+    assert len(completion.tokens) < 20
     eos = plain.tokens[2]
     (request,) = engine.generate(["The lighthouse keeper"], SamplingParams(20, stop_token_ids=(eos,), ignore_eos=True))
     assert request.completions[0].tokens == plain.tokens[: plain.tokens.index(eos) + 1]
@@ -288,7 +290,7 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: 0"),
         ({"temperature": float("nan")}, "temperature: nan"),
@@ -301,9 +303,9 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
         ({"seed": -1}, "seed: -1"),
     ],
 )
-def test_wrong_params(how, message):
+def test_wrong_params(arguments, message):
     with pytest.raises(UserError, match=message):
-        SamplingParams(**how)
+        SamplingParams(**arguments)
 
 
 def test_what_can_never_run_is_refused_at_once(lm, engine):

@@ -51,13 +51,13 @@ class Machine:
         self.preemptions = 0
 
     def add(self, prompt, new, seed=0, continuations=1):
-        first, *others = (Sequence(list(prompt), new) for _ in range(continuations))
-        first.siblings = others
-        for n, sequence in enumerate((first, *others)):
+        first, *siblings = (Sequence(list(prompt), new) for _ in range(continuations))
+        first.siblings = siblings
+        for n, sequence in enumerate((first, *siblings)):
             self.seeds[sequence], self.drawn[sequence] = seed + n, []
             self.arrival[sequence] = len(self.arrival)
         self.scheduler.add(first)
-        return [first, *others]
+        return [first, *siblings]
 
     def step(self) -> bool:
         """Plans and runs a step, then learns the tokens of the one before; False if there was nothing to do."""
@@ -69,8 +69,8 @@ class Machine:
         late, self.late = (self.late, result) if self.guess is None else (result, None)
         if late is not None:
             self.scheduler.receive(*late)
-            for sequence in late[0].samples:
-                if not sequence.finished and len(sequence.tokens) - sequence.prompt >= sequence.max_new_tokens:
+            for sequence in late[0].receivers:
+                if not sequence.finished and len(sequence.tokens) - sequence.prompt_length >= sequence.max_new_tokens:
                     self.scheduler.finish(sequence)
         self.check_pool()
         return planned is not None or late is not None
@@ -82,7 +82,7 @@ class Machine:
         whole = {}
         for part in planned.parts:
             # All its tokens, also those that the scheduler does not know yet.
-            known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
+            known = [*part.sequence.tokens[: part.sequence.prompt_length], *self.drawn[part.sequence]]
             if part.draft >= 0:
                 known.append(part.draft)
             slots = slots_of_table(part.sequence.table, part.start, part.stop)
@@ -92,14 +92,14 @@ class Machine:
         for part in planned.parts:
             # What attention would read: everything before the part's end, through the table.
             assert self.read(part.sequence, part.stop) == whole[part.sequence][: part.stop]
-            for sequence, place in zip(part.samples, part.places, strict=True):
-                tokens.append(next_token(whole[part.sequence][:place], self.seeds[sequence]))
+            for sequence, position in zip(part.receivers, part.sample_positions, strict=True):
+                tokens.append(next_token(whole[part.sequence][:position], self.seeds[sequence]))
         tokens = planned.settle(tokens)
-        for sequence, token in zip(planned.samples, tokens, strict=True):
+        for sequence, token in zip(planned.receivers, tokens, strict=True):
             if token >= 0:
                 self.drawn[sequence].append(token)
                 if self.guess is not None:
-                    known = [*sequence.tokens[: sequence.prompt], *self.drawn[sequence]]
+                    known = [*sequence.tokens[: sequence.prompt_length], *self.drawn[sequence]]
                     sequence.draft = self.guess(known, self.seeds[sequence])
         return tokens
 
@@ -110,7 +110,7 @@ class Machine:
         limits = self.scheduler.limits
         assert 0 < planned.tokens <= max(limits.tokens, limits.prompt_tokens)
         assert len(self.scheduler.running) <= limits.sequences
-        assert max(Counter(planned.samples).values(), default=0) <= (1 if self.guess is None else 2)
+        assert max(Counter(planned.receivers).values(), default=0) <= (1 if self.guess is None else 2)
         assert len({part.sequence for part in planned.parts}) == len(planned.parts)
         slots = [slot for part in planned.parts for slot in slots_of_table(part.sequence.table, part.start, part.stop)]
         assert len(set(slots)) == len(slots)
@@ -120,21 +120,23 @@ class Machine:
         arrivals = [self.arrival[s] for s in (*running, *self.scheduler.waiting)]
         assert arrivals == sorted(arrivals)
         if not planned.preempted:  # each running sequence that wants a token gets one
-            assert {part.sequence for part in planned.parts} | set(planned.samples) >= {s for s in running if s.wanted}
+            assert {part.sequence for part in planned.parts} | set(planned.receivers) >= {
+                s for s in running if s.uncomputed
+            }
         self.preemptions += len(planned.preempted)
 
     @staticmethod
     def begins_here(planned, block):
         """A block that is shared because siblings begin with what this step computes."""
-        return any(len(part.samples) > 1 and block in part.sequence.table.blocks for part in planned.parts)
+        return any(len(part.receivers) > 1 and block in part.sequence.table.blocks for part in planned.parts)
 
     def check_pool(self):
         held = sum(len(s.table.blocks) for s in self.scheduler.running)
         assert sum(self.pool._references) == held
         assert all(sequence.table is None for sequence in self.scheduler.waiting)
 
-    def finish_all(self, most: int):
-        for _ in range(most):
+    def finish_all(self, max_steps: int):
+        for _ in range(max_steps):
             if not self.step():
                 break
         assert not self.scheduler.running and not self.scheduler.waiting, "it does not end"
@@ -175,18 +177,18 @@ def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequen
     for clock in range(40):
         for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
             if clock == comes:
-                found = machine.add(TEXTS[text][:length], new, 10 * number, continuations)
-                alive.append((found, clock + leaves if leaves else None))
-        for found, end in alive:
+                group = machine.add(TEXTS[text][:length], new, 10 * number, continuations)
+                alive.append((group, clock + leaves if leaves else None))
+        for group, end in alive:
             if clock == end:
-                given_up.update(sequence for sequence in found if not sequence.finished)
-                for sequence in found:
+                given_up.update(sequence for sequence in group if not sequence.finished)
+                for sequence in group:
                     machine.scheduler.finish(sequence)
         machine.step()
     machine.finish_all(20_000)
-    for found, _ in alive:
-        for sequence in found:
-            want = alone(sequence.tokens[: sequence.prompt], sequence.max_new_tokens, machine.seeds[sequence])
+    for group, _ in alive:
+        for sequence in group:
+            want = alone(sequence.tokens[: sequence.prompt_length], sequence.max_new_tokens, machine.seeds[sequence])
             assert sequence.finished
             assert (
                 sequence.tokens == want if sequence not in given_up else sequence.tokens == want[: len(sequence.tokens)]
@@ -195,10 +197,10 @@ def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequen
 
 def test_a_small_pool_preempts_the_youngest_and_loses_nothing():
     machine = Machine(5, Limits(64, 4))
-    found = [machine.add(TEXTS[n][:100], 100, n)[0] for n in range(3)]
+    added = [machine.add(TEXTS[n][:100], 100, n)[0] for n in range(3)]
     machine.finish_all(2000)
     assert machine.preemptions > 0
-    for n, sequence in enumerate(found):
+    for n, sequence in enumerate(added):
         assert sequence.tokens == alone(TEXTS[n][:100], 100, n)
 
 
@@ -218,7 +220,7 @@ def test_who_waits_for_a_token_in_flight_is_not_read_without_it():
     scheduler.finish(old)
     assert scheduler.schedule() is None
     for step in steps:
-        scheduler.receive(step, range(len(step.samples)))
+        scheduler.receive(step, range(len(step.receivers)))
     (part,) = scheduler.schedule().parts
     assert (part.sequence, part.stop) == (young, 60 + len(steps) - 2)
 
@@ -249,7 +251,7 @@ def test_a_prompt_of_several_continuations_is_read_once():
     machine = Machine(20, Limits(256, 4))
     machine.add(TEXTS[0][:200], 5, continuations=3)
     planned = machine.scheduler.schedule()
-    assert planned.tokens == 200 and len(planned.samples) == 3
+    assert planned.tokens == 200 and len(planned.receivers) == 3
     assert machine.pool.statistics().in_use == 4
     machine.run(planned)
     again = machine.scheduler.schedule()

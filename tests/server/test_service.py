@@ -201,13 +201,13 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monk
 
 def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog):
     """Its client is told; others get their answers."""
-    fetched = engine_module.Drawn.fetched
+    fetched = engine_module.SampledTokens.fetched
 
     def first_row(drawn):
         found = fetched(drawn)
         tokens = found.tokens.copy()
         tokens[0] = engine_module.NOT_FINITE
-        return engine_module.Drawn(tokens, found.told, found.drafts)
+        return engine_module.SampledTokens(tokens, found.logprobs, found.drafts)
 
     async def run():
         async with service(engine) as app:
@@ -216,9 +216,9 @@ def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog
             other = call(app, prompt="In 1903")
             await until(lambda: app.state.service.worker.queued == 2)
             await gate.until(lambda: wrong.body.count(b"data:") > 2)
-            monkeypatch.setattr(engine_module.Drawn, "fetched", first_row)
+            monkeypatch.setattr(engine_module.SampledTokens, "fetched", first_row)
             await gate.until(lambda: wrong.task.done())
-            monkeypatch.setattr(engine_module.Drawn, "fetched", fetched)
+            monkeypatch.setattr(engine_module.SampledTokens, "fetched", fetched)
             gate.open()
             *_, last = events((await wrong.end()).body.decode())
             assert last["error"]["code"] == "internal_error"
