@@ -28,9 +28,9 @@ def client(engine, **changes) -> Iterator[TestClient]:
     """A client of a server that is ready."""
     app = create_app(engine, settings(**changes))
     headers = {"authorization": f"Bearer {changes['api_key']}"} if "api_key" in changes else {}
-    with TestClient(app, headers=headers) as found:
+    with TestClient(app, headers=headers) as test_client:
         wait(lambda: app.state.service.ready)
-        yield found
+        yield test_client
 
 
 def wait(condition) -> None:
@@ -45,9 +45,9 @@ def error(response, status: int) -> dict:
     """The error of an answer, in OpenAI's shape."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
-    (found,) = response.json().values()
-    assert set(found) == {"message", "type", "param", "code"} and isinstance(found["message"], str)
-    return found
+    (body,) = response.json().values()
+    assert set(body) == {"message", "type", "param", "code"} and isinstance(body["message"], str)
+    return body
 
 
 def events(text: str) -> list[dict]:
@@ -88,9 +88,9 @@ class Gate:
 @contextlib.asynccontextmanager
 async def service(engine, *, clock=time.monotonic, **changes) -> AsyncIterator:
     """An application with its lifespan, in the present event loop, when it is ready."""
-    found = settings(**changes)
-    worker = Worker(engine, max_queue=found.max_queue, deadline=found.deadline, clock=clock)
-    app = create_app(engine, found, worker=worker)
+    options = settings(**changes)
+    worker = Worker(engine, max_queue=options.max_queue, deadline=options.deadline, clock=clock)
+    app = create_app(engine, options, worker=worker)
     async with app.router.lifespan_context(app):
         await until(lambda: app.state.service.ready)
         yield app

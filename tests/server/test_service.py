@@ -40,9 +40,9 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(engine, gate, path,
             await leaving.end()
             gate.step()  # the step that was waiting for the gate
             await until(lambda: engine.metrics.finished["cancelled"] >= before + 2)
-            held = len({block for each in engine.scheduler.running for block in each.table.blocks})
+            blocks = len({block for each in engine.scheduler.running for block in each.table.blocks})
             gate.open()
-            assert held == 1
+            assert blocks == 1
             assert leaving.status == (200 if stream else 0) and b"[DONE]" not in leaving.body
             assert (await staying.end()).status == 200
             await until(lambda: not engine.busy)
@@ -88,11 +88,11 @@ def test_a_client_that_leaves_before_its_body_has_come(engine):
 def test_a_body_that_does_not_come(engine):
     async def run():
         async with service(engine, read_seconds=0.05) as app:
-            found = Call(app, "/v1/completions", chunks=[b"{"])
-            found._messages.get_nowait(), found._messages.get_nowait()
-            await found.end()
-            assert found.status == 408 and found.json["error"]["code"] == "timeout"
-            assert found.headers["connection"] == "close"
+            request = Call(app, "/v1/completions", chunks=[b"{"])
+            request._messages.get_nowait(), request._messages.get_nowait()
+            await request.end()
+            assert request.status == 408 and request.json["error"]["code"] == "timeout"
+            assert request.headers["connection"] == "close"
 
     asyncio.run(run())
 
@@ -171,15 +171,15 @@ def broken(*_, **__):
     raise RuntimeError("RESOURCE_EXHAUSTED: of /a/secret/path")
 
 
-@pytest.mark.parametrize("where", ["device", "schedule"])
-def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monkeypatch, caplog, where):
+@pytest.mark.parametrize("place", ["device", "schedule"])
+def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monkeypatch, caplog, place):
     async def run():
         async with service(engine) as app:
             whole, stream = call(app, **LONG), call(app, "/v1/chat/completions", stream=True, **LONG)
             await until(lambda: app.state.service.active == 2)
             await gate.until(lambda: stream.body.count(b"data:") > 2)
             with monkeypatch.context() as patch:
-                if where == "device":
+                if place == "device":
                     patch.setattr(engine, "_start", broken)
                 else:
                     patch.setattr(engine.scheduler, "schedule", broken)
@@ -203,11 +203,11 @@ def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog
     """Its client is told; others get their answers."""
     fetched = engine_module.SampledTokens.fetched
 
-    def first_row(drawn):
-        found = fetched(drawn)
-        tokens = found.tokens.copy()
+    def first_row(sampled):
+        results = fetched(sampled)
+        tokens = results.tokens.copy()
         tokens[0] = engine_module.NOT_FINITE
-        return engine_module.SampledTokens(tokens, found.logprobs, found.drafts)
+        return engine_module.SampledTokens(tokens, results.logprobs, results.drafts)
 
     async def run():
         async with service(engine) as app:
@@ -234,16 +234,16 @@ def test_a_request_that_the_engine_does_not_take(engine, monkeypatch):
     """Whatever its error is; and the first prompt of a request goes with the second."""
     add = engine.add
 
-    def second(*given, **how):
+    def second(*arguments, **options):
         if engine.busy:
             raise error
-        return add(*given, **how)
+        return add(*arguments, **options)
 
     async def run(status, message):
         async with service(engine) as app:
             for stream in (False, True):
-                found = await call(app, prompt=["a", "b"], stream=stream).end()
-                assert found.status == status and message in found.json["error"]["message"]
+                refused = await call(app, prompt=["a", "b"], stream=stream).end()
+                assert refused.status == status and message in refused.json["error"]["message"]
             await until(lambda: not engine.busy)
             assert await in_use(app) == 0 and app.state.service.worker.queued == 0
 
@@ -262,11 +262,11 @@ def test_a_route_that_fails(engine, monkeypatch):
     async def run():
         async with service(engine) as app:
             monkeypatch.setattr("dsv32_jax.server.app.prometheus.text", broken)
-            found = Call(app, "/metrics")
+            request = Call(app, "/metrics")
             with pytest.raises(RuntimeError):  # for uvicorn's log
-                await found.end()
-            assert found.status == 500 and found.json["error"]["type"] == "server_error"
-            assert "secret" not in found.body.decode()
+                await request.end()
+            assert request.status == 500 and request.json["error"]["type"] == "server_error"
+            assert "secret" not in request.body.decode()
 
     asyncio.run(run())
 

@@ -1,26 +1,26 @@
-"""The messages of a chat, as a chat template takes them."""
+"""Reads the messages of a chat, in the form that a chat template takes."""
 
 from typing import Any
 
 from dsv32_jax.server.fields import Fields, shown
 
-__all__ = ["turns"]
+__all__ = ["read_messages"]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 KNOWN = {"role", "content", "name", "refusal", "annotations", "reasoning_content"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "function_call": (), "audio": (), "tool_call_id": ()}
-"""What an answer of OpenAI's has beside its text, for it may be sent back as it was."""
+"""Further fields of OpenAI's answers, which clients may send back unchanged."""
 
 
-def turns(fields: Fields) -> list[dict[str, str]]:
-    """`messages` as role and text; raises `ApiError`."""
+def read_messages(fields: Fields) -> list[dict[str, str]]:
+    """The field `messages`, each with role and text; raises `ApiError`."""
     messages = fields.value("messages")
     if not isinstance(messages, list) or not messages:
         raise fields.wrong("messages", "must be a list of at least one message")
-    return [_turn(fields, number, message) for number, message in enumerate(messages)]
+    return [_message(fields, number, message) for number, message in enumerate(messages)]
 
 
-def _turn(fields: Fields, number: int, value: Any) -> dict[str, str]:
+def _message(fields: Fields, number: int, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise fields.wrong("messages", f"{number} is {shown(value)}; must be an object with role and content")
     message = Fields(value, f"messages.{number}.")

@@ -16,20 +16,20 @@ from dsv32_jax.engine.request import MAX_CONTINUATIONS, MAX_LOGPROBS, MAX_STOPS,
 from dsv32_jax.errors import UserError
 from dsv32_jax.server.errors import ApiError, from_user_error
 from dsv32_jax.server.fields import Fields
+from dsv32_jax.server.messages import read_messages
 from dsv32_jax.server.settings import Settings
-from dsv32_jax.server.turns import turns
 
-__all__ = ["Ask", "ask_chat", "ask_completion"]
+__all__ = ["ApiRequest", "read_chat_request", "read_completion_request"]
 
 LONGEST_STOP = 256
 """Characters of a stop string."""
 LONGEST_SALT = 256
 """Characters of a salt."""
-MOST_LOGPROB_ENTRIES = 2**18
+MAX_LOGPROB_ENTRIES = 2**18
 """Log-probabilities that one answer may have: choices × tokens × alternatives, the sampled token counted as one."""
 HOTTEST, COLDEST = 2.0, 0.01
-"""The greatest temperature, as with OpenAI, and the least: a request with less is greedy, since its logits would overflow
-when divided by that."""
+"""The greatest temperature, as with OpenAI, and the least. A request with less is greedy, since its logits would
+overflow when divided by that."""
 DEFAULT_COMPLETION_TOKENS = 16
 """As with OpenAI."""
 
@@ -58,7 +58,7 @@ NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = NEUTRAL | {
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class ApiRequest:
     """A request for completions, checked.
 
     Attributes:
@@ -83,7 +83,7 @@ class Ask:
         return len(self.prompts) * self.params.n
 
 
-def ask_completion(body: Mapping[str, Any], engine: Engine, settings: Settings) -> Ask:
+def read_completion_request(body: Mapping[str, Any], engine: Engine, settings: Settings) -> ApiRequest:
     """Reads the body of `POST /v1/completions`; raises `ApiError`."""
     fields = Fields(body)
     fields.only(OF_COMPLETION, NEUTRAL_IN_COMPLETION)
@@ -95,7 +95,7 @@ def ask_completion(body: Mapping[str, Any], engine: Engine, settings: Settings) 
     return build(_prompts(fields, engine), DEFAULT_COMPLETION_TOKENS)
 
 
-def ask_chat(body: Mapping[str, Any], engine: Engine, settings: Settings) -> Ask:
+def read_chat_request(body: Mapping[str, Any], engine: Engine, settings: Settings) -> ApiRequest:
     """Reads the body of `POST /v1/chat/completions`; raises `ApiError`."""
     fields = Fields(body)
     fields.only(OF_CHAT, NEUTRAL_IN_CHAT)
@@ -117,7 +117,7 @@ def ask_chat(body: Mapping[str, Any], engine: Engine, settings: Settings) -> Ask
     thinking = options.boolean("thinking") or options.boolean("enable_thinking")
     assert engine.lm.tokenizer is not None
     try:
-        ids = engine.lm.tokenizer.encode_chat(turns(fields), thinking=thinking)
+        ids = engine.lm.tokenizer.encode_chat(read_messages(fields), thinking=thinking)
     except UserError as error:
         raise from_user_error(error, names) from error
     return build([ids], None)
@@ -135,12 +135,12 @@ def check_model(fields: Fields, settings: Settings) -> None:
 
 def _common(
     fields: Fields, engine: Engine, settings: Settings, names: Mapping[str, str], logprobs: int | None
-) -> Callable[[list[list[int]], int | None], Ask]:
+) -> Callable[[list[list[int]], int | None], ApiRequest]:
     """Checks the fields that both routes have.
 
     Returns:
       A function of the prompts' ids and of the default for the new tokens, which checks their number, and makes the
-      `Ask`.
+      `ApiRequest`.
     """
     n = fields.integer("n", 1, min(MAX_CONTINUATIONS, engine.scheduler.limits.sequences), 1) or 1
     limit_name = names["max_new_tokens"]
@@ -170,19 +170,19 @@ def _common(
     except UserError as error:
         raise from_user_error(error, {"top_p": "top_p", "stop": "stop"}) from error
 
-    def build(prompts: list[list[int]], default: int | None) -> Ask:
+    def build(prompts: list[list[int]], default: int | None) -> ApiRequest:
         if len(prompts) * n > MAX_CONTINUATIONS:
             raise fields.wrong("n", f"{len(prompts)} prompts × {n}; at most {MAX_CONTINUATIONS} choices in all")
         new = _new_tokens(engine, max(map(len, prompts)), max_tokens, default, names)
         entries = len(prompts) * n * new * (logprobs + 1) if logprobs is not None else 0
-        if entries > MOST_LOGPROB_ENTRIES:
+        if entries > MAX_LOGPROB_ENTRIES:
             message = (
                 f"{len(prompts) * n} choices × {new} tokens × {(logprobs or 0) + 1} log-probabilities are more than "
-                f"{MOST_LOGPROB_ENTRIES}; ask for fewer, or give a smaller {limit_name}"
+                f"{MAX_LOGPROB_ENTRIES}; ask for fewer, or give a smaller {limit_name}"
             )
             raise fields.wrong(names["logprobs"], message)
         limited = dataclasses.replace(params, max_new_tokens=new)
-        return Ask(prompts, limited, salt.encode(), stream, include_usage, names)
+        return ApiRequest(prompts, limited, salt.encode(), stream, include_usage, names)
 
     return build
 
