@@ -12,11 +12,11 @@ __all__ = ["ContextFull", "Conversation", "Part", "Turn"]
 
 
 class ContextFull(UserError):
-    """A message does not fit behind the conversation; `Conversation.reset` makes room."""
+    """Raised where a message does not fit into the context after the conversation; `Conversation.reset` makes room."""
 
 
 class Part(NamedTuple):
-    """Some more text of an answer, or of the reasoning before it."""
+    """A piece of an answer's text, or of the reasoning before it."""
 
     kind: Literal["reasoning", "answer"]
     text: str
@@ -26,7 +26,9 @@ class Part(NamedTuple):
 class Turn:
     """A message and its answer.
 
-    finish_reason: "stop" (end of sentence), "length" or "interrupted".
+    Attributes:
+      message, answer, reasoning: texts.
+      finish_reason: "stop" (end of sentence), "length" or "interrupted".
     """
 
     message: str
@@ -36,7 +38,7 @@ class Turn:
 
 
 class Conversation:
-    """Messages and answers, each answer made from all before it.
+    """Messages and answers; each answer depends on all messages and answers before it.
 
     Args:
       m: a model with a tokenizer.
@@ -47,8 +49,8 @@ class Conversation:
 
     Attributes:
       turns: since the beginning or the last `reset`.
-      earlier: messages of the conversations before that.
-      unanswered: messages that did not fit.
+      earlier: messages of the conversations before each `reset`.
+      unanswered: messages that did not fit into the context.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Conversation:
         self.unanswered: list[str] = []
 
     def ask(self, message: str) -> Generator[Part]:
-        """The answer, as it comes. What has come is kept when the iterator is closed early or an exception ends it;
-        close it (`contextlib.closing`), for otherwise Python does that at a time of its own.
+        """Yields the answer as it is generated.
+
+        When the iterator is closed early or an exception ends it, the turn has the answer so far. Close it
+        (`contextlib.closing`): otherwise Python does so at an unknown time.
 
         Raises:
           ContextFull: there is no room for the message or for an answer.
@@ -105,7 +109,7 @@ class Conversation:
         self.turns = []
 
     def messages(self) -> list[dict[str, str]]:
-        """All that was said since the last reset; answers have `reasoning_content` where the model reasoned."""
+        """All messages since the last reset; answers have `reasoning_content` where the model reasoned."""
         result = self._opening()
         for turn in self.turns:
             reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
@@ -113,7 +117,7 @@ class Conversation:
         return result
 
     def _context(self) -> list[dict[str, str]]:
-        """What the model is given of `messages`: no reasoning, and no turn that ended before its answer began."""
+        """The part of `messages` that the model reads: no reasoning, and no turn that ended before its answer began."""
         result = self._opening()
         for turn in self.turns:
             if turn.answer or turn.finish_reason == "stop":
@@ -124,7 +128,7 @@ class Conversation:
         return [] if self.system is None else [_message("system", self.system)]
 
     def _room(self, message: str, tokens: int) -> int:
-        """How many tokens the answer to a prompt of so many may have."""
+        """The number of tokens that the answer to a prompt of so many may have."""
         longest = self._m.config.max_position_embeddings
         if tokens >= longest:
             self.unanswered.append(message)

@@ -14,32 +14,32 @@ __all__ = ["boolean", "instance", "integer", "number"]
 
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> Any:
-    """The value, if it is of a type; `what` says of which."""
+    """Returns the value if it is of a type, which `what` names in the error."""
     if not isinstance(value, kind):
         raise UserError(f"{name}: {shown(value)}; must be {what}")
     return value
 
 
 def boolean(name: str, value: Any) -> bool:
-    """True or False."""
+    """Returns the value if it is True or False."""
     return bool(instance(name, value, (bool, np.bool_), "True or False"))
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An integer from `least` to `most`."""
+    """Returns the value if it is an integer from `least` to `most`."""
     if isinstance(value, bool):
         instance(name, value, (), "a whole number")
     whole = int(instance(name, value, (int, np.integer), "a whole number"))
     if whole < least or (most is not None and whole > most):
-        where = f"at least {least}" if most is None else f"in {least}..{most}"
-        raise UserError(f"{name}: {shown(whole)}; must be {where}")
+        bounds = f"at least {least}" if most is None else f"in {least}..{most}"
+        raise UserError(f"{name}: {shown(whole)}; must be {bounds}")
     return whole
 
 
 def number(
     name: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:
-    """A finite number; `what` says of which range."""
+    """Returns the value if it is a finite number of a range, which `what` names in the error."""
     if isinstance(value, bool):
         instance(name, value, (), "a number")
     value = instance(name, value, (int, float, np.integer, np.floating), "a number")
@@ -50,7 +50,7 @@ def number(
 
 
 def shown(value: Any) -> str:
-    """A value in a message: on one line, and not long."""
+    """A value as a message has it: on one line, and not long."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     text = str(value) if isinstance(value, int | float | np.number) else " ".join(repr(value).split())

@@ -1,9 +1,8 @@
 """ModelConfig: the fields of a Hugging Face `config.json` of model type `deepseek_v32`, checked.
 
 Attribute names are the file's names and the defaults are the values of the 671B model. `dsv32_jax.config.fields` says
-what other fields may hold; all are kept and written back by `to_hf`. A field that nobody knows is named in a warning;
-one that is a typing slip away from a known one is refused, because passing over it would run another model than the
-one the file describes.
+what other fields may hold; all are kept and written back by `to_hf`. Unknown fields are named in a warning; one that is
+a typing slip away from a known one is refused, because ignoring it would run another model than the file describes.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
 _NULL_IS_ABSENT = (
     "attention_bias", "hidden_act", "moe_layer_freq", "scoring_func", "tie_word_embeddings", "topk_method",
 )  # fmt: skip
-# Attributes that nothing but training reads; any plain value will do.
-_PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
+# Attributes that only training reads; any plain value will do.
+_UNUSED = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,8 @@ class ModelConfig:
     torch_dtype: str | None = "bfloat16"
     transformers_version: str | None = "4.44.2"
     use_cache: bool = True
-    # Kept to be written back: (name, JSON text) of the fields of `dsv32_jax.config.fields` and of those that nobody
-    # knows; whether the rope fields are nested as in transformers 5, and what else is in their block.
+    # Kept to be written back: (name, JSON text) of the fields of `dsv32_jax.config.fields` and of unknown ones; whether
+    # the rope fields are nested as in transformers 5, and further fields of their block.
     unknown: NeutralFields = ()
     rope_in_parameters: bool = False
     rope_neutral: NeutralFields = ()
@@ -146,7 +145,7 @@ class ModelConfig:
                 f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig, "
                 "CompressedTensors or None"
             )
-        for name in _PASSED_OVER:
+        for name in _UNUSED:
             if not isinstance(getattr(self, name), str | int | float | None):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be a text, a number, true, false or null")
         for name in ("bos_token_id", "eos_token_id"):
@@ -250,15 +249,15 @@ class ModelConfig:
         """Read a `config.json`, a directory that holds one, or its parsed content.
 
         Raises `UserError` for a file that is missing or not JSON, for a size that is missing, for a name that is nearly
-        a known one, and for everything the constructor refuses. Warns (`CheckpointWarning`) once, by name, of fields
-        that nobody knows.
+        a known one, and for everything the constructor refuses. Warns (`CheckpointWarning`) once, by name, of unknown
+        fields.
         """
-        where = "config"
+        file = "config"
         if not isinstance(source, Mapping):
             path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-            source, where = read_json(path), str(path)
+            source, file = read_json(path), str(path)
         raw = dict(source)
-        if "model_type" in raw:  # first: of another model's config nothing else is worth reporting
+        if "model_type" in raw:  # first: in another model's config no other error matters
             only("model_type", raw["model_type"], "deepseek_v32")
         known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
         rope, beside = read_rope(raw)
@@ -276,11 +275,12 @@ class ModelConfig:
                 raw[name] = tuple(value)
         texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
         config = cls(**raw, **rope, unknown=texts)
-        if nobody_knows := unknown(name for name, value in beside.items() if value is not None):
+        if unknown_names := unknown(name for name, value in beside.items() if value is not None):
             message = (
-                f"{where}: fields that this model does not know are passed over: {', '.join(sorted(nobody_knows))}"
+                f"{file}: fields that this model does not know are passed over: {', '.join(sorted(unknown_names))}"
             )
-            warnings.warn(message, CheckpointWarning, stacklevel=1)  # of here: a file that is read twice warns once
+            # Attributed to this line, so that a file that is read twice warns once.
+            warnings.warn(message, CheckpointWarning, stacklevel=1)
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -297,8 +297,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with other values, checked again.
 
-        Of the fields beside the attributes (`mlp_layer_types`, `num_experts`, ...), those that no longer agree are left
-        out, for they only said again what has changed.
+        Fields beside the attributes (`mlp_layer_types`, `num_experts`, ...) that no longer agree with them are left
+        out, since they only restate what has changed.
         """
         if changes.keys() & {"rope_scaling", "rope_theta"}:
             changes = {"rope_neutral": ()} | changes

@@ -54,8 +54,8 @@ def chat(dsv32, tiny, monkeypatch, answers):
     """`dsv32 chat --json` of some answers to lines of standard input: (exit code, JSON or None, standard error)."""
     answers.clear()
 
-    def run(lines, *given, options=()):
-        answers.extend(given)
+    def run(lines, *texts, options=()):
+        answers.extend(texts)
         stdin = io.TextIOWrapper(io.BytesIO(lines if isinstance(lines, bytes) else lines.encode()))
         monkeypatch.setattr(sys, "stdin", stdin)
         code, out, err = dsv32("chat", "--model", tiny, "--json", *options)
@@ -190,12 +190,12 @@ def test_interrupts_are_raised_only_where_they_are_expected():
             pytest.fail("was not raised")
         interrupt()
         with interrupts.raised():
-            assert not interrupts.asked_once()
+            assert not interrupts.noted()
             interrupt()
-            assert interrupts.asked_once()
+            assert interrupts.noted()
         interrupt()
         with pytest.raises(KeyboardInterrupt), interrupts.raised():
-            interrupts.asked_once()
+            interrupts.noted()
             interrupt()
             interrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -228,7 +228,7 @@ class Script:
 
     def __init__(self, *inputs):
         self.inputs = list(inputs)
-        self.said = []
+        self.lines = []
         self.shown = ""
 
     def read(self):
@@ -246,7 +246,7 @@ class Script:
         self.shown += "\n"
 
     def say(self, line):
-        self.said.append(line)
+        self.lines.append(line)
 
 
 def test_interrupts_at_each_moment_of_a_terminal(lm, answers):
@@ -265,7 +265,7 @@ def test_interrupts_at_each_moment_of_a_terminal(lm, answers):
         patch.setattr(lm, "warmup", while_it_compiles)
         terminal.inputs = ["three"]
         session.run()
-    assert len(conversation.turns) == 2 and terminal.said[-2] == "(interrupted)"
+    assert len(conversation.turns) == 2 and terminal.lines[-2] == "(interrupted)"
 
 
 TALK = """

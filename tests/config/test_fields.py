@@ -342,9 +342,9 @@ def test_fp8_of_another_kind_is_refused_by_name(name, value):
 def test_a_list_of_plain_modules_loses_those_that_become_quantised():
     names = ["lm_head", "mlp.gate", "self_attn.q_a_proj", "mlp.experts.3", "model.layers.7"]
     parts = ("self_attn.q_a_proj", "mlp.experts.{expert}.up_proj", "mlp.gate_proj")
-    made = QuantizationConfig(beside=(("modules_to_not_convert", json.dumps(names)),))
-    made = made.with_all_quantized(f"model.layers.0.{part}" for part in parts)
-    assert made.to_hf()["modules_to_not_convert"] == ["lm_head", "mlp.gate", "model.layers.7"]
+    config = QuantizationConfig(beside=(("modules_to_not_convert", json.dumps(names)),))
+    config = config.with_all_quantized(f"model.layers.0.{part}" for part in parts)
+    assert config.to_hf()["modules_to_not_convert"] == ["lm_head", "mlp.gate", "model.layers.7"]
 
 
 def test_configs_are_read_without_jax():

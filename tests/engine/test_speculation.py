@@ -1,7 +1,9 @@
 """Two tokens a step: the same as without speculation, whatever the MTP layer guesses; and it guesses what it should."""
 
+import dataclasses
 import functools
 
+import chex
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -146,8 +148,7 @@ def test_a_small_cache_preempts_and_drafts_are_right_and_wrong(engine, plain):
     drafted, accepted = (summary[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
     assert 0.2 * drafted < accepted < 0.9 * drafted and drafted > 100
     want = plain.generate([TEXTS[0][:150], TEXTS[1][:150]], params)
-    for request, same in zip(requests, (want[0], want[1], want[1]), strict=True):
-        np.testing.assert_array_equal(request.tokens, same.tokens)
+    chex.assert_trees_all_equal([request.tokens for request in requests], [want[n].tokens for n in (0, 1, 1)])
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -217,9 +218,10 @@ def test_log_probabilities_and_times(engine, plain):
     params = SamplingParams(20, 0.5, seed=2, ignore_eos=True, logprobs=3)
     ours, theirs = (one.generate([TEXTS[1][:40]], params)[0].completions[0] for one in (engine, plain))
     assert ours.tokens == theirs.tokens and len(ours.times) == 20 and ours.times == sorted(ours.times)
-    for logprobs, want in zip(ours.logprobs, theirs.logprobs, strict=True):
-        assert logprobs.token == pytest.approx(want.token, abs=1e-4)
-        assert logprobs.likeliest == pytest.approx(want.likeliest, abs=1e-4)
+    first, second = (
+        [dataclasses.asdict(logprobs) for logprobs in completion.logprobs] for completion in (ours, theirs)
+    )
+    chex.assert_trees_all_close(first, second, atol=1e-4, rtol=0)
 
 
 def test_text_ends_at_a_stop_string_in_the_first_or_second_token_of_a_step():
@@ -267,8 +269,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, plain):
     model.embed = model.embed.at[want[0].tokens[0, last]].set(jnp.nan)
     engine = Engine(LanguageModel(model, TINY, None, EXACT), **SMALL, speculate=True)
     ended, other = engine.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
-    np.testing.assert_array_equal(ended.tokens, want[0].tokens[:, : last + 1])
-    np.testing.assert_array_equal(other.tokens, want[1].tokens)
+    chex.assert_trees_all_equal((ended.tokens, other.tokens), (want[0].tokens[:, : last + 1], want[1].tokens))
     assert ended.completions[0].finish_reason == "error" and "not finite" in ended.completions[0].error
 
 
