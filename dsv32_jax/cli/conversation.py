@@ -1,9 +1,10 @@
 """A conversation with a model, apart from any terminal."""
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Literal, NamedTuple
 
+from dsv32_jax.cli.inputs import Sampling
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.reasoning import ReasoningSplit
@@ -45,7 +46,7 @@ class Conversation:
       system: a system message.
       thinking: let the model reason before it answers. Later turns do not see the reasoning, as in DeepSeek's encoding.
       max_new_tokens: of an answer; fewer where the context ends. Default: that of `LanguageModel.generate`.
-      sampling: further arguments of `LanguageModel.stream`.
+      sampling: of the answers. Default: that of `LanguageModel.stream`.
 
     Attributes:
       turns: since the beginning or the last `reset`.
@@ -60,7 +61,7 @@ class Conversation:
         system: str | None = None,
         thinking: bool = False,
         max_new_tokens: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
     ):
         if m.tokenizer is None:
             raise UserError("--model: the checkpoint has no tokenizer.json, which a chat needs")
@@ -70,7 +71,7 @@ class Conversation:
         self.system = system
         self.thinking = thinking
         self.max_new_tokens = max_new_tokens
-        self._sampling = dict(sampling or {})
+        self._sampling = sampling or Sampling()
         self.turns: list[Turn] = []
         self.earlier: list[list[dict[str, str]]] = []
         self.unanswered: list[str] = []
@@ -91,11 +92,18 @@ class Conversation:
         turn, token = Turn(message), None
         try:
             self._m.warmup([len(ids)], limit)
-            for piece in self._m.stream([ids], limit, **self._sampling):
+            for piece in self._m.stream(
+                [ids],
+                limit,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                seed=self._sampling.seed,
+                ignore_eos=self._sampling.ignore_eos,
+            ):
                 token = piece.token
                 yield from _parts(*split.add(token, piece.text or ""))
             yield from _parts(*split.finish())
-            ended = token in self._m.eos_ids and not self._sampling.get("ignore_eos")
+            ended = token in self._m.eos_ids and not self._sampling.ignore_eos
             turn.finish_reason = "stop" if ended else "length"
         finally:
             if token is not None:

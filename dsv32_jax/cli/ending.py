@@ -48,14 +48,14 @@ def _code_of(command: Callable[[], None]) -> int:
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except KeyboardInterrupt:
         with _interrupts_ignored():  # a second Ctrl-C must not break off the last line
-            say("interrupted")
+            print_line("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         return PIPE_CLOSED
     except UserError as error:
-        return wrong(str(error))
+        return report_error(str(error))
     except OSError as error:
-        return wrong(f"{error.filename or 'output'}: {error.strerror or error}")
+        return report_error(f"{error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:
         if (code := _code_of_typer(error)) is not None:
             return code
@@ -64,12 +64,12 @@ def _code_of(command: Callable[[], None]) -> int:
         _flush()
 
 
-def wrong(message: str) -> int:
-    say("error: " + " ".join(message.split()))
+def report_error(message: str) -> int:
+    print_line("error: " + " ".join(message.split()))
     return WRONG
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the stream is closed
         print(line, file=sys.stderr, flush=True)
 
@@ -85,7 +85,7 @@ def show_warning(
     """Prints a warning as one line; those about files and surroundings have no place in the code."""
     about_surroundings = issubclass(category, CheckpointWarning | SurroundingsWarning)
     text = str(message) if about_surroundings else f"{filename}:{lineno}: {category.__name__}: {message}"
-    say("warning: " + " ".join(text.split()))
+    print_line("warning: " + " ".join(text.split()))
 
 
 @contextlib.contextmanager
@@ -114,10 +114,10 @@ def _code_of_typer(error: Exception) -> int | None:
     message = error.format_message()
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        say(message)
+        print_line(message)
         return error.exit_code
     hint = "" if context is None else f" (see `{context.command_path} --help`)"
-    return wrong(message.rstrip(".") + hint)
+    return report_error(message.rstrip(".") + hint)
 
 
 def _flush() -> None:

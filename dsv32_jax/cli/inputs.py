@@ -1,6 +1,7 @@
 """What all verbs share: reading files, loading the model, writing results."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -56,12 +57,22 @@ def check_sampling(temperature: float | None, top_p: float | None, seed: int) ->
     check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The arguments of `LanguageModel.generate` and `stream` that say how tokens are sampled."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    ignore_eos: bool = False
+
+
 def sampling_of(
     m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
-) -> dict[str, Any]:
-    """Arguments of `generate` from the flags, with the model's defaults where there are none."""
+) -> Sampling:
+    """The flags' sampling, with the model's defaults where they say nothing."""
     temperature, top_p = m.sampling(temperature, top_p, seed)
-    return {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+    return Sampling(temperature, top_p, seed, ignore_eos)
 
 
 def tokenizer_of(m: "LanguageModel", flag: str) -> "Tokenizer":

@@ -65,7 +65,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._came = False
+        self._interrupted = False
         self._runs = False
         self._handles = False
 
@@ -92,11 +92,11 @@ class Interruption:
             command()
         finally:
             self._runs = False
-            if self._came:
+            if self._interrupted:
                 raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
+        self._interrupted = True
         if initialises_extension(frame):
             repeat(lambda: self._runs)
         else:
@@ -104,7 +104,7 @@ class Interruption:
 
     def _quiet(self, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def shown(problem: Any) -> None:
-            if not (self._came or issubclass(problem.exc_type, KeyboardInterrupt)):
+            if not (self._interrupted or issubclass(problem.exc_type, KeyboardInterrupt)):
                 hook(problem)
 
         return shown

@@ -13,10 +13,10 @@ from dsv32_jax.errors import UserError
 __all__ = ["boolean", "instance", "integer", "number"]
 
 
-def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> Any:
-    """Returns the value if it is of a type, which `what` names in the error."""
-    if not isinstance(value, kind):
-        raise UserError(f"{name}: {shown(value)}; must be {what}")
+def instance(name: str, value: Any, expected_type: type | tuple[type, ...], description: str) -> Any:
+    """Returns the value if it is of a type, which `description` names in the error."""
+    if not isinstance(value, expected_type):
+        raise UserError(f"{name}: {shown(value)}; must be {description}")
     return value
 
 
@@ -37,15 +37,21 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(
-    name: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+    name: str,
+    value: Any,
+    description: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> float:
-    """Returns the value if it is a finite number of a range, which `what` names in the error."""
+    """Returns the value if it is a finite number of a range, which `description` names in the error."""
     if isinstance(value, bool):
         instance(name, value, (), "a number")
     value = instance(name, value, (int, float, np.integer, np.floating), "a number")
     # Compared before it becomes a float: an integer may be too large for one. No comparison holds for NaN.
     if not (above < value and least <= value <= most and -math.inf < value < math.inf):
-        raise UserError(f"{name}: {shown(value)}; must be {what}")
+        raise UserError(f"{name}: {shown(value)}; must be {description}")
     return float(value)
 
 

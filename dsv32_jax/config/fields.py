@@ -269,7 +269,7 @@ _IMPORTANT = frozenset({*PER_LAYER, *FAMILY, *RESTATED, "rope_parameters"})
 """Names of which a typing slip is refused like one of an attribute's."""
 
 
-def check_beside(config: ModelConfig, fields: Mapping[str, Any]) -> None:
+def check_extra_fields(config: ModelConfig, fields: Mapping[str, Any]) -> None:
     """Refuses fields beside the attributes of `config` whose values would change the computation."""
     for name, value in fields.items():
         check_field(config, name, value, fields)

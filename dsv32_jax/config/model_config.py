@@ -18,7 +18,7 @@ from typing import Any
 
 from dsv32_jax.common.fields import integer, number, only
 from dsv32_jax.common.reading import read_json
-from dsv32_jax.config.fields import check_beside, check_field, refuse_typing_slips, unknown
+from dsv32_jax.config.fields import check_extra_fields, check_field, refuse_typing_slips, unknown
 from dsv32_jax.config.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
 from dsv32_jax.config.rope_scaling import NeutralFields, RopeScaling, read_rope, write_rope
 from dsv32_jax.errors import CheckpointWarning, UserError
@@ -116,7 +116,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
-        check_beside(self, self.beside)
+        check_extra_fields(self, self.extra_fields)
 
     def _check_values(self) -> None:
         only("model_type", self.model_type, "deepseek_v32")
@@ -212,7 +212,7 @@ class ModelConfig:
                 )
 
     @property
-    def beside(self) -> dict[str, Any]:
+    def extra_fields(self) -> dict[str, Any]:
         """Fields of the file that are no attribute, by name as they were read."""
         return {name: json.loads(text) for name, text in self.unknown}
 
@@ -260,9 +260,9 @@ class ModelConfig:
         if "model_type" in raw:  # first: in another model's config no other error matters
             only("model_type", raw["model_type"], "deepseek_v32")
         known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
-        rope, beside = read_rope(raw)
-        beside |= {name: raw.pop(name) for name in [name for name in raw if name not in known]}
-        refuse_typing_slips(beside, known)
+        rope, extra_fields = read_rope(raw)
+        extra_fields |= {name: raw.pop(name) for name in [name for name in raw if name not in known]}
+        refuse_typing_slips(extra_fields, known)
         if missing := sorted(_REQUIRED - raw.keys()):
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
         if raw.setdefault("quantization_config", None) is not None:
@@ -273,9 +273,9 @@ class ModelConfig:
         for name, value in raw.items():
             if isinstance(value, list):
                 raw[name] = tuple(value)
-        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in extra_fields.items())
         config = cls(**raw, **rope, unknown=texts)
-        if unknown_names := unknown(name for name, value in beside.items() if value is not None):
+        if unknown_names := unknown(name for name, value in extra_fields.items() if value is not None):
             message = (
                 f"{file}: fields that this model does not know are passed over: {', '.join(sorted(unknown_names))}"
             )
@@ -292,7 +292,7 @@ class ModelConfig:
             del out["quantization_config"]
         else:
             out["quantization_config"] = self.quantization_config.to_hf()
-        return dict(sorted((out | write_rope(self) | self.beside).items()))
+        return dict(sorted((out | write_rope(self) | self.extra_fields).items()))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with other values, checked again.
@@ -312,7 +312,7 @@ class ModelConfig:
     def _agrees(self, name: str, other: ModelConfig) -> bool:
         """Whether a field beside the attributes of another config fits this one."""
         try:
-            check_field(self, name, other.beside[name], other.beside)
+            check_field(self, name, other.extra_fields[name], other.extra_fields)
         except UserError:
             return False
         return True

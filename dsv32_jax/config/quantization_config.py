@@ -44,7 +44,7 @@ class QuantizationConfig:
       fmt: format of the values; None where the file does not say, which means the same.
       scale_fmt: format of the scales of activations: "ue8m0", powers of two, or None or transformers' "float", any
         float32.
-      beside: fields that have no effect here, written back as they were read.
+      extra_fields: fields that have no effect here, written back as they were read.
     """
 
     quant_method: str = "fp8"
@@ -52,7 +52,7 @@ class QuantizationConfig:
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = "ue8m0"
-    beside: NeutralFields = ()
+    extra_fields: NeutralFields = ()
 
     def __post_init__(self) -> None:
         only("quantization_config.quant_method", self.quant_method, "fp8")
@@ -65,7 +65,7 @@ class QuantizationConfig:
             raise UserError(
                 f"quantization_config.weight_block_size is {shown!r}; the only supported value is [128, 128]"
             )
-        for name, text in self.beside:
+        for name, text in self.extra_fields:
             value = json.loads(text)
             if name in _NEUTRAL:
                 neutral(f"quantization_config.{name}", value, *_NEUTRAL[name])
@@ -75,7 +75,7 @@ class QuantizationConfig:
     @classmethod
     def from_hf(cls, raw: object) -> QuantizationConfig:
         path = "quantization_config"
-        attributes = frozenset(f.name for f in dataclasses.fields(cls)) - {"beside"}
+        attributes = frozenset(f.name for f in dataclasses.fields(cls)) - {"extra_fields"}
         known = attributes | _NEUTRAL.keys() | set(_PLAIN_MODULES)
         block = dict(check_keys(path, raw, known, frozenset({"quant_method", "weight_block_size"})))
         # A null means the same as an absent field, and "float" the same as an absent format of scales.
@@ -89,14 +89,15 @@ class QuantizationConfig:
             only(f"{path}.weight_block_size", None, [128, 128])
         if "quant_method" not in block:
             only(f"{path}.quant_method", None, "fp8")
-        beside = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in neutral_fields.items())
-        return cls(**{"scale_fmt": None, "fmt": None} | block, beside=beside)
+        extra_fields = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in neutral_fields.items())
+        return cls(**{"scale_fmt": None, "fmt": None} | block, extra_fields=extra_fields)
 
     def to_hf(self) -> dict[str, Any]:
-        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "beside"}
+        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra_fields"}
         block["weight_block_size"] = list(self.weight_block_size)
-        beside = {name: json.loads(text) for name, text in self.beside}
-        return dict(sorted((beside | {name: value for name, value in block.items() if value is not None}).items()))
+        extra_fields = {name: json.loads(text) for name, text in self.extra_fields}
+        present = {name: value for name, value in block.items() if value is not None}
+        return dict(sorted((extra_fields | present).items()))
 
     def with_all_quantized(self, modules: Iterable[str]) -> QuantizationConfig:
         """The same without the entries that list these modules as not quantised.
@@ -115,12 +116,12 @@ class QuantizationConfig:
         def listed(entry: str) -> bool:
             return entry.startswith("re:") or re.sub(r"experts\.\d+", "experts.{expert}", entry.strip(".")) in names
 
-        beside = {name: json.loads(text) for name, text in self.beside}
+        extra_fields = {name: json.loads(text) for name, text in self.extra_fields}
         for name in _PLAIN_MODULES:
-            if beside.get(name):
-                beside[name] = [entry for entry in beside[name] if not listed(entry)]
-        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
-        return dataclasses.replace(self, beside=texts)
+            if extra_fields.get(name):
+                extra_fields[name] = [entry for entry in extra_fields[name] if not listed(entry)]
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in extra_fields.items())
+        return dataclasses.replace(self, extra_fields=texts)
 
 
 _ROW_SCALES = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}

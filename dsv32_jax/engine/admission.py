@@ -28,8 +28,8 @@ def resolve(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams:
     params = instance("params", SamplingParams() if params is None else params, SamplingParams, "SamplingParams")
     temperature, top_p = lm.sampling(params.temperature, params.top_p, params.seed)
     ids, vocabulary = list(params.stop_token_ids), lm.config.vocab_size
-    if wrong := [id for id in ids if id >= vocabulary]:
-        raise UserError(f"stop_token_ids: {wrong[0]}; must be in 0..{vocabulary - 1}")
+    if outside := [id for id in ids if id >= vocabulary]:
+        raise UserError(f"stop_token_ids: {outside[0]}; must be in 0..{vocabulary - 1}")
     for stop in params.stop:
         if lm.tokenizer is None:
             raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
@@ -81,14 +81,14 @@ def admit(
     """
     name = "prompt" if prompt is None else f"prompt {prompt}"
     try:
-        new = lm.new_tokens([ids], params.max_new_tokens)
+        new_tokens = lm.new_tokens([ids], params.max_new_tokens)
     except UserError as error:
         raise UserError(str(error) if prompt is None else f"{name}: {error}") from error
     if params.max_new_tokens is None:
-        new = max(1, min(new, scheduler.pool.num_blocks * BLOCK_SIZE - len(ids) + 1))
-        params = dataclasses.replace(params, max_new_tokens=new)
+        new_tokens = max(1, min(new_tokens, scheduler.pool.num_blocks * BLOCK_SIZE - len(ids) + 1))
+        params = dataclasses.replace(params, max_new_tokens=new_tokens)
     instance("salt", salt, bytes, "bytes")
-    sequences = [Sequence(list(ids), new, salt) for _ in range(params.n)]
+    sequences = [Sequence(list(ids), new_tokens, salt) for _ in range(params.n)]
     sequences[0].siblings = sequences[1:]
     try:
         scheduler.check(sequences[0])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from pallas_kernels.paging import BLOCK_SIZE
 
-__all__ = ["BlockPool", "BlockTable", "OutOfBlocks", "Statistics"]
+__all__ = ["BlockPool", "BlockTable", "OutOfBlocks", "PoolStatistics"]
 
 
 class OutOfBlocks(Exception):
@@ -43,7 +43,7 @@ class BlockTable:
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class PoolStatistics:
     """A pool's counts at one moment.
 
     Attributes:
@@ -109,10 +109,10 @@ class BlockPool:
         """Blocks that can be allocated now: free ones, and cached ones that no sequence holds."""
         return len(self._free) + len(self._unused)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> PoolStatistics:
         """The pool's counts now."""
         in_use = self.num_blocks - self.available
-        return Statistics(
+        return PoolStatistics(
             in_use=in_use,
             cached=len(self._unused),
             free=len(self._free),
@@ -175,20 +175,20 @@ class BlockPool:
             raise ValueError(f"length: {length}; the sequence has {table.length} tokens already")
         if length == table.length:
             return []
-        new = -(-length // BLOCK_SIZE) - len(table.blocks)
-        last = table.blocks[-1] if table.length % BLOCK_SIZE else None
-        copy = last is not None and self._references[last] > 1
-        if new + copy > self.available:
-            raise OutOfBlocks(new + copy, self.available)
+        new_blocks = -(-length // BLOCK_SIZE) - len(table.blocks)
+        last_block = table.blocks[-1] if table.length % BLOCK_SIZE else None
+        copy = last_block is not None and self._references[last_block] > 1
+        if new_blocks + copy > self.available:
+            raise OutOfBlocks(new_blocks + copy, self.available)
         copies = []
-        if last is not None and copy:
-            target = self._take(self._filled[last])
-            self._release(last)
+        if last_block is not None and copy:
+            target = self._take(self._filled[last_block])
+            self._release(last_block)
             table.blocks[-1] = target
-            copies.append((last, target))
-        if last is not None:
+            copies.append((last_block, target))
+        if last_block is not None:
             self._fill(table.blocks[-1], min(length - (len(table.blocks) - 1) * BLOCK_SIZE, BLOCK_SIZE))
-        for _ in range(new):
+        for _ in range(new_blocks):
             table.blocks.append(self._take(min(length - len(table.blocks) * BLOCK_SIZE, BLOCK_SIZE)))
         table.length = length
         return copies

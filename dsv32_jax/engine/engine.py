@@ -6,8 +6,8 @@ continuation one step late, and drops what that continuation computes in the ste
 the results instead; see `speculation`.
 
 A step is planned, run, and then published: only then can others find the blocks that it writes. Queues, pool and cache
-change in calls of `change` alone: an exception there, Ctrl-C included, ends all running requests, and nothing is ever
-half done. An exception between two changes, as while the host waits for the device, changes nothing.
+change only in transactions: an exception in one, Ctrl-C included, ends all running requests, and no change is ever half
+made. An exception between two of them, as while the host waits for the device, changes nothing.
 
 Steps have few shapes: the tokens and the width of the block tables are a least number times powers of two or four, and
 everything else is fixed. `warmup` compiles all of them.
@@ -39,8 +39,8 @@ from dsv32_jax.engine.device_step import (
     engine_step,
     sample_tokens,
 )
+from dsv32_jax.engine.intake import RequestIntake
 from dsv32_jax.engine.packing import pack, step_sizes, table_widths
-from dsv32_jax.engine.reception import Reception
 from dsv32_jax.engine.request import MAX_LOGPROBS, Event, LogProbs, SamplingParams
 from dsv32_jax.engine.scheduler import Limits, Scheduler, Sequence, Step
 from dsv32_jax.engine.speculation import accept_drafts
@@ -62,7 +62,7 @@ StartedStep = tuple[Step, SampledTokens]
 logger = logging.getLogger("dsv32_jax")
 
 
-class Engine(Reception):
+class Engine(RequestIntake):
     """Continuous batching of requests over one model.
 
     Args:
@@ -156,18 +156,18 @@ class Engine(Reception):
         """
         self.check_unedited()
         silent = self._outbox.silent
-        started = self.change(self._start_next)
+        started = self.transact(self._start_next)
         if started is None:
             with self.lock:
                 return [] if silent else self._outbox.pop_waiting()
         try:
             sampled = started[1].fetched()
         except Exception as error:
-            self.change(self._fail, started, error)
+            self.transact(self._fail, started, error)
             raise
-        return self.change(self._receive, started, sampled, silent)
+        return self.transact(self._receive, started, sampled, silent)
 
-    def start_anew(self, error: str) -> None:
+    def recover(self, error: str) -> None:
         """Ends all requests with an error, and empties queues, pool and cache, whose contents are unknown."""
         for request, n in list(self._owner.values()):
             if request.completions[n].finish_reason is None:
@@ -209,7 +209,7 @@ class Engine(Reception):
         """
         shapes = self.shapes()
         self._programs = dict(zip(shapes, all_at_once(self.programs()), strict=True))
-        self.change(self._run_empty_steps, shapes)
+        self.transact(self._run_empty_steps, shapes)
         return len(shapes)
 
     def _run_empty_steps(self, shapes: list[tuple[int, int]]) -> None:
@@ -247,7 +247,7 @@ class Engine(Reception):
             request, _ = self._owner[part.sequence]
             if request.cached_tokens is None:
                 request.cached_tokens = part.start
-                self.metrics.begin(request, part.start)
+                self.metrics.prompt_started(request, part.start)
         self.metrics.steps += 1
         self.metrics.step_tokens += planned.tokens
         self.metrics.preemptions += len(planned.preempted)
@@ -345,7 +345,7 @@ class Engine(Reception):
                 self._outbox.put(request, n, token, text)
             else:
                 events.append(Event(request, n, token, text))
-        self.metrics.tokens(token_times)
+        self.metrics.tokens_generated(token_times)
         return events
 
     def _reset_device_memory(self) -> None:

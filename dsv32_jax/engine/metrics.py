@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.engine.blocks import Statistics
+from dsv32_jax.engine.blocks import PoolStatistics
 from dsv32_jax.engine.request import Request
 
 __all__ = ["Metrics", "percentiles"]
@@ -73,13 +73,13 @@ class Metrics:
     between_tokens: Latencies = dataclasses.field(default_factory=Latencies)
     started: float = dataclasses.field(default_factory=time.monotonic)
 
-    def begin(self, request: Request, cached: int) -> None:
+    def prompt_started(self, request: Request, cached: int) -> None:
         """Counts a request whose prompt goes into its first step."""
         self.prompt_tokens += len(request.prompt)
         self.cached_tokens += cached
         self.queued.extend([time.monotonic() - request.arrived])
 
-    def tokens(self, completions: list[list[float]]) -> None:
+    def tokens_generated(self, completions: list[list[float]]) -> None:
         """Counts one more token of each of these completions.
 
         Args:
@@ -94,7 +94,7 @@ class Metrics:
         """Share of the drafts that were right."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
-    def summary(self, cache: Statistics, running: int, waiting: int) -> dict[str, Any]:
+    def summary(self, cache: PoolStatistics, running: int, waiting: int) -> dict[str, Any]:
         """Everything as plain numbers.
 
         Args:

@@ -159,10 +159,10 @@ class Completion:
         """Ends it with "error"."""
         self.finish_reason, self.error = "error", error
 
-    def add(self, token: int, params: SamplingParams, eos_ids: tuple[int, ...], now: float) -> str:
+    def add(self, token: int, params: SamplingParams, eos_ids: tuple[int, ...], elapsed: float) -> str:
         """Appends a token, and sets `finish_reason` where it ends the completion; returns the text that is new."""
         self.tokens.append(token)
-        self.times.append(now)
+        self.times.append(elapsed)
         stops = token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos)
         last = stops or len(self.tokens) == params.max_new_tokens
         piece = ""

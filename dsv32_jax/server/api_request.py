@@ -110,7 +110,7 @@ def read_chat_request(body: Mapping[str, Any], engine: Engine, settings: Setting
     top_logprobs = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     with_logprobs = fields.boolean("logprobs")
     if top_logprobs is not None and not with_logprobs:
-        raise fields.wrong("top_logprobs", "needs logprobs to be true")
+        raise fields.error("top_logprobs", "needs logprobs to be true")
     build = _common(fields, engine, settings, names, (top_logprobs or 0) if with_logprobs else None)
     options = fields.object("chat_template_kwargs")
     options.only({"thinking", "enable_thinking"}, {})
@@ -152,11 +152,11 @@ def _common(
     options = fields.object("stream_options")
     options.only({"include_usage", "include_obfuscation"}, {})
     if "stream_options" in fields and not stream:
-        raise fields.wrong("stream_options", "needs stream to be true")
+        raise fields.error("stream_options", "needs stream to be true")
     include_usage = options.boolean("include_usage")
     salt = fields.text("cache_salt") or ""
     if len(salt) > LONGEST_SALT:
-        raise fields.wrong("cache_salt", f"longer than {LONGEST_SALT} characters")
+        raise fields.error("cache_salt", f"longer than {LONGEST_SALT} characters")
     try:
         params = SamplingParams(
             temperature=temperature if temperature >= COLDEST else 0.0,
@@ -172,7 +172,7 @@ def _common(
 
     def build(prompts: list[list[int]], default: int | None) -> ApiRequest:
         if len(prompts) * n > MAX_CONTINUATIONS:
-            raise fields.wrong("n", f"{len(prompts)} prompts × {n}; at most {MAX_CONTINUATIONS} choices in all")
+            raise fields.error("n", f"{len(prompts)} prompts × {n}; at most {MAX_CONTINUATIONS} choices in all")
         new = _new_tokens(engine, max(map(len, prompts)), max_tokens, default, names)
         entries = len(prompts) * n * new * (logprobs + 1) if logprobs is not None else 0
         if entries > MAX_LOGPROB_ENTRIES:
@@ -180,7 +180,7 @@ def _common(
                 f"{len(prompts) * n} choices × {new} tokens × {(logprobs or 0) + 1} log-probabilities are more than "
                 f"{MAX_LOGPROB_ENTRIES}; ask for fewer, or give a smaller {limit_name}"
             )
-            raise fields.wrong(names["logprobs"], message)
+            raise fields.error(names["logprobs"], message)
         limited = dataclasses.replace(params, max_new_tokens=new)
         return ApiRequest(prompts, limited, salt.encode(), stream, include_usage, names)
 
@@ -213,10 +213,10 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.value("stop")
     stops = value if isinstance(value, list) else [] if value is None else [value]
     if len(stops) > MAX_STOPS:
-        raise fields.wrong("stop", f"{len(stops)} strings; at most {MAX_STOPS}")
+        raise fields.error("stop", f"{len(stops)} strings; at most {MAX_STOPS}")
     for stop in stops:
         if not 1 <= len(fields.as_text("stop", stop)) <= LONGEST_STOP:
-            raise fields.wrong("stop", f"a string of {len(stop)} characters; must be of 1..{LONGEST_STOP}")
+            raise fields.error("stop", f"a string of {len(stop)} characters; must be of 1..{LONGEST_STOP}")
     return tuple(stops)
 
 
@@ -224,22 +224,22 @@ def _prompts(fields: Fields, engine: Engine) -> list[list[int]]:
     """The ids of the field `prompt`: a text, texts, ids or lists of ids."""
     value = fields.value("prompt")
     if value is None or value == []:
-        raise fields.wrong("prompt", "must be given: a string, strings, ids or lists of ids")
+        raise fields.error("prompt", "must be given: a string, strings, ids or lists of ids")
     several = isinstance(value, list) and not isinstance(value[0], int)
     prompts = value if several else [value]
     if len(prompts) > MAX_CONTINUATIONS:
-        raise fields.wrong("prompt", f"{len(prompts)} of them; at most {MAX_CONTINUATIONS} in one request")
+        raise fields.error("prompt", f"{len(prompts)} of them; at most {MAX_CONTINUATIONS} in one request")
     return [_ids(fields, prompt, engine) for prompt in prompts]
 
 
 def _ids(fields: Fields, prompt: Any, engine: Engine) -> list[int]:
     if not prompt:
-        raise fields.wrong("prompt", "empty; it must have at least one character or token")
+        raise fields.error("prompt", "empty; it must have at least one character or token")
     if isinstance(prompt, list):
         vocabulary = engine.lm.config.vocab_size
         for position, id in enumerate(prompt):
             if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < vocabulary:
-                raise fields.wrong("prompt", f"position {position}: must be a token id in 0..{vocabulary - 1}")
+                raise fields.error("prompt", f"position {position}: must be a token id in 0..{vocabulary - 1}")
         return prompt
     assert engine.lm.tokenizer is not None
     return engine.lm.tokenizer.encode(fields.as_text("prompt", prompt), bos=True)

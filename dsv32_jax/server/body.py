@@ -55,19 +55,19 @@ def parse(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
-        raise _wrong(f"not UTF-8 (byte {error.start})") from None
+        raise _invalid(f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise _wrong(f"nested more than {DEEPEST} deep") from None
+        raise _invalid(f"nested more than {DEEPEST} deep") from None
     except ValueError as error:  # also of an integer with thousands of digits
-        raise _wrong(f"not JSON: {error}") from None
+        raise _invalid(f"not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise _wrong("must be a JSON object")
+        raise _invalid("must be a JSON object")
     level: list[Any] = [content]
     for _ in range(DEEPEST):
         level = [item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent)]
         level = [item for item in level if isinstance(item, dict | list)]
     if level:
-        raise _wrong(f"nested more than {DEEPEST} deep")
+        raise _invalid(f"nested more than {DEEPEST} deep")
     return content
 
 
@@ -81,5 +81,5 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _wrong(reason: str) -> ApiError:
+def _invalid(reason: str) -> ApiError:
     return ApiError(400, f"body: {reason}", code="invalid_json")

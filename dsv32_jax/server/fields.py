@@ -23,7 +23,7 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def wrong(self, name: str, reason: str) -> ApiError:
+    def error(self, name: str, reason: str) -> ApiError:
         """The error of a field."""
         path = self._prefix + name
         return ApiError(400, f"{path}: {reason}", param=path)
@@ -35,7 +35,7 @@ class Fields:
         for name, value in self._values.items():
             if name in neutral:
                 if value not in neutral[name]:
-                    raise self.wrong(name, "is not supported; leave it out")
+                    raise self.error(name, "is not supported; leave it out")
             elif name not in known:
                 path = self._prefix + ascii(name)[1:-1][:64]
                 raise ApiError(400, f"Unrecognized request argument supplied: {path}", param=path)
@@ -47,7 +47,7 @@ class Fields:
     def boolean(self, name: str, default: bool = False) -> bool:
         value = self._values.get(name, default)
         if not isinstance(value, bool):
-            raise self.wrong(name, f"{shown(value)} is not true or false")
+            raise self.error(name, f"{shown(value)} is not true or false")
         return value
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
@@ -55,17 +55,17 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(name, f"{shown(value)} is not an integer")
+            raise self.error(name, f"{shown(value)} is not an integer")
         if not low <= value <= high:
-            raise self.wrong(name, f"{shown(value)}; must be in {low}..{high}")
+            raise self.error(name, f"{shown(value)}; must be in {low}..{high}")
         return value
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
         value = self._values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(name, f"{shown(value)} is not a number")
+            raise self.error(name, f"{shown(value)} is not a number")
         if not low <= value <= high:
-            raise self.wrong(name, f"{shown(value)}; must be from {low:g} to {high:g}")
+            raise self.error(name, f"{shown(value)}; must be from {low:g} to {high:g}")
         return float(value)
 
     def text(self, name: str) -> str | None:
@@ -76,18 +76,18 @@ class Fields:
     def as_text(self, name: str, value: Any) -> str:
         """A value of the field as `text` has it."""
         if not isinstance(value, str):
-            raise self.wrong(name, f"{shown(value)} is not a string")
+            raise self.error(name, f"{shown(value)} is not a string")
         try:
             value.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express
-            raise self.wrong(name, "has half of a surrogate pair; it must be text") from None
+            raise self.error(name, "has half of a surrogate pair; it must be text") from None
         return value
 
     def object(self, name: str) -> "Fields":
         """The fields of a nested object; none where absent."""
         value = self._values.get(name, {})
         if not isinstance(value, dict):
-            raise self.wrong(name, f"{shown(value)} is not an object")
+            raise self.error(name, f"{shown(value)} is not an object")
         return Fields(value, f"{self._prefix}{name}.")
 
 

@@ -54,5 +54,5 @@ class Guard:
             return True
         values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
-        return same and scheme.lower() == b"bearer"
+        keys_equal = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        return keys_equal and scheme.lower() == b"bearer"

@@ -248,14 +248,14 @@ class Worker:
                 self._jobs[job] = sum(request.cached_tokens is not None for request in job.engine_requests)
                 self._outbox += [(job, Began())] * (self._jobs[job] - begun_before)
         for event in events:
-            self._piece(self._job_of[event.request], event)
+            self._send_piece(self._job_of[event.request], event)
         if self.engine.metrics.finished["error"] != self._ended_with_error:
             self._ended_with_error = self.engine.metrics.finished["error"]
             for job in list(self._jobs):
                 if any(completion.error for request in job.engine_requests for completion in request.completions):
                     self._fail(job, failed())  # the engine's log says why
 
-    def _piece(self, job: Job, event: Event) -> None:
+    def _send_piece(self, job: Job, event: Event) -> None:
         """Sends a token to the event loop; a step may have several of one choice."""
         choice = job.engine_requests.index(event.request) * job.api_request.params.n + event.index
         completion = event.request.completions[event.index]

@@ -237,8 +237,8 @@ def test_a_config_made_in_python_is_checked_too():
 
 def test_a_copy_leaves_out_what_only_said_again_what_has_changed():
     config = read(mlp_layer_types=["dense", "sparse"], num_experts=EXPERTS, dtype="bfloat16")
-    assert config.replace(num_hidden_layers=3).beside == {"num_experts": EXPERTS, "dtype": "bfloat16"}
-    assert config.replace(index_topk=8).beside == config.beside
+    assert config.replace(num_hidden_layers=3).extra_fields == {"num_experts": EXPERTS, "dtype": "bfloat16"}
+    assert config.replace(index_topk=8).extra_fields == config.extra_fields
     default = read(rope_scaling={"type": "default"})
     assert default.replace(rope_scaling=RopeScaling()).to_hf()["rope_scaling"] == RopeScaling().to_hf()
 
@@ -342,7 +342,7 @@ def test_fp8_of_another_kind_is_refused_by_name(name, value):
 def test_a_list_of_plain_modules_loses_those_that_become_quantised():
     names = ["lm_head", "mlp.gate", "self_attn.q_a_proj", "mlp.experts.3", "model.layers.7"]
     parts = ("self_attn.q_a_proj", "mlp.experts.{expert}.up_proj", "mlp.gate_proj")
-    config = QuantizationConfig(beside=(("modules_to_not_convert", json.dumps(names)),))
+    config = QuantizationConfig(extra_fields=(("modules_to_not_convert", json.dumps(names)),))
     config = config.with_all_quantized(f"model.layers.0.{part}" for part in parts)
     assert config.to_hf()["modules_to_not_convert"] == ["lm_head", "mlp.gate", "model.layers.7"]
 

@@ -11,8 +11,8 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.model.model import DeepseekV32
-from tests.engine.test_changes import SMALL
 from tests.engine.test_engine import TEXTS
+from tests.engine.test_transactions import SMALL
 from tests.harness import EXACT, golden_directory
 
 

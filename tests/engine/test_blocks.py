@@ -43,8 +43,8 @@ class NaivePool:
         self.blocks = [NaiveBlock() for _ in range(count)]
         self.clock = self.evictions = 0
 
-    def count(self, held: bool, known: bool) -> int:
-        return sum((b.holders > 0) == held and (b.identity is not None) == known for b in self.blocks)
+    def count(self, in_use: bool, known: bool) -> int:
+        return sum((b.holders > 0) == in_use and (b.identity is not None) == known for b in self.blocks)
 
     def available(self) -> int:
         return sum(b.holders == 0 for b in self.blocks)
@@ -88,14 +88,14 @@ class Pools(RuleBasedStateMachine):
     )
     def open(self, text, length, unique, salt, room):
         prompt = [*text[: length - 1], 99] if unique else text[:length]
-        held = []
+        shared_blocks = []
         for stop in range(BLOCK_SIZE, len(prompt), BLOCK_SIZE):
             block = self.naive.find((salt, *prompt[:stop]))
             if block is None:
                 break
-            held.append(block)
-        needed = -(-room // BLOCK_SIZE) - len(held)
-        available = self.naive.available() - sum(not block.holders for block in held)
+            shared_blocks.append(block)
+        needed = -(-room // BLOCK_SIZE) - len(shared_blocks)
+        available = self.naive.available() - sum(not block.holders for block in shared_blocks)
         if needed > available:
             before = self.pool.statistics()
             with pytest.raises(OutOfBlocks) as raised:
@@ -104,10 +104,10 @@ class Pools(RuleBasedStateMachine):
             assert before == self.pool.statistics()
             return multiple()
         table = self.pool.open(prompt, salt, room=room)
-        for block in held:
+        for block in shared_blocks:
             block.holders += 1
-        assert table.length == len(held) * BLOCK_SIZE < len(prompt)
-        sequence = Sequence(table, prompt, held, table.length, table.length)
+        assert table.length == len(shared_blocks) * BLOCK_SIZE < len(prompt)
+        sequence = Sequence(table, prompt, shared_blocks, table.length, table.length)
         self.alive.append(sequence)
         self.tokens_asked, self.tokens_found = self.tokens_asked + len(prompt), self.tokens_found + table.length
         return sequence
@@ -194,8 +194,8 @@ class Pools(RuleBasedStateMachine):
     @invariant()
     def blocks_are_in_one_place_each(self):
         pool = self.pool
-        held = [block for block, count in enumerate(pool._references) if count]
-        assert sorted([*pool._free, *pool._unused, *held]) == list(range(pool.num_blocks))
+        in_use = [block for block, count in enumerate(pool._references) if count]
+        assert sorted([*pool._free, *pool._unused, *in_use]) == list(range(pool.num_blocks))
         assert {block: digest for digest, block in pool._block_of.items()} == {
             block: digest for block, digest in enumerate(pool._digest) if digest is not None
         }

@@ -46,7 +46,7 @@ def engine(lm):
 
 
 @functools.cache
-def alone(lm, prompt, new, temperature, seed):
+def tokens_alone(lm, prompt, new, temperature, seed):
     sampling = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
     with one_shape():
         return lm.generate(list(prompt), new, **sampling).tokens[0].tolist()
@@ -91,7 +91,7 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
         params = request.params
         for n, completion in enumerate(request.completions):
             if n == 0 or params.temperature == 0:
-                want = alone(lm, tuple(request.prompt), params.max_new_tokens, params.temperature, params.seed)
+                want = tokens_alone(lm, tuple(request.prompt), params.max_new_tokens, params.temperature, params.seed)
                 assert completion.tokens == want[: len(completion.tokens)]
             assert completion.finish_reason == (
                 "length" if len(completion.tokens) == params.max_new_tokens else "cancelled"
@@ -104,7 +104,7 @@ def test_a_prompt_that_nobody_waits_for_is_read_in_longer_pieces(lm):
     engine = Engine(lm, **SMALL, max_prompt_tokens=64)
     prompt = TEXTS[0][:60]
     (request,) = engine.generate([prompt], SamplingParams(5, ignore_eos=True))
-    assert request.completions[0].tokens == alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
+    assert request.completions[0].tokens == tokens_alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
     assert engine.summary()["steps"] == 5  # the first has the whole prompt
     assert {tokens for tokens, _ in Engine(lm, **SMALL | {"max_tokens": 4}).shapes()} == {8}
     with pytest.raises(UserError, match="max_prompt_tokens: 15; must be no fewer"):
@@ -203,7 +203,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
     engine.pool.forget()
     others += engine.generate([prompts[2]] * 3, SamplingParams(40, ignore_eos=True))
     for request in others:
-        assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+        assert request.completions[0].tokens == tokens_alone(lm, tuple(request.prompt), 40, 0.0, 0)
 
 
 def test_warming_up_beside_requests_changes_nothing(lm):
@@ -214,7 +214,7 @@ def test_warming_up_beside_requests_changes_nothing(lm):
         engine.step()
     engine.warmup()
     list(engine.stream(request))
-    assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+    assert request.completions[0].tokens == tokens_alone(lm, tuple(request.prompt), 40, 0.0, 0)
 
 
 def test_the_step_updates_the_cache_in_place(engine):

@@ -131,8 +131,8 @@ class Machine:
         return any(len(part.receivers) > 1 and block in part.sequence.table.blocks for part in planned.parts)
 
     def check_pool(self):
-        held = sum(len(s.table.blocks) for s in self.scheduler.running)
-        assert sum(self.pool._references) == held
+        blocks = sum(len(s.table.blocks) for s in self.scheduler.running)
+        assert sum(self.pool._references) == blocks
         assert all(sequence.table is None for sequence in self.scheduler.waiting)
 
     def finish_all(self, max_steps: int):
@@ -154,7 +154,7 @@ REQUEST = st.tuples(
 TEXTS = [[(seed * 5 + i * i) % 7 for i in range(300)] for seed in range(3)]
 
 
-def alone(prompt, new, seed):
+def tokens_alone(prompt, new, seed):
     tokens = list(prompt)
     for _ in range(new):
         tokens.append(next_token(tokens, seed))
@@ -170,9 +170,9 @@ def alone(prompt, new, seed):
     st.sampled_from([0, 0, 1, 100]),
     st.sampled_from([None, right, wrong, mixed]),
 )
-def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, more, guess):
+def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, extra, guess):
     tokens = max(tokens, sequences)
-    machine = Machine(blocks, Limits(tokens, sequences, tokens + more if more else 0), guess)
+    machine = Machine(blocks, Limits(tokens, sequences, tokens + extra if extra else 0), guess)
     alive, given_up = [], set()
     for clock in range(40):
         for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
@@ -188,7 +188,9 @@ def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequen
     machine.finish_all(20_000)
     for group, _ in alive:
         for sequence in group:
-            want = alone(sequence.tokens[: sequence.prompt_length], sequence.max_new_tokens, machine.seeds[sequence])
+            want = tokens_alone(
+                sequence.tokens[: sequence.prompt_length], sequence.max_new_tokens, machine.seeds[sequence]
+            )
             assert sequence.finished
             assert (
                 sequence.tokens == want if sequence not in given_up else sequence.tokens == want[: len(sequence.tokens)]
@@ -201,7 +203,7 @@ def test_a_small_pool_preempts_the_youngest_and_loses_nothing():
     machine.finish_all(2000)
     assert machine.preemptions > 0
     for n, sequence in enumerate(added):
-        assert sequence.tokens == alone(TEXTS[n][:100], 100, n)
+        assert sequence.tokens == tokens_alone(TEXTS[n][:100], 100, n)
 
 
 def test_who_waits_for_a_token_in_flight_is_not_read_without_it():
@@ -272,11 +274,11 @@ def test_a_right_draft_is_a_token_more_a_step(guess, steps):
     """The prompt's step draws one token, each other two; the 90th comes alone."""
     machine = Machine(4, Limits(64, 1), guess)
     machine.add(TEXTS[0][:50], 90)
-    taken = 0
+    count = 0
     while machine.scheduler.waiting or machine.scheduler.running:
         machine.step()
-        taken += 1
-    assert taken == steps
+        count += 1
+    assert count == steps
 
 
 def test_drafts_take_what_is_left_and_let_others_begin():
@@ -317,7 +319,7 @@ def test_places_are_enough_for_what_fits_exactly():
     machine = Machine(2, Limits(256, 1), right)
     sequence = machine.add(TEXTS[0][:100], 29)[0]
     machine.finish_all(100)
-    assert sequence.tokens == alone(TEXTS[0][:100], 29, 0) and not machine.preemptions
+    assert sequence.tokens == tokens_alone(TEXTS[0][:100], 29, 0) and not machine.preemptions
 
 
 def test_a_block_with_a_wrong_draft_is_not_found():

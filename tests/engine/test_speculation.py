@@ -207,20 +207,18 @@ def test_a_sibling_has_no_draft_behind_a_token_that_the_layer_has_not_seen(lm):
     engine = Engine(lm, **SMALL, speculate=True)
     request = engine.add(TEXTS[0][:10], SamplingParams(20, 1.5, seed=1, n=3, ignore_eos=True))
     step(engine)
-    first, *rest = [completion.tokens[0] for completion in request.completions]
+    first, *others = [completion.tokens[0] for completion in request.completions]
     drafts = [sequence.draft for sequence in engine.scheduler.running]
-    assert [draft >= 0 for draft in drafts] == [True, *(token == first for token in rest)] and -1 in drafts
+    assert [draft >= 0 for draft in drafts] == [True, *(token == first for token in others)] and -1 in drafts
     run(engine)
     assert engine.metrics.finished == {"length": 3}
 
 
 def test_log_probabilities_and_times(engine, plain):
     params = SamplingParams(20, 0.5, seed=2, ignore_eos=True, logprobs=3)
-    ours, theirs = (one.generate([TEXTS[1][:40]], params)[0].completions[0] for one in (engine, plain))
+    ours, theirs = (each.generate([TEXTS[1][:40]], params)[0].completions[0] for each in (engine, plain))
     assert ours.tokens == theirs.tokens and len(ours.times) == 20 and ours.times == sorted(ours.times)
-    first, second = (
-        [dataclasses.asdict(logprobs) for logprobs in completion.logprobs] for completion in (ours, theirs)
-    )
+    first, second = ([dataclasses.asdict(token) for token in each.logprobs] for each in (ours, theirs))
     chex.assert_trees_all_close(first, second, atol=1e-4, rtol=0)
 
 

@@ -13,8 +13,8 @@ from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.model import DeepseekV32
-from tests.engine.test_changes import SMALL, tokens
 from tests.engine.test_engine import TEXTS
+from tests.engine.test_transactions import SMALL, tokens
 from tests.harness import EXACT
 
 EIGHT, NINE, THIRTY = (SamplingParams(new, ignore_eos=True) for new in (8, 9, 30))

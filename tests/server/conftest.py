@@ -46,6 +46,6 @@ def gate(engine, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def alone(lm):
+def reference_engine(lm):
     """Another engine, which nothing else uses."""
     return Engine(lm, **SMALL)

@@ -12,8 +12,8 @@ def server(session_engine):
         yield test_client
 
 
-def engine_alone(alone, prompt, **params):
-    return alone.generate([prompt], SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True, **params}))[0]
+def request_alone(reference_engine, prompt, **params):
+    return reference_engine.generate([prompt], SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True, **params}))[0]
 
 
 def test_models(server):
@@ -24,8 +24,8 @@ def test_models(server):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.8, "seed": 7}])
-def test_a_completion_is_the_engines(server, alone, sampling):
-    request = engine_alone(alone, PROMPT, **sampling)
+def test_a_completion_is_the_engines(server, reference_engine, sampling):
+    request = request_alone(reference_engine, PROMPT, **sampling)
     answer = server.post("/v1/completions", json=COMPLETION | sampling).json()
     assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-") and answer["model"] == "tiny"
     text = request.completions[0].text
@@ -39,8 +39,8 @@ def test_a_completion_is_the_engines(server, alone, sampling):
     }
 
 
-def test_a_chat_is_the_engines(server, alone, lm):
-    request = engine_alone(alone, lm.tokenizer.encode_chat(MESSAGES))
+def test_a_chat_is_the_engines(server, reference_engine, lm):
+    request = request_alone(reference_engine, lm.tokenizer.encode_chat(MESSAGES))
     answer = server.post("/v1/chat/completions", json=CHAT).json()
     assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == len(request.prompt)
     message = {"role": "assistant", "content": request.completions[0].text, "refusal": None}
@@ -135,8 +135,8 @@ def test_characters_that_are_split_over_tokens_come_whole(server, lm, monkeypatc
     assert "".join(cut) == "�"  # the end of the answer is in the middle of a character
 
 
-def test_stop_strings(server, alone):
-    text = engine_alone(alone, PROMPT).completions[0].text
+def test_stop_strings(server, reference_engine):
+    text = request_alone(reference_engine, PROMPT).completions[0].text
     stop = text[3:5]
     want = text[: text.index(stop)]
     for stops in (stop, ["never", stop]):
@@ -158,8 +158,8 @@ def test_seeds(server):
     assert text(temperature=0.001) == text(temperature=0)
 
 
-def test_log_probabilities_of_a_completion(server, alone, lm):
-    (want,) = engine_alone(alone, PROMPT, logprobs=2).completions
+def test_log_probabilities_of_a_completion(server, reference_engine, lm):
+    (want,) = request_alone(reference_engine, PROMPT, logprobs=2).completions
     ask = COMPLETION | {"logprobs": 2}
     logprobs = server.post("/v1/completions", json=ask).json()["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"] == pytest.approx([each.token for each in want.logprobs], abs=1e-5)
@@ -178,8 +178,8 @@ def test_log_probabilities_of_a_completion(server, alone, lm):
     assert [list(top) for top in sampled["top_logprobs"]] == [[token] for token in sampled["tokens"]]
 
 
-def test_log_probabilities_of_a_chat(server, alone, lm):
-    (want,) = engine_alone(alone, lm.tokenizer.encode_chat(MESSAGES), logprobs=3).completions
+def test_log_probabilities_of_a_chat(server, reference_engine, lm):
+    (want,) = request_alone(reference_engine, lm.tokenizer.encode_chat(MESSAGES), logprobs=3).completions
     ask = CHAT | {"logprobs": True, "top_logprobs": 3}
     entries = server.post("/v1/chat/completions", json=ask).json()["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in entries] == pytest.approx([each.token for each in want.logprobs], abs=1e-5)
@@ -192,13 +192,13 @@ def test_log_probabilities_of_a_chat(server, alone, lm):
 
 def test_several_prompts_of_ids_and_texts(server, lm):
     ids = lm.tokenizer.encode(PROMPT, bos=True)
-    alone = server.post("/v1/completions", json=COMPLETION).json()["choices"][0]["text"]
-    assert server.post("/v1/completions", json=COMPLETION | {"prompt": ids}).json()["choices"][0]["text"] == alone
+    text_alone = server.post("/v1/completions", json=COMPLETION).json()["choices"][0]["text"]
+    assert server.post("/v1/completions", json=COMPLETION | {"prompt": ids}).json()["choices"][0]["text"] == text_alone
     for prompts in ([PROMPT, "In 1903"], [ids, lm.tokenizer.encode("In 1903", bos=True)]):
         answer = server.post("/v1/completions", json=COMPLETION | {"prompt": prompts, "n": 2}).json()
         assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
         texts = [choice["text"] for choice in answer["choices"]]
-        assert texts[0] == texts[1] == alone != texts[2] == texts[3]
+        assert texts[0] == texts[1] == text_alone != texts[2] == texts[3]
         assert answer["usage"]["completion_tokens"] == 32
 
 

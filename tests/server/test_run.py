@@ -53,7 +53,7 @@ def running_server(session_engine):
         yield server_and_port
 
 
-def test_openais_client(running_server, alone, lm):
+def test_openais_client(running_server, reference_engine, lm):
     """Streams of completions and chats, of several clients at a time, are what the engine says alone."""
     _, port = running_server
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
@@ -81,7 +81,7 @@ def test_openais_client(running_server, alone, lm):
         for thread in threads:
             thread.join(60)
         prompts = {"completion": PROMPT, "chat": lm.tokenizer.encode_chat(MESSAGES)}
-        expected = alone.generate(prompts.values(), params)
+        expected = reference_engine.generate(prompts.values(), params)
         assert texts == {name: each.completions[0].text for name, each in zip(prompts, expected, strict=True)}
         whole = client.chat.completions.create(messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, **fields)
         assert whole.choices[0].message.content == texts["chat"] and len(whole.choices) == 2

@@ -366,7 +366,7 @@ def test_a_model_without_a_tokenizer_is_not_served(engine, lm, monkeypatch):
         create_app(engine, settings())
 
 
-def test_many_at_once_get_what_they_get_alone(engine, alone):
+def test_many_at_once_get_what_they_get_alone(engine, reference_engine):
     """Whole and streamed, in a queue; some leave. No block is lost."""
     prompts = [f"ship number {n}" for n in range(12)]
 
@@ -381,7 +381,7 @@ def test_many_at_once_get_what_they_get_alone(engine, alone):
                 await each.end()
                 body = each.body.decode()
                 parts = events(body) if number % 2 == 0 else [json.loads(body)]
-                want = alone.generate([prompts[number]], PARAMS)[0].completions[0].text
+                want = reference_engine.generate([prompts[number]], PARAMS)[0].completions[0].text
                 assert "".join(part["choices"][0]["text"] for part in parts) == want
             await until(lambda: not engine.busy)
             assert await in_use(app) == 0

@@ -7,19 +7,19 @@ from typing import Any
 
 from dsv32_jax.common.arguments import instance
 from dsv32_jax.engine.admission import Admitted, admit, resolve, rows_of
-from dsv32_jax.engine.changes import Changing
 from dsv32_jax.engine.metrics import Metrics
 from dsv32_jax.engine.request import Event, Request, SamplingParams
 from dsv32_jax.engine.scheduler import Scheduler, Sequence
 from dsv32_jax.engine.streams import Outbox, Stream
+from dsv32_jax.engine.transactions import Transactional
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.snapshot import Snapshot
 
-__all__ = ["Reception"]
+__all__ = ["RequestIntake"]
 
 
-class Reception(Changing):
+class RequestIntake(Transactional):
     """Takes requests, ends them, and hands out their events.
 
     Args:
@@ -67,10 +67,10 @@ class Reception(Changing):
         rows = self.lm.rows(prompt)
         if len(rows) > 1:
             raise UserError(f"prompt: {len(rows)} of them; add one after the other")
-        new = admit(self.lm, self.scheduler, rows[0], resolve(self.lm, params), salt)
-        request, _ = new
+        admitted = admit(self.lm, self.scheduler, rows[0], resolve(self.lm, params), salt)
+        request, _ = admitted
         try:
-            self.change(self._enqueue, [new])
+            self.transact(self._enqueue, [admitted])
             return request
         except BaseException:
             self._cancel_all([request])  # the caller does not get it
@@ -106,12 +106,12 @@ class Reception(Changing):
         """
         self.check_unedited()
         rows, params = rows_of(self.lm, prompts), resolve(self.lm, params)
-        new = [admit(self.lm, self.scheduler, ids, params, prompt=number) for number, ids in enumerate(rows)]
-        requests = [request for request, _ in new]
+        admitted = [admit(self.lm, self.scheduler, ids, params, prompt=number) for number, ids in enumerate(rows)]
+        requests = [request for request, _ in admitted]
         try:
             for request in requests:
                 request.readers += 1  # so that `step` does not return its events
-            self.change(self._enqueue, new)
+            self.transact(self._enqueue, admitted)
             while not all(request.finished for request in requests):
                 self._step_for_readers()
             return requests
@@ -131,8 +131,8 @@ class Reception(Changing):
     def _step_for_readers(self) -> None:
         self._outbox.for_readers(self.step)
 
-    def _enqueue(self, new: list[Admitted]) -> None:
-        for request, sequences in new:
+    def _enqueue(self, admitted: list[Admitted]) -> None:
+        for request, sequences in admitted:
             request.number = next(self._numbers)
             self._owner |= {sequence: (request, n) for n, sequence in enumerate(sequences)}
             self.scheduler.add(sequences[0])
@@ -140,9 +140,9 @@ class Reception(Changing):
     def _cancel_all(self, requests: list[Request]) -> None:
         """Cancels the completions of these requests that still run."""
         self._cancelled.extend(requests)
-        self.settle_or_leave()
+        self.apply_or_defer()
 
-    def settle(self) -> None:
+    def apply_deferred(self) -> None:
         """Ends the requests that were cancelled."""
         while self._cancelled:
             request = self._cancelled[0]

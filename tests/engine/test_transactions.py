@@ -9,17 +9,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from dsv32_jax.engine import changes
 from dsv32_jax.engine import engine as engine_module
-from dsv32_jax.engine.changes import Changing
+from dsv32_jax.engine import transactions
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import SamplingParams
+from dsv32_jax.engine.transactions import Transactional
 from tests.engine.test_engine import TEXTS
 from tests.engine.test_speculation import guessing
 
-HOST = ("engine", "reception", "admission", "changes", "streams", "scheduler", "blocks", "packing", "speculation")
+HOST = ("engine", "intake", "admission", "transactions", "streams", "scheduler", "blocks", "packing", "speculation")
 HOST += ("device_step", "request", "metrics")
-FILES = {str(Path(changes.__file__).parent / f"{name}.py") for name in HOST}
+FILES = {str(Path(transactions.__file__).parent / f"{name}.py") for name in HOST}
 
 
 class Interrupt:
@@ -91,7 +91,7 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
-def alone(engine):
+def tokens_alone(engine):
     """What each case gets when nothing else runs and nothing is cached."""
     tokens_of = {}
     for case in CASES:
@@ -125,7 +125,7 @@ CALLS = {  # with about how many instructions of the engine's own code they run
     at=st.floats(0, 1),
     again=st.sampled_from([None, None, 1, 40, 300]),
 )
-def test_an_interrupt_at_any_point_of_a_call(engine, alone, cases, steps, call, at, again):
+def test_an_interrupt_at_any_point_of_a_call(engine, tokens_alone, cases, steps, call, at, again):
     requests = [(case, engine.add(*arguments_of(case))) for case in cases]
     for _ in range(steps):
         engine.step()
@@ -138,7 +138,7 @@ def test_an_interrupt_at_any_point_of_a_call(engine, alone, cases, steps, call, 
     engine.summary()  # any call completes what an interrupt of the clearing up has left
     run(engine)
     for case, request in requests:
-        for completion, want in zip(request.completions, alone[case], strict=True):
+        for completion, want in zip(request.completions, tokens_alone[case], strict=True):
             assert completion.finish_reason in ("length", "error", "cancelled")
             complete = completion.finish_reason == "length"
             assert completion.tokens == (want if complete else want[: len(completion.tokens)])
@@ -146,7 +146,7 @@ def test_an_interrupt_at_any_point_of_a_call(engine, alone, cases, steps, call, 
     # Nothing is found in the cache that was not written.
     repeated = [engine.add(*arguments_of(case)) for case, _ in requests]
     run(engine)
-    assert [tokens(request) for request in repeated] == [alone[case] for case, _ in requests]
+    assert [tokens(request) for request in repeated] == [tokens_alone[case] for case, _ in requests]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_an_interrupt_at_any_point_of_a_call(engine, alone, cases, steps, call, 
         ("_reset_device_memory", KeyboardInterrupt),
     ],
 )
-def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone, monkeypatch, error, place):
+def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, tokens_alone, monkeypatch, error, place):
     """In the middle of a prompt of 130 tokens, which then comes again."""
     case = CASES[1]
     owner, _, name = place.rpartition(".")
@@ -184,12 +184,12 @@ def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone
     engine.cancel(request)
     again = engine.add(*arguments_of(case))
     run(engine)
-    assert tokens(again) == alone[case]
+    assert tokens(again) == tokens_alone[case]
     assert request.completions[0].finish_reason == other.completions[0].finish_reason == "error"
     assert "in the middle" in other.completions[0].error or place == "_reset_device_memory"
 
 
-def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine, alone, monkeypatch):
+def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine, tokens_alone, monkeypatch):
     requests = [(case, engine.add(*arguments_of(case))) for case in CASES]
     fetched, waits = engine_module.SampledTokens.fetched, iter(range(10_000))
 
@@ -207,12 +207,12 @@ def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine
             interrupts += 1
     assert interrupts > 9
     for case, request in requests:
-        assert tokens(request) == alone[case]
+        assert tokens(request) == tokens_alone[case]
         for n, completion in enumerate(request.completions):
             assert [e.token for e in events if e.request is request and e.index == n] == completion.tokens
 
 
-def test_a_signal_ends_a_call_in_the_middle(engine, alone):
+def test_a_signal_ends_a_call_in_the_middle(engine, tokens_alone):
     """A real one, after whatever time."""
     request = engine.add(*arguments_of(CASES[0]))
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -224,13 +224,13 @@ def test_a_signal_ends_a_call_in_the_middle(engine, alone):
     finally:
         signal.signal(signal.SIGALRM, before)
     run(engine)
-    assert tokens(request)[0] == alone[CASES[0]][0][: len(tokens(request)[0])]
+    assert tokens(request)[0] == tokens_alone[CASES[0]][0][: len(tokens(request)[0])]
     again = engine.add(*arguments_of(CASES[0]))
     run(engine)
-    assert tokens(again) == alone[CASES[0]]
+    assert tokens(again) == tokens_alone[CASES[0]]
 
 
-def test_a_failure_on_the_device_is_noticed_with_its_tokens(engine, alone, monkeypatch):
+def test_a_failure_on_the_device_is_noticed_with_its_tokens(engine, tokens_alone, monkeypatch):
     request = engine.add(*arguments_of(CASES[0]))
     engine.step()
     with monkeypatch.context() as patch:
@@ -241,21 +241,21 @@ def test_a_failure_on_the_device_is_noticed_with_its_tokens(engine, alone, monke
     assert request.completions[0].error == "ZeroDivisionError: division by zero" and not engine.busy
     again = engine.add(*arguments_of(CASES[0]))
     run(engine)
-    assert again.cached_tokens == 0 and tokens(again) == alone[CASES[0]]
+    assert again.cached_tokens == 0 and tokens(again) == tokens_alone[CASES[0]]
 
 
-class Pair(Changing):
+class Pair(Transactional):
     """Two numbers that are always equal."""
 
     def __init__(self):
         super().__init__()
         self.values, self.settled, self.errors = [0, 0], 0, []
 
-    def start_anew(self, error):
+    def recover(self, error):
         self.errors.append(error)
         self.values = [0, 0]
 
-    def settle(self):
+    def apply_deferred(self):
         self.settled += 1
 
     def set(self, value, between=lambda: None):
@@ -267,13 +267,13 @@ class Pair(Changing):
 
 def test_a_change_is_whole_or_not_at_all():
     pair = Pair()
-    assert pair.change(pair.set, 3) == 3 and pair.values == [3, 3]
+    assert pair.transact(pair.set, 3) == 3 and pair.values == [3, 3]
 
     def interrupt():
         raise KeyboardInterrupt("so\nit ends")
 
     with pytest.raises(KeyboardInterrupt):
-        pair.change(pair.set, 4, interrupt)
+        pair.transact(pair.set, 4, interrupt)
     assert pair.values == [0, 0] and pair.errors == ["KeyboardInterrupt: so it ends"] and not pair.torn
 
 
@@ -282,12 +282,12 @@ def test_an_interrupt_at_each_instruction_of_a_change():
         pair = Pair()
         try:
             with Interrupt(at) as interrupt:
-                pair.change(pair.set, 3)
+                pair.transact(pair.set, 3)
         except KeyboardInterrupt:
             pass
         pair.repair()
         assert pair.values[0] == pair.values[1] and not pair.torn
-        assert pair.change(pair.set, 4) == 4 and pair.values == [4, 4]
+        assert pair.transact(pair.set, 4) == 4 and pair.values == [4, 4]
         if interrupt.count < at:
             break
     assert 20 < at < 999
@@ -297,13 +297,13 @@ def test_code_that_interrupts_a_change_may_leave_something_but_change_nothing():
     pair = Pair()
 
     def finalizer():
-        pair.settle_or_leave()
+        pair.apply_or_defer()
         with pytest.raises(RuntimeError, match="interrupts a change"):
-            pair.change(pair.set, 9)
+            pair.transact(pair.set, 9)
 
-    pair.change(pair.set, 3, finalizer)
+    pair.transact(pair.set, 3, finalizer)
     assert pair.values == [3, 3] and pair.settled == 1 and not pair.errors
-    pair.settle_or_leave()
+    pair.apply_or_defer()
     assert pair.settled == 2
 
 
@@ -314,8 +314,8 @@ def test_other_threads_wait():
         inside.set()
         go.wait(60)
 
-    first = threading.Thread(target=pair.change, args=(pair.set, 3, wait))
-    second = threading.Thread(target=pair.change, args=(pair.set, 4))
+    first = threading.Thread(target=pair.transact, args=(pair.set, 3, wait))
+    second = threading.Thread(target=pair.transact, args=(pair.set, 4))
     first.start()
     inside.wait(60)
     second.start()
