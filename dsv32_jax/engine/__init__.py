@@ -1,1 +1,1 @@
-"""Many requests at a time: what a step runs, blocks, the loop."""
+"""Continuous batching of many requests over one model: the engine, its scheduler, its blocks and its device programs."""

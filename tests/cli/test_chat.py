@@ -1,4 +1,4 @@
-"""Conversations: what is kept, what is obeyed, and Ctrl-C at each moment."""
+"""Conversations: their messages, their commands, and Ctrl-C at each moment."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def lm(tiny):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What the model generates, one entry an answer; an exception class in it is raised there. Prompts are kept."""
+    """The pieces that the model generates, a list for each answer; an exception in it is raised."""
     prompts: list[list[int]] = []
     waiting: list[list] = []
 
@@ -51,7 +51,7 @@ def answers(monkeypatch):
 
 @pytest.fixture
 def chat(dsv32, tiny, monkeypatch, answers):
-    """`dsv32 chat --json` of some answers to lines of standard input: (exit code, JSON or None, standard error)."""
+    """Runs `dsv32 chat --json` with lines of input and answers: (exit code, JSON or None, standard error)."""
     answers.clear()
 
     def run(lines, *texts, options=()):
@@ -222,7 +222,7 @@ def test_a_lost_interrupt_is_raised_again_where_it_is_expected():
 
 
 class Script:
-    """A terminal in which somebody types; functions are called at their turn."""
+    """A terminal whose user types the inputs in order; those that are functions are called."""
 
     interactive = True
 

@@ -17,6 +17,7 @@ from dsv32_jax.common.files import locked
 from dsv32_jax.convert import calibration
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate import loading
+from tests.cli.shards import read_shard
 from tests.harness import golden_directory, load_oracle, one_shape
 
 EXACT = ("--compute-dtype", "float32", "--no-act-quant")
@@ -163,7 +164,7 @@ def test_info_counts_a_checkpoint(dsv32, tiny):
 
 
 def test_info_is_of_the_files(dsv32, refused, tiny, tmp_path):
-    """And says where the config differs; without a name it is of the demo model."""
+    """It names where the config differs; without a name it describes the demo model."""
     spoilt = shutil.copytree(tiny, tmp_path / "spoilt")
     config = json.loads((spoilt / "config.json").read_text())
     (spoilt / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
@@ -205,7 +206,7 @@ def test_convert_takes_names_and_writes_the_other_layout(dsv32, tiny, tmp_path, 
 
 
 def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_path, monkeypatch):
-    """Before a text is calibrated on."""
+    """The refusal comes before the calibration on a text."""
     monkeypatch.setattr(calibration, "calibrate", lambda *_: 1 / 0)
     (tmp_path / "text").write_text("The keeper")
     quantize = ("quantize", "--model", tiny, "--scheme", "int8", "--calibration", tmp_path / "text")

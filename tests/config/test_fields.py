@@ -1,4 +1,4 @@
-"""Fields beside ModelConfig's attributes: computed, refused by name, known to change nothing, or named in a warning."""
+"""Fields beside ModelConfig's attributes are checked, refused by name, without effect, or named in a warning."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def hf(**changes):
 
 
 def read(**changes):
-    """The same read, where nothing may be warned of."""
+    """The same, read; no warning may come."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return ModelConfig.from_hf(hf(**changes))
@@ -183,7 +183,7 @@ def test_null_is_the_same_as_absent(name):
 
 
 def test_a_null_whose_meaning_is_disputed_is_refused():
-    """Absent means true here, and null false to transformers."""
+    """An absent field means true here, and to transformers a null means false."""
     with pytest.raises(UserError, match="norm_topk_prob is None"):
         read(norm_topk_prob=None)
 

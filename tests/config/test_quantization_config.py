@@ -1,4 +1,4 @@
-"""What a config of the compressed-tensors format may say, and what is refused."""
+"""Configs of the compressed-tensors format: those that are read, and those that are refused."""
 
 import copy
 
@@ -46,7 +46,7 @@ W8A8 = {
         }
     },
 }
-"""As other tools write it: all linears but a few."""
+"""A config as other tools write it, for all linears but a few."""
 
 
 def changed(*path_and_value):

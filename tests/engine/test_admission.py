@@ -1,4 +1,4 @@
-"""Arguments of requests: each is checked, by type and by range, when it is made or added."""
+"""Arguments of requests: their types and ranges are checked when a request is made or added."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def shared(lm):
 
 @pytest.fixture
 def engine(shared):
-    """What is refused leaves nothing behind."""
+    """A refused request leaves nothing in the engine."""
     yield shared
     assert not shared._owner and not shared.scheduler.waiting and shared.pool.statistics().in_use == 0
     while shared.busy:  # a step that was planned ahead

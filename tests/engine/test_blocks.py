@@ -1,4 +1,4 @@
-"""Allocation of blocks against a naive model of it, and against what a memory would hold that is written through it."""
+"""The block pool against a naive model of it, and against the contents of a memory that is written through it."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ TEXTS = [[(seed * 7 + i * i) % 11 for i in range(400)] for seed in range(3)]
 
 @dataclasses.dataclass(eq=False)
 class NaiveBlock:
-    """A block of the model: who holds it, what it is found by, and when it was last released."""
+    """A block of the model: its holders, its identity, and when it was last released."""
 
     holders: int = 0
     identity: tuple | None = None
@@ -27,7 +27,7 @@ class NaiveBlock:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A table, what its tokens are, the model's blocks, and how many tokens have a place."""
+    """A table, its tokens, the model's blocks, and the number of tokens that have a place."""
 
     table: BlockTable
     tokens: list[int]
@@ -37,7 +37,7 @@ class Sequence:
 
 
 class NaivePool:
-    """What `BlockPool` must do, by going through all blocks every time."""
+    """The specification of `BlockPool`: every operation goes through all blocks."""
 
     def __init__(self, count: int):
         self.blocks = [NaiveBlock() for _ in range(count)]
@@ -114,7 +114,7 @@ class Pools(RuleBasedStateMachine):
 
     @rule(sequence=sequences, count=st.integers(0, 150), commit=st.booleans())
     def grow(self, sequence, count, commit):
-        """Writes the next tokens: what is left of the prompt, then generated ones."""
+        """Writes the next tokens: the rest of the prompt, then generated ones."""
         while len(sequence.tokens) < sequence.length + count:
             sequence.tokens.append(len(sequence.tokens) % 5)
         start, stop = sequence.length, sequence.length + count

@@ -65,7 +65,7 @@ REQUEST = st.tuples(
 
 
 def programs() -> list[int]:
-    """How many of each function were compiled because they were called."""
+    """How many programs of each function have been compiled by calls."""
     functions = (engine_module.engine_step, engine_module.sample_tokens, engine_module.log_probabilities)
     return [function._cache_size() for function in (*functions, engine_module.copy_blocks)]
 
@@ -149,7 +149,7 @@ def test_what_the_engine_says_of_itself(lm):
 
 
 def test_log_probabilities(lm, engine):
-    """Of the drawn token and the likeliest, also beside a request that wants none, and whatever the temperature."""
+    """Those of the sampled token and the likeliest, at any temperature, also beside a request without them."""
     params = SamplingParams(4, temperature=1.5, seed=1, ignore_eos=True, logprobs=3)
     request = engine.add(TEXTS[0][:40], params)
     engine.generate([TEXTS[1][:40]], SamplingParams(9, ignore_eos=True))
@@ -189,7 +189,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
-    """A token's embedding is none. Others go on beside it, and behind it in the same blocks."""
+    """A token's embedding is not finite. Other requests go on, at the same time and later in the same blocks."""
     model = DeepseekV32(lm.config, nnx.Rngs(0))
     model.embed = model.embed.at[1].set(value)
     engine = Engine(LanguageModel(model, lm.config, options=EXACT), **SMALL)
@@ -207,7 +207,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
 
 
 def test_warming_up_beside_requests_changes_nothing(lm):
-    """Tokens that were drawn and that the host has not seen are fed to the next step all the same."""
+    """The next step still gets the sampled tokens that the host has not seen."""
     engine = Engine(lm, **SMALL)
     request = engine.add(TEXTS[0][:30], SamplingParams(40, ignore_eos=True))
     for _ in range(4):
@@ -218,7 +218,7 @@ def test_warming_up_beside_requests_changes_nothing(lm):
 
 
 def test_the_step_updates_the_cache_in_place(engine):
-    """No second cache: of the largest step, temporary memory is less than the cache."""
+    """There is no second cache: the largest step's output shares the memory of its input."""
     program, _ = engine.programs()[-1]()
     sizes = program.memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
@@ -229,7 +229,7 @@ def test_the_step_updates_the_cache_in_place(engine):
 
 
 def test_an_engine_like_another_finds_its_programs(lm, engine, caplog):
-    """Which holds the same model; `engine` has been warmed up."""
+    """The other engine has the same model; `engine` has been warmed up."""
     assert times_compiled("engine_step", Engine(lm, **SMALL).warmup, caplog) == 0
     other = Engine(lm, **SMALL | {"max_sequences": 3})
     other._sizes, other._widths = other._sizes[:1], other._widths[:1]

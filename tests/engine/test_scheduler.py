@@ -1,4 +1,4 @@
-"""Plans of steps, run on a memory of tokens instead of a model: what each step reads must be what its sequences are."""
+"""Planned steps run on a memory of tokens instead of a model: each step must read the tokens of its sequences."""
 
 import hashlib
 from collections import Counter
@@ -15,12 +15,12 @@ from tests.harness import slots_of_table
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    """What the model of these tests says after some tokens."""
+    """The next token by the model of these tests."""
     return hashlib.sha256(np.asarray([seed, *tokens], np.int64).tobytes()).digest()[0]
 
 
 def right(tokens: list[int], seed: int) -> int:
-    """A draft that is what the model will say."""
+    """A draft that equals the model's next token."""
     return next_token(tokens, seed)
 
 
@@ -29,12 +29,12 @@ def wrong(tokens: list[int], seed: int) -> int:
 
 
 def mixed(tokens: list[int], seed: int) -> int:
-    """Right, wrong, or none."""
+    """A draft that is right, wrong, or missing."""
     return (right(tokens, seed), wrong(tokens, seed), -1, right(tokens, seed))[tokens[-1] % 4]
 
 
 class Machine:
-    """Runs steps as an engine does, each planned before the tokens of the one before it are known.
+    """Runs steps as an engine does, each planned before the tokens of the previous one are known.
 
     With a `guess` at the token behind some tokens, instead as one that speculates.
     """
@@ -60,7 +60,7 @@ class Machine:
         return [first, *siblings]
 
     def step(self) -> bool:
-        """Plans and runs a step, then learns the tokens of the one before; False if there was nothing to do."""
+        """Plans and runs a step, then receives the tokens of the previous one; False if there was nothing to do."""
         planned = self.scheduler.schedule()
         result = None
         if planned is not None:
@@ -127,7 +127,7 @@ class Machine:
 
     @staticmethod
     def begins_here(planned, block):
-        """A block that is shared because siblings begin with what this step computes."""
+        """Whether a block is shared because siblings begin with the tokens that this step computes."""
         return any(len(part.receivers) > 1 and block in part.sequence.table.blocks for part in planned.parts)
 
     def check_pool(self):
@@ -271,7 +271,7 @@ def test_a_shared_prefix_is_not_computed_again():
 
 @pytest.mark.parametrize(("guess", "steps"), [(right, 2 + 44), (wrong, 90)])
 def test_a_right_draft_is_a_token_more_a_step(guess, steps):
-    """The prompt's step draws one token, each other two; the 90th comes alone."""
+    """The prompt's step samples one token, each other two; the 90th comes alone."""
     machine = Machine(4, Limits(64, 1), guess)
     machine.add(TEXTS[0][:50], 90)
     count = 0
@@ -299,7 +299,7 @@ def test_drafts_take_what_is_left_and_let_others_begin():
 
 
 def test_a_draft_costs_nobody_a_block():
-    """It is left out where there is no place; the token itself then takes the place of a younger sequence."""
+    """A draft is left out where there is no block for it; the token itself then takes that of a younger sequence."""
     machine = Machine(2, Limits(256, 2), wrong)
     for n in range(2):
         machine.add(TEXTS[n][:62], 60, n)
@@ -315,7 +315,7 @@ def test_a_draft_costs_nobody_a_block():
 
 
 def test_places_are_enough_for_what_fits_exactly():
-    """No draft behind the last token but one: it would need a place past those that are asked for."""
+    """The last token but one has no draft, which would need a place beyond those of the request."""
     machine = Machine(2, Limits(256, 1), right)
     sequence = machine.add(TEXTS[0][:100], 29)[0]
     machine.finish_all(100)

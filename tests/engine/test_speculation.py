@@ -1,4 +1,4 @@
-"""Two tokens a step: the same as without speculation, whatever the MTP layer guesses; and it guesses what it should."""
+"""Speculation gives the same tokens as an engine without it, and its drafts are those of the MTP layer."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ LARGE = {"cache_tokens": 2048, "max_tokens": 64, "max_sequences": 4}
 
 
 def guessing(influence: float, tokenizer=None, ahead: int = 0) -> LanguageModel:
-    """A model whose MTP layer knows how it goes on: it has the model's embedding, head and norms.
+    """A model whose MTP layer guesses well, since it has the model's embedding, head and norms.
 
     Args:
       influence: of attention and experts on both. 0: the next token depends on the last one alone, and the guess is
@@ -70,7 +70,7 @@ def plain(lm):
 
 
 def step(engine: Engine):
-    """A step, after which no block is lost or held twice."""
+    """Makes a step, after which no block is lost or counted twice."""
     events = engine.step()
     running = engine.scheduler.running
     assert sum(engine.pool._references) == sum(len(sequence.table.blocks) for sequence in running)
@@ -138,7 +138,7 @@ def test_every_request_gets_the_tokens_that_it_gets_without(engine, plain, reque
 
 
 def test_a_small_cache_preempts_and_drafts_are_right_and_wrong(engine, plain):
-    """What the test above relies on: all of this happens in this engine, with this model."""
+    """The test above relies on all of this happening in this engine, with this model."""
     before = engine.summary()
     params = SamplingParams(90, ignore_eos=True)
     requests = [engine.add(TEXTS[n][:150], params) for n in (0, 1, 1)]
@@ -153,7 +153,7 @@ def test_a_small_cache_preempts_and_drafts_are_right_and_wrong(engine, plain):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_guess_that_is_always_right_or_always_wrong(ahead):
-    """Right: about half the steps. Wrong, as it always says another token: as many as without. The tokens stay."""
+    """Right guesses save about half the steps; wrong ones, always of another token, save none. The tokens stay."""
     lm = guessing(0.0, ahead=ahead)
     want = Engine(lm, **LARGE).generate([TEXTS[0][:20]], SamplingParams(31, ignore_eos=True))[0]
     engine = Engine(lm, **SMALL, speculate=True)
@@ -166,7 +166,7 @@ def test_a_guess_that_is_always_right_or_always_wrong(ahead):
 
 
 def test_drafts_are_those_of_the_layer_over_the_whole_text(lm, monkeypatch):
-    """Also behind wrong drafts, prompts in pieces, and after a preemption: its entries are always the right ones."""
+    """Its cache entries are right also after wrong drafts, prompts in pieces, and a preemption."""
     seen = []
 
     def record(planned, tokens, drafts, metrics):
@@ -260,7 +260,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(lm, plain):
-    """Also behind a draft that was right."""
+    """Also where the logits follow a draft that was right."""
     want = plain.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
     last = next(n for n in range(5, 30) if want[0].tokens[0, n] not in {*want[0].tokens[0, :n], *want[1].tokens[0]})
     model = guessing(0.003).model
@@ -291,7 +291,7 @@ def test_what_it_needs(lm, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_model():
-    """Its own MTP layer, on texts like those that it was trained on.
+    """The demo model with its own MTP layer, on texts like those of its training.
 
     Without rounding of activations to FP8: the last bit of a float32 sum, which the shape of a step decides, would move
     some of them by a whole step, and other tokens would follow; without speculation too.

@@ -1,4 +1,4 @@
-"""Who gets which event: each once and in order, whoever makes the steps; and what leaving a stream does."""
+"""Every event is handed out once and in order, whoever makes the steps; leaving a stream cancels its request."""
 
 import gc
 import sys
@@ -84,7 +84,7 @@ def test_a_stream_that_begins_late_has_what_came_before(engine):
 
 
 def test_steps_between_the_events_of_a_stream(engine):
-    """`step` returns what nobody streams, also what came while another made the steps; each event goes to one."""
+    """`step` returns the events of requests without a stream, also those of steps that a stream made; each once."""
     streamed, other = add(engine, 2)
     stream, mine, returned = engine.stream(streamed), [], []
     for event in stream:
@@ -175,7 +175,7 @@ def test_an_interrupt_inside_a_stream_ends_its_request_alone(engine, monkeypatch
 
 
 def test_a_stream_that_is_collected_in_the_middle_of_a_step(engine, monkeypatch):
-    """Python may do so anywhere: its request ends with the next call."""
+    """Python may collect it anywhere: its request ends with the next call."""
     left, other = add(engine, 2, THIRTY)
     streams, schedule = [engine.stream(left)], engine.scheduler.schedule
 
@@ -220,7 +220,7 @@ def test_a_request_of_another_engine_is_refused(engine, lm):
 
 
 def test_threads_share_an_engine(engine):
-    """Some stream, some generate, some step; each gets what it gets alone."""
+    """Some threads stream, some generate, some step; each request gets the tokens that it gets alone."""
     prompts = [TEXTS[n % 2][n : n + 20] for n in range(6)]
     want = [tokens(engine.generate([prompt], THIRTY)[0]) for prompt in prompts]
     tokens_of, errors = {}, []

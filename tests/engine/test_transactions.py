@@ -1,4 +1,4 @@
-"""Interrupts at any point of an engine's calls: what was under way goes on or ends, and nothing is half done."""
+"""Interrupts at any point of an engine's calls: requests go on or end, and no change is half made."""
 
 import signal
 import sys
@@ -71,7 +71,7 @@ def tokens(request) -> list[list[int]]:
 
 
 def run(engine: Engine) -> None:
-    """To the end; after each step no block is lost, held twice or found by what it does not hold."""
+    """Runs to the end, and checks after each step that no block is lost, counted twice or both free and in use."""
     while True:
         blocks = [block for sequence in engine.scheduler.running for block in sequence.table.blocks]
         pool = engine.pool
@@ -92,7 +92,7 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def tokens_alone(engine):
-    """What each case gets when nothing else runs and nothing is cached."""
+    """The tokens of each case when nothing else runs and nothing is cached."""
     tokens_of = {}
     for case in CASES:
         engine.pool.forget()
@@ -162,7 +162,7 @@ def test_an_interrupt_at_any_point_of_a_call(engine, tokens_alone, cases, steps,
     ],
 )
 def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, tokens_alone, monkeypatch, error, place):
-    """In the middle of a prompt of 130 tokens, which then comes again."""
+    """The step ends in the middle of a prompt of 130 tokens, which is then added again."""
     case = CASES[1]
     owner, _, name = place.rpartition(".")
     target = getattr(engine, owner) if owner else engine
@@ -213,7 +213,7 @@ def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine
 
 
 def test_a_signal_ends_a_call_in_the_middle(engine, tokens_alone):
-    """A real one, after whatever time."""
+    """A real signal, at an arbitrary time."""
     request = engine.add(*arguments_of(CASES[0]))
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:

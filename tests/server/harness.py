@@ -34,7 +34,7 @@ def client(engine, **changes) -> Iterator[TestClient]:
 
 
 def wait(condition) -> None:
-    """Until it holds; a test that waits for ever is one that fails."""
+    """Waits until a condition holds; fails after a minute."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "this never came"
@@ -42,7 +42,7 @@ def wait(condition) -> None:
 
 
 def error(response, status: int) -> dict:
-    """The error of an answer, in OpenAI's shape."""
+    """The error in an answer, in the JSON of OpenAI's API."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     (body,) = response.json().values()
@@ -58,7 +58,7 @@ def events(text: str) -> list[dict]:
 
 
 class Gate:
-    """Lets an engine make so many steps, or as many as it likes."""
+    """Lets an engine make a number of steps, or any number once it is open."""
 
     def __init__(self, engine, monkeypatch):
         self._allowed, self._open, step = threading.Semaphore(0), False, engine.step
@@ -74,7 +74,7 @@ class Gate:
         self._allowed.release(count)
 
     async def until(self, condition) -> None:
-        """Steps until it holds, and perhaps some more."""
+        """Allows steps until a condition holds; the engine may make some more."""
         async with asyncio.timeout(60):
             while not condition():
                 self.step()
@@ -104,7 +104,7 @@ async def until(condition) -> None:
 
 
 class Call:
-    """One open request: its client can wait, look at what has come, and go away."""
+    """One open request: its client can wait, look at the answer so far, and disconnect."""
 
     def __init__(self, app, path: str, content=None, *, chunks: list[bytes] | None = None, headers=None):
         self.status, self.headers, self.body = 0, {}, b""

@@ -1,4 +1,4 @@
-"""The key: asked for on every route that is or is not, and compared as a whole."""
+"""The API key is required on every route, also where there is none, and compared as a whole."""
 
 import asyncio
 import hmac
@@ -83,7 +83,7 @@ def test_two_keys_are_none(session_engine):
 
 
 def test_the_comparison_takes_the_same_time_for_every_key(session_engine, monkeypatch):
-    """All that is compared are digests of one length, by the function that is made for it."""
+    """Only digests of one length are compared, by `hmac.compare_digest`."""
     seen, compare = [], hmac.compare_digest
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
 

@@ -1,4 +1,4 @@
-"""What right requests get: the engine's own tokens and texts, in OpenAI's shapes, whole and as a stream."""
+"""Right requests get the engine's own tokens and texts, in the JSON of OpenAI's API, whole and as a stream."""
 
 import pytest
 
@@ -100,7 +100,7 @@ def test_a_stream_says_the_same_as_the_whole(server, path, n):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_steps_with_several_tokens_of_a_choice(server, session_engine, monkeypatch, path):
-    """As of an engine that speculates: the reason comes with the last of them, each has its own log-probability."""
+    """Such as those of an engine that speculates: the reason comes with the last token, a log-probability with each."""
     ask = PATHS[path] | {"n": 2, "temperature": 1, "seed": 3, "max_tokens": 9, "stream": True}
     ask |= {"logprobs": True, "top_logprobs": 1} if "chat" in path else {"logprobs": 1}
 
@@ -203,7 +203,7 @@ def test_several_prompts_of_ids_and_texts(server, lm):
 
 
 def test_cached_tokens_and_salts(server, session_engine):
-    """Only equal salts share what is cached."""
+    """Only prompts with equal salts share cached blocks."""
     session_engine.pool.forget()
     ids = [(i * i) % 97 + 2 for i in range(150)]
 

@@ -1,4 +1,4 @@
-"""/metrics is what the engine says of itself, in Prometheus' format; and so is the file of --metrics-log."""
+"""/metrics and the file of --metrics-log have the engine's summary."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_metrics_are_the_engines_summary(engine):
 
 
 def test_every_count_of_the_summary_is_there(engine):
-    """A number that is added to `Metrics.summary` must find its place here, or among those that follow from others."""
+    """A number that is added to `Metrics.summary` must be exported, or be listed as following from others."""
     derived = {"generated_tokens_per_second", "acceptance_rate", "finished", "cache"}
     known = {*prometheus.COUNTERS, *prometheus.GAUGES, *prometheus.LATENCIES, *derived}
     assert set(engine.summary()) <= known

@@ -1,4 +1,4 @@
-"""What wrong requests get: an error in OpenAI's shape that names the field, and nothing of them in the engine."""
+"""Wrong requests get an error in the JSON of OpenAI's API that names the field, and never reach the engine."""
 
 import ast
 import json
@@ -166,7 +166,7 @@ def test_bodies_that_are_no_json(server, path, body, message):
 
 
 def test_a_body_must_say_that_it_is_json(server):
-    """A page in a browser can send other types anywhere without asking."""
+    """A page in a browser can send other content types anywhere without a preflight request."""
     for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
         content = json.dumps(COMPLETION)
         assert error(server.post(COMPLETIONS, content=content, headers={"content-type": content_type}), 415)
@@ -187,7 +187,7 @@ def test_too_long_prompts(server, lm):
 
 
 def test_too_many_log_probabilities(server, monkeypatch):
-    """Their number is what is limited, whatever it comes from."""
+    """Their whole number is limited: choices times tokens times alternatives."""
     monkeypatch.setattr("dsv32_jax.server.api_request.MAX_LOGPROB_ENTRIES", 300)
     ask = COMPLETION | {"logprobs": 9, "max_tokens": 10}
     assert server.post(COMPLETIONS, json=ask | {"n": 3}).status_code == 200

@@ -54,7 +54,7 @@ def running_server(session_engine):
 
 
 def test_openais_client(running_server, reference_engine, lm):
-    """Streams of completions and chats, of several clients at a time, are what the engine says alone."""
+    """Streams of completions and chats, of several clients at a time, have the tokens of an engine alone."""
     _, port = running_server
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
@@ -110,7 +110,7 @@ def test_a_client_that_leaves_a_real_stream(running_server):
 
 
 def raw(port: int, data: bytes, second: bytes = b"") -> bytes:
-    """What comes for these bytes, and after a first answer for those, until the server closes the connection."""
+    """Sends bytes, and after a first answer others; returns all answers until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(data)
         received = b""
@@ -229,7 +229,7 @@ def test_a_port_that_is_taken():
 
 
 def test_the_command_serves_and_drains(tmp_path):
-    """`dsv32 serve` as a process of its own, from its first line to SIGTERM."""
+    """`dsv32 serve` as a process, from its first line to SIGTERM."""
     model, log = golden_directory("tiny") / "model", tmp_path / "log.jsonl"
     flags = "--port 0 --name m --max-sequences 1 --max-step-tokens 8 --cache-tokens 64 --compute-dtype float32"
     command = [sys.executable, "-m", "dsv32_jax.cli", "serve", "--model", str(model), *flags.split()]

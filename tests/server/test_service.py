@@ -1,4 +1,4 @@
-"""Requests that wait, are given up, come too late or fail: what others get, and that nothing of them is left."""
+"""Requests that wait, are cancelled, expire or fail: others get their answers, and no block stays in use."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def call(app, path="/v1/completions", **changes):
 
 
 async def in_use(app) -> int:
-    """Blocks that are held, as the engine's thread says after all commands and before its next step."""
+    """Blocks in use, as the engine's thread counts them after all commands and before its next step."""
     return (await app.state.service.worker.summary())["cache"]["in_use"]
 
 
@@ -131,7 +131,7 @@ def test_prompts_of_one_request_find_room_together_or_not_at_all(engine, gate):
 
 
 def test_the_deadline(engine, gate):
-    """Of one that runs, one whose stream has begun, and one that waits."""
+    """The deadline of a request that runs, one whose stream has begun, and one that waits."""
     now = [0.0]
 
     async def run():
@@ -200,7 +200,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monk
 
 
 def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog):
-    """Its client is told; others get their answers."""
+    """Its client gets an error; others get their answers."""
     fetched = engine_module.SampledTokens.fetched
 
     def first_row(sampled):
@@ -231,7 +231,7 @@ def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog
 
 
 def test_a_request_that_the_engine_does_not_take(engine, monkeypatch):
-    """Whatever its error is; and the first prompt of a request goes with the second."""
+    """Its client gets an error of any kind; where the second prompt is refused, the first is cancelled."""
     add = engine.add
 
     def second(*arguments, **options):
@@ -367,7 +367,7 @@ def test_a_model_without_a_tokenizer_is_not_served(engine, lm, monkeypatch):
 
 
 def test_many_at_once_get_what_they_get_alone(engine, reference_engine):
-    """Whole and streamed, in a queue; some leave. No block is lost."""
+    """Whole and streamed answers, in a queue; some clients disconnect. No block is lost."""
     prompts = [f"ship number {n}" for n in range(12)]
 
     async def run():
