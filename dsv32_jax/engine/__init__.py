@@ -1,1 +1,1 @@
-"""Continuous batching of many requests over one model: the engine, its scheduler, its blocks and its device programs."""
+"""Continuous batching of many requests over one model: the engine, its scheduler, blocks and device programs."""
