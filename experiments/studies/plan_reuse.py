@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     lm = load(arguments.model)
+    assert lm.tokenizer is not None
     found = measure(lm, held_out.windows(lm.tokenizer, LENGTH, arguments.windows), PERIODS)
     write_json(arguments.out, {**environment(), "model": arguments.model, **found})
     print("steps  KL (nats)  same best token  perplexity")

@@ -146,6 +146,7 @@ def losses(
     states, reports = hidden_states(model, ids, run)
     log = {"loss": cross_entropy(states, model.head, ids, weights, 1)}
     if config.has_mtp:
+        assert model.mtp is not None
         after, report = mtp_states(model.mtp, model.embed, config, states, jnp.roll(ids, -1, 1), run)
         log["mtp_loss"] = cross_entropy(after, model.head, ids, weights, 2)
         reports.append(report)

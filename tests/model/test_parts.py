@@ -167,7 +167,10 @@ def wrong_dtype(*arrays, k):
 def test_results_of_another_shape_or_dtype_say_what_was_expected(lm):
     wrong = {
         "index_select": (wrong_dtype, r"gave float32 \[64, 8\]; must be int32 \[64, 8\]"),
-        "route": (lambda logits, bias: (logits, logits), r"gave \(float32 \[64, 8\], float32 \[64, 8\]\); must be \(int"),
+        "route": (
+            lambda logits, bias: (logits, logits),
+            r"gave \(float32 \[64, 8\], float32 \[64, 8\]\); must be \(int",
+        ),
         "rms_norm": (lambda x, weight, eps: x[:1], r"gave float32 \[1, 128\]; must be float32 \[64, 128\]"),
         "make_plan": (lambda experts, valid, num_experts: experts, "must be a RoutingPlan"),
         "combine": (lambda rows, weights, plan: None, "gave NoneType; must be float32"),

@@ -57,7 +57,7 @@ def statistics(lm: LanguageModel, windows: np.ndarray, folder: Path = KEPT) -> d
         arrays = {f"{path}/{name}": np.asarray(getattr(own, name)) for path, own in found.items() for name in fields}
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as temporary, open(temporary, "wb") as out:
-            np.savez(out, **arrays)
+            np.savez(out, allow_pickle=False, **arrays)
     with np.load(file) as arrays:
         paths = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
         return {path: Statistics(*(jnp.asarray(arrays[f"{path}/{name}"]) for name in fields)) for path in paths}
