@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Beside the ops: what they are called with or refer to.
-_HELPERS = ("backend", "paging", "rowwise", "shapes", "tuning")
+_HELPERS = ("backend", "cache_format", "paging", "rowwise", "shapes", "tuning")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,8 @@
 Callers write `rowwise.rope_half_split` and the like, so that a test can plant a bug for all of them in one place.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,10 +59,18 @@ def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`rope_half_split` of the first R features of x [T, ..., D]: index queries and keys, where MLA has them last."""
-    rope, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([rope_half_split(rope, cos, sin), rest], axis=-1)
+def rope_leading(
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    rope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Rotates the first R features of x [T, ..., D], index queries and keys; MLA has its rope features last.
+
+    `rope` rotates them, given as [T, ..., R]; `rope_half_split` where None.
+    """
+    rotated, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([(rope or rope_half_split)(rotated, cos, sin), rest], axis=-1)
 
 
 # ---- Hadamard ------------------------------------------------------------------------------------------------------

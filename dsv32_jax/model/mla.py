@@ -15,7 +15,8 @@ from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
 from dsv32_jax.model.quant import Weight, concatenated, dense
 from pallas_kernels import rowwise
-from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
+from pallas_kernels.cache_format import read_latents
+from pallas_kernels.cache_write import KeyNorms, cache_write, latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits

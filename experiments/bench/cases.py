@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.cache_write import KeyNorms, cache_write, index_block_bytes, record_bytes
-from pallas_kernels.cache_write.reference import pack_latents, to_bytes
+from pallas_kernels.cache_format import index_block_bytes, pack_record, record_bytes, to_bytes
+from pallas_kernels.cache_write import KeyNorms, cache_write
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits
 from pallas_kernels.paging import BLOCK_SIZE, physical_slots
@@ -234,7 +234,7 @@ def latent_cache(key: jax.Array, blocks: int, latent: int, rope: int, form: str)
 
     def block(block_key: jax.Array) -> jax.Array:
         values = normal(block_key, (BLOCK_SIZE, latent + rope)) / 8
-        return pack_latents(values[:, :latent], values[:, latent:], "ue8m0")
+        return pack_record(values[:, :latent], values[:, latent:], "ue8m0")
 
     def fill(key: jax.Array) -> jax.Array:
         block_keys = jax.random.split(key, LAYERS * blocks)

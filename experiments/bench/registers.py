@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from pallas_kernels import tuning
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
 from pallas_kernels.grouped_matmul.swiglu import Result
 from pallas_kernels.grouped_matmul.swiglu_few import swiglu_few_rows

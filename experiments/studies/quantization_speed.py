@@ -43,7 +43,7 @@ from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init, is_linear, named_parameters
 from pallas_kernels.backend import BACKENDS
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 
 RESULT = RESULTS / "quantization_speed.json"
 

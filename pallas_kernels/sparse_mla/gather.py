@@ -29,7 +29,7 @@ from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.cache_write import record_bytes, unpack_latents
+from pallas_kernels.cache_format import record_bytes, unpack_rows
 from pallas_kernels.mosaic import (
     REF,
     SCALAR,
@@ -422,7 +422,7 @@ class InterpretedGather:
 
     def fetch(self, kv: Any, rows: Any, half: Any, first_row: Any, after: Any, *, unit: int) -> Any:
         del first_row, after, unit
-        values = unpack_latents(kv[...][jnp.maximum(rows, 0)], ROPE, jnp.bfloat16)
+        values = unpack_rows(kv[...][jnp.maximum(rows, 0)], ROPE, jnp.bfloat16)
         values = jnp.where(rows[:, None] >= 0, values, jnp.zeros_like(values))
         return lax.dynamic_slice_in_dim(values, half * HALF, HALF, axis=1), values[:, LATENT:]
 

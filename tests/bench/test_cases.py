@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.experiments.bench import attention, cases, moe_layer, run
-from pallas_kernels.cache_write import read_index_keys, read_latents
+from pallas_kernels.cache_format import read_index_keys, read_latents
 from pallas_kernels.shapes import SHAPES, TINY, SparseMLA, TopK
 
 KEY = jax.random.key(3)

@@ -9,7 +9,8 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.backend import BackendError
-from pallas_kernels.cache_write import KeyNorms, index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
+from pallas_kernels.cache_write import KeyNorms
 
 T, H, E = 3, 2, 16
 F32, BF16, E4M3, INT = jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32

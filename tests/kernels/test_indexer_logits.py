@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.cache_write import index_block_bytes, scatter
+from pallas_kernels.cache_format import index_block_bytes, store_keys
 from pallas_kernels.indexer_logits import indexer_logits, mosaic_gpu
 from pallas_kernels.indexer_logits.shares import shares
 from pallas_kernels.quantize import quantize
@@ -31,7 +31,7 @@ def case(form: str):
     fp8 = form == "fp8"
     index = jnp.zeros((1, BLOCKS, index_block_bytes(DIM)), jnp.uint8) if fp8 else jnp.zeros((1, BLOCKS, 64, DIM))
     kv = jnp.zeros((1, BLOCKS, 64, 9))
-    _, index = scatter(kv, index, 0, jnp.arange(len(keys)), keys[:, :8], keys[:, :1], keys)
+    _, index = store_keys(kv, index, 0, jnp.arange(len(keys)), keys[:, :8], keys[:, :1], keys)
     key_scale = np.ones(len(keys))
     q = queries
     if fp8:

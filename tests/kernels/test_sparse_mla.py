@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import BackendError
-from pallas_kernels.cache_write import record_bytes, scatter
+from pallas_kernels.cache_format import record_bytes, store_keys
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.sparse_mla import dense_mla, mosaic_gpu, sparse_mla
 from pallas_kernels.sparse_mla.combine import combine
@@ -116,7 +116,7 @@ def test_fp8_records_equal_their_dequantised_rows():
     latent, rope_key, key = (rng.standard_normal((BLOCKS * 64, n)).astype(np.float32) for n in (LATENT, ROPE, 8))
     rope_key = np.asarray(jnp.asarray(rope_key, jnp.bfloat16), np.float32)
     packed = jnp.zeros((2, BLOCKS, 64, record_bytes(LATENT, ROPE)), jnp.uint8)
-    packed, _ = scatter(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
+    packed, _ = store_keys(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
     rows = np.concatenate([numpy_model.fake_quantise(latent, "ue8m0"), rope_key], -1)
     plain = np.stack([np.zeros_like(rows), rows]).reshape(2, BLOCKS, 64, -1).astype(np.float32)
     assert_same(attend(queries, packed, slots), expected(queries, plain, slots))
