@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
 from dsv32_jax.experiments.bench.matmuls import scales_by_group
-from pallas_kernels import tuning
 from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows_fp8, make_plan, route
+from pallas_kernels.moe_dispatch.config import choose_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
+from pallas_kernels.moe_dispatch.shapes import MoEDispatch
 from pallas_kernels.quantize import GROUP, quantize, quantize_int8, rms_norm_quantize
-from pallas_kernels.shapes import MoEDispatch, MoELayer, Quantize
+from pallas_kernels.quantize.shapes import Quantize
+from pallas_kernels.shapes import MoELayer
 
 SCALING_FACTOR = 2.5
 """Of the chosen experts' weights, in the model's config."""
@@ -34,7 +36,7 @@ def build_reference(shape: Quantize | MoEDispatch) -> Case:
 def config(shape: Quantize | MoEDispatch) -> dict[str, Any]:
     """The sizes that the routing plan's kernel takes at this shape; the other kernels have none to choose."""
     if isinstance(shape, MoEDispatch) and shape.step == "plan":
-        return dataclasses.asdict(tuning.moe_plan(shape.tokens * shape.chosen))
+        return dataclasses.asdict(choose_config(shape.tokens * shape.chosen))
     return {}
 
 

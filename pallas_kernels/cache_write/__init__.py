@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.arguments import FLOAT32, FLOATS, INT32, check, check_layer
 from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
 from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu, reference
+from pallas_kernels.cache_write.config import CONFIG
 from pallas_kernels.cache_write.reference import KeyNorms, index_keys, latents
 from pallas_kernels.operators import callable_package
 from pallas_kernels.paging import BLOCK_SIZE
@@ -114,7 +115,7 @@ def cache_write(
             eps=(norms.latent_eps, norms.index_eps),
             quantize_latent=quantize_latent,
             scale_fmt=scale_fmt,
-            config=tuning.CACHE_WRITE,
+            config=CONFIG,
             interpret=mosaic.interpret_on(chosen),
         )
 

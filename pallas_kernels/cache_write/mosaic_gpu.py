@@ -22,12 +22,12 @@ from jax import lax
 from pallas_kernels import mosaic, rowwise
 from pallas_kernels.cache_format import index_block_bytes, pack_rows, record_bytes, to_bytes
 from pallas_kernels.cache_write import reference
+from pallas_kernels.cache_write.config import Config
 from pallas_kernels.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX
 from pallas_kernels.quantize.reference import quantize as reference_quantize
-from pallas_kernels.tuning import CacheWrite
 
 LATENT, ROPE, DIM = 512, 64, 128
 HADAMARD_ENTRY = float(np.asarray(DIM**-0.5, jnp.bfloat16))
@@ -348,7 +348,7 @@ def cache_write(
     eps: tuple[float, float],
     quantize_latent: bool,
     scale_fmt: str | None,
-    config: CacheWrite,
+    config: Config,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The op's kernel, of at least one token; layer is int32 [1]."""

@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
+from pallas_kernels.indexer_logits.config import Config, choose_config
 from pallas_kernels.indexer_logits.shares import share_function, share_twin, shares
 from pallas_kernels.indexer_logits.tile import (
     COLUMNS,
@@ -247,7 +247,7 @@ class Part:
 def shares_of_parts(sequence: jax.Array, positions: jax.Array, block_tables: jax.Array, tokens: int) -> jax.Array:
     """`Part.shares` of parts of `tokens` tokens, a divisor of T; by the config that `indexer_logits` takes for them."""
     sequences, blocks = block_tables.shape
-    config = tuning.indexer_logits(tokens, sequences)
+    config = choose_config(tokens, sequences)
     cut = [x.reshape(-1, tokens) for x in (sequence, positions)]
     return jax.vmap(functools.partial(shares, limit=blocks * BLOCK_SIZE, config=config))(*cut)
 
@@ -271,7 +271,7 @@ def indexer_logits(
     fill: bool = True,
     part: Part | None = None,
     interpret: Any = None,
-    config: tuning.IndexerLogits | None = None,
+    config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.indexer_logits`; for what is not `unsupported`.
 
@@ -279,7 +279,7 @@ def indexer_logits(
       fill: without it, blocks of 64 scores that lie wholly past a token's position are not written.
       part: the scores of one part of the tokens alone; `sequence` and `positions` then have whole parts, the last one
         filled up with tokens at position -1.
-      config: for measurements; the default is the choice of `tuning`.
+      config: for measurements; the default is that of `choose_config`.
 
     Returns:
       float32 [T, N * 64], or [part.tokens, N * 64].
@@ -289,7 +289,7 @@ def indexer_logits(
         tokens = part.tokens
     if tokens == 0 or blocks == 0:
         return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
-    config = config or tuning.indexer_logits(tokens, sequences)
+    config = config or choose_config(tokens, sequences)
     layers, blocks_of_layer, _ = index.shape
     if heads < HEADS:
         queries, head_weights = pad_heads(queries, head_weights)

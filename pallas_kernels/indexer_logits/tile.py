@@ -11,7 +11,8 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
+from pallas_kernels.indexer_logits.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
@@ -55,7 +56,7 @@ def minus_infinity() -> ir.Value:
     return arith.constant(ir.F32Type.get(), float("-inf"))
 
 
-def tile_function(config: tuning.IndexerLogits, row: int):
+def tile_function(config: Config, row: int):
     """A function of a warpgroup: its part of a tile.
 
     Its arguments:
@@ -149,7 +150,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
     return tile
 
 
-def tile_twin(config: tuning.IndexerLogits, row: int):
+def tile_twin(config: Config, row: int):
     """`tile_function` for the interpreter."""
     del row
     tokens, blocks = config.tokens, config.blocks

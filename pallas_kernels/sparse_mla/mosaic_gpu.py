@@ -34,9 +34,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.sparse_mla.combine import combine
+from pallas_kernels.sparse_mla.config import Config, choose_config
 from pallas_kernels.sparse_mla.gather import (
     BIAS,
     HALF,
@@ -73,7 +73,7 @@ class Problem:
     keys: int
     masked: bool
     scale: float
-    config: tuning.SparseMLA
+    config: Config
 
     @property
     def items(self) -> int:
@@ -522,7 +522,7 @@ def sparse_mla(
     lengths: jax.Array | None,
     scale: float,
     *,
-    config: tuning.SparseMLA | None = None,
+    config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The op on a GPU; arguments as those of the public op, which checks them. `config` None: as tuned."""
@@ -531,7 +531,7 @@ def sparse_mla(
     if tokens == 0:
         return jnp.zeros((0, heads, LATENT), queries.dtype), jnp.zeros((0, heads), jnp.float32)
     groups = -(-heads // HEADS)
-    config = config or tuning.sparse_mla(tokens, groups, keys, fp8=kv.dtype == jnp.uint8)
+    config = config or choose_config(tokens, groups, keys, fp8=kv.dtype == jnp.uint8)
     problem = Problem(tokens, groups, keys, lengths is None, float(scale), config)
     if lengths is None:
         lengths = jnp.max(jnp.where(slots >= 0, lax.broadcasted_iota(jnp.int32, slots.shape, 1) + 1, 0), axis=1)

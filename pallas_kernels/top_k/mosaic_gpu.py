@@ -22,7 +22,6 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import without_gradient
 from pallas_kernels.mosaic import (
     INT32,
@@ -41,13 +40,12 @@ from pallas_kernels.mosaic import (
     splat,
     thread_index,
 )
+from pallas_kernels.top_k.config import INTERPRETED, Config, choose_config
 from pallas_kernels.top_k.selection import BINS, NEGATIVE_INFINITY, SCRATCH_WORDS
 from pallas_kernels.top_k.streaming import NO_HISTOGRAM, Progress, Streaming
 
 LANE_ROW = 256
 """Scores in a row of a TMA box: the most there can be. A row of scores is a whole number of these."""
-
-Config = tuning.TopK
 
 
 class Steps:
@@ -276,7 +274,7 @@ def top_k(
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     if config is None:
-        config = tuning.TOP_K_INTERPRETED if interpret else tuning.top_k(rows, length)
+        config = INTERPRETED if interpret else choose_config(rows, length)
     if part:
         operands = (lengths, part.number.reshape(1))
         run = launch(scores.shape, k, (), config, interpret)

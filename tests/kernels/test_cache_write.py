@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, rowwise, tuning
+from pallas_kernels import mosaic, rowwise
 from pallas_kernels.cache_format import store_keys
 from pallas_kernels.cache_write import KeyNorms, cache_write, index_keys, latents, mosaic_gpu
+from pallas_kernels.cache_write.config import CONFIGS, Config
 from tests.kernels.cases import cache_write as cases
 
 BLOCKS, LATENT = 4, 512
@@ -130,7 +131,7 @@ def test_the_kernel_refuses_a_gradient():
 # ---- the kernel --------------------------------------------------------------------------------------------------
 
 
-def kernel(case: cases.Case, config: tuning.CacheWrite, interpret=None):
+def kernel(case: cases.Case, config: Config, interpret=None):
     """The case in the kernel itself, with a config of one's own: a function of its arrays."""
 
     def call(kv, index, slots, *others):
@@ -151,9 +152,9 @@ def kernel(case: cases.Case, config: tuning.CacheWrite, interpret=None):
 
 
 INTERPRETED = [
-    (0, tuning.CacheWrite(tokens=1)),
-    (1, tuning.CacheWrite(warpgroups=2, tokens=2)),
-    (2, tuning.CacheWrite(tokens=3)),
+    (0, Config(tokens=1)),
+    (1, Config(warpgroups=2, tokens=2)),
+    (2, Config(tokens=3)),
 ]
 
 
@@ -172,7 +173,7 @@ def test_op_in_the_interpreter():
     cases.check_against_reference(case, *cases.run(case, "interpret"))
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["cache_write"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("case", cases.real()[::3], ids=lambda case: case.name)
 def test_kernel_lowers(case, config):
     text = jax.jit(kernel(case, config)).trace(*case.arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -181,9 +182,9 @@ def test_kernel_lowers(case, config):
 
 def test_config_validates_itself():
     with pytest.raises(ValueError, match="1 to 8 warpgroups, not 9"):
-        tuning.CacheWrite(warpgroups=9)
+        Config(warpgroups=9)
     with pytest.raises(ValueError, match="at least one token, not 0"):
-        tuning.CacheWrite(tokens=0)
+        Config(tokens=0)
 
 
 def test_the_caches_are_updated_in_place_and_layers_share_a_kernel():

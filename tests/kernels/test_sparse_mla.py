@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import BackendError
 from pallas_kernels.cache_format import record_bytes, store_keys
+from pallas_kernels.hopper import SMS
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.sparse_mla import dense_mla, mosaic_gpu, sparse_mla
 from pallas_kernels.sparse_mla.combine import combine
+from pallas_kernels.sparse_mla.config import BF16, CONFIGS, FP8, choose_config
 from tests import numpy_model
 from tests.kernels.cases import sparse_mla as cases
 
@@ -223,9 +224,9 @@ def lower(arguments, lengths, **options):
     return jax.jit(op).trace(queries, kv, layer, slots, lengths).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["sparse_mla"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_config_lowers(config):
-    fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    fp8 = config.registers == FP8.registers
     text = lower(shapes(fp8=fp8), True, config=config)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == (1 if config.splits == 1 else 2)
 
@@ -238,7 +239,7 @@ def test_other_shapes_lower(fp8, heads, keys, lengths):
 
 def test_the_cache_is_handed_over_whole():
     """Nothing touches the cache, or a layer of it, but the flat view of it and the kernel."""
-    text = lower(shapes(layers=3), True, config=tuning.SPARSE_MLA_BF16)
+    text = lower(shapes(layers=3), True, config=BF16)
     sizes = ("3x8x64x576xbf16", "1536x576xbf16", "8x64x576xbf16", "512x576xbf16")
     lines = [line for line in text.splitlines() if any(size in line for size in sizes)]
     operations = [re.search(r"func\.func|call @sparse_mla|stablehlo\.\w+", line) for line in lines]
@@ -256,13 +257,13 @@ def test_choice_of_splits():
         for tokens in (1, 2, 3, 8, 17, 32, 64, 67, 100, 128, 500, 4096):
             for groups in (1, 2):
                 for keys in (1, 128, 129, 500, 2048):
-                    config = tuning.sparse_mla(tokens, groups, keys, fp8=fp8)
-                    assert config in tuning.CONFIGS["sparse_mla"]
+                    config = choose_config(tokens, groups, keys, fp8=fp8)
+                    assert config in CONFIGS
                     assert config.splits <= -(-keys // 128)
-                    assert config.splits == 1 or tokens * groups < 2 * tuning.SMS
-    assert tuning.sparse_mla(1, 2, 2048, fp8=True).splits == 16
-    assert tuning.sparse_mla(8, 2, 2048, fp8=True).splits == 8
-    assert tuning.sparse_mla(128, 2, 2048, fp8=True).splits == 1
+                    assert config.splits == 1 or tokens * groups < 2 * SMS
+    assert choose_config(1, 2, 2048, fp8=True).splits == 16
+    assert choose_config(8, 2, 2048, fp8=True).splits == 8
+    assert choose_config(128, 2, 2048, fp8=True).splits == 1
 
 
 def test_configs_check_themselves():
@@ -274,7 +275,7 @@ def test_configs_check_themselves():
         {"registers": (212, 72)},
     ):
         with pytest.raises(ValueError, match=str(next(iter(wrong)))):
-            dataclasses.replace(tuning.SPARSE_MLA_BF16, **wrong)
+            dataclasses.replace(BF16, **wrong)
 
 
 def test_no_tokens():
@@ -293,9 +294,6 @@ def interpreting(capfd):
     assert int(os.environ.get("NPROC", os.cpu_count())) >= 4, "set NPROC=8 before JAX starts: see tests/conftest.py"
     yield
     assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-BF16, FP8 = tuning.SPARSE_MLA_BF16, tuning.SPARSE_MLA_FP8
 
 
 @pytest.mark.interpret
