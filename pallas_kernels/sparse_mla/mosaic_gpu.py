@@ -50,7 +50,7 @@ from pallas_kernels.sparse_mla.gather import (
     DequantisingGather,
     InterpretedGather,
 )
-from pallas_kernels.sparse_mla.products import COLUMN, MATRIX, ROW, InterpretedProducts, Products, rows, zeros
+from pallas_kernels.sparse_mla.products import COLUMN, MATRIX, ROW, DeviceProducts, InterpretedProducts, rows, zeros
 
 HEADS = 64
 """Heads of an item."""
@@ -185,7 +185,8 @@ class Kernel:
     def score(self, scores: Any, zero: Any, slot: int, *columns: Any) -> None:
         """Begins scores += queries @ keys.T over some columns."""
         for part in columns:
-            self.products.multiply(scores, self.q.at[zero, :, part], self.k.at[zero + slot, :, part].transpose((1, 0)))
+            queries, keys = self.q.at[zero, :, part], self.k.at[zero + slot, :, part]
+            self.products.multiply(scores, queries, keys, transposed=True)
 
     def no_scores(self) -> Any:
         return self.products.accumulator(zeros((HEADS, KEYS), MATRIX))
@@ -453,8 +454,8 @@ def attention(
     """
     config = problem.config
     form: Any = DequantisingGather if kv.dtype == jnp.uint8 else CopyingGather
-    gather = (InterpretedGather if interpret else form)(problem.masked, config.prefetch)
-    products = InterpretedProducts() if interpret else Products()
+    gather: Any = InterpretedGather(form, problem.masked) if interpret else form(problem.masked, config.prefetch)
+    products = InterpretedProducts() if interpret else DeviceProducts()
     tokens, heads, _ = queries.shape
     shape = (tokens, heads) if config.splits == 1 else (tokens, config.splits, heads)
     bf16, f32 = jnp.bfloat16, jnp.float32

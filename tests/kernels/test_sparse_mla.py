@@ -5,6 +5,7 @@ import os
 import re
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,8 @@ from pallas_kernels.mosaic import interpreter
 from pallas_kernels.sparse_mla import dense_mla, mosaic_gpu, sparse_mla
 from pallas_kernels.sparse_mla.combine import combine
 from pallas_kernels.sparse_mla.config import BF16, CONFIGS, FP8, choose_config
+from pallas_kernels.sparse_mla.gather import InterpretedGather
+from pallas_kernels.sparse_mla.products import InterpretedProducts
 from tests import numpy_model
 from tests.kernels.cases import sparse_mla as cases
 
@@ -324,6 +327,47 @@ def test_kernel_in_the_interpreter(case, config, interpreting):
     arrays = [jnp.asarray(x) for x in case.arguments]
     op = jax.jit(lambda *x: mosaic_gpu.sparse_mla(*x, cases.SCALE, config=config, interpret=interpreter()))
     cases.check(case, *op(*arrays, lengths))
+
+
+class LateProducts(InterpretedProducts):
+    """Leaves out the kernel's waits for all but the last product, after which it gives a slot of keys back."""
+
+    def wait(self, pending):
+        if pending != 1:
+            super().wait(pending)
+
+    def read(self, accumulator, pending=None):
+        if pending is not None:
+            super().wait(pending)
+        return super().read(accumulator)
+
+
+class EarlyGather(InterpretedGather):
+    """Says that a part of the keys is there before it is."""
+
+    def fill(self, kv, keys, stat, ready, *others, part, unit):
+        bars, waits = ready
+        if unit == self.units - 1:
+            _, _, slot, _ = others
+            plgpu.barrier_arrive(bars.at[2 * slot + part])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plgpu, "barrier_arrive", lambda bar: None)
+            super().fill(kv, keys, stat, (bars, waits), *others, part=part, unit=unit)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("fault", [LateProducts, EarlyGather])
+def test_the_interpreter_sees_faults_of_the_pipeline(fault, monkeypatch, capfd):
+    """The kernel's own barriers and waits run there: without one of them there is a race."""
+    monkeypatch.setattr(mosaic_gpu, fault.__base__.__name__, fault)
+    case = cases.case("three pairs of blocks", [257], heads=2, keys=257, blocks=5, fp8=True, prefix=True)
+    arrays = [jnp.asarray(x) for x in (*case.arguments, case.lengths)]
+    untraced = mosaic_gpu.sparse_mla.__wrapped__  # the jitted one may have been traced without the fault
+    config = dataclasses.replace(FP8, ctas=1)
+    jax.block_until_ready(
+        jax.jit(lambda *x: untraced(*x, cases.SCALE, config=config, interpret=interpreter()))(*arrays)
+    )
+    assert "RACE DETECTED" in capfd.readouterr().out
 
 
 @pytest.mark.interpret
