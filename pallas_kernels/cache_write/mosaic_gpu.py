@@ -23,8 +23,8 @@ from pallas_kernels import mosaic, rowwise
 from pallas_kernels.cache_format import index_block_bytes, pack_rows, record_bytes, to_bytes
 from pallas_kernels.cache_write import reference
 from pallas_kernels.cache_write.config import Config
-from pallas_kernels.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX
 from pallas_kernels.quantize.reference import quantize as reference_quantize

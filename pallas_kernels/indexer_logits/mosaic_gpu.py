@@ -20,18 +20,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.indexer_logits.config import Config, choose_config
-from pallas_kernels.indexer_logits.shares import share_function, share_twin, shares
+from pallas_kernels.indexer_logits.shares import device_share, interpreted_share, shares
 from pallas_kernels.indexer_logits.tile import (
     COLUMNS,
     DIM,
     HEADS,
-    fill_function,
-    fill_twin,
-    tile_function,
-    tile_twin,
+    device_fill,
+    device_tile,
+    interpreted_fill,
+    interpreted_tile,
 )
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import SWIZZLE
 
 ROWS = BLOCK_SIZE + 2
 """A cache block as rows of 128 bytes: 64 keys, then their float32 scales."""
@@ -60,11 +60,11 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     first_token, last_row = part * count, queries.shape[0] // HEADS - 1
     limit, row = blocks * BLOCK_SIZE, out.shape[1]
     tile_blocks = config.tile_keys // BLOCK_SIZE
-    tile_of = (tile_twin if interpret else tile_function)(config, row)
+    tile_of = (interpreted_tile if interpret else device_tile)(config, row)
     if plan:
         token, tile, total = (plan[0][part, i, cta] for i in range(3))
     else:
-        token, tile, total = (share_twin if interpret else share_function)(count, limit, config)(positions, cta)
+        token, tile, total = (interpreted_share if interpret else device_share)(count, limit, config)(positions, cta)
 
     def end_of(token):
         """Keys that a token sees."""
@@ -155,7 +155,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     cursor = load_ahead((run, tile, none, none, blocks_of(run[2], tile)), none, none)
 
     if fill:
-        fill_row = (fill_twin if interpret else fill_function)(row)
+        fill_row = (interpreted_fill if interpret else device_fill)(row)
         workers = config.ctas * config.warpgroups
         # Short of tokens, several warpgroups share a row.
         piece = BLOCK_SIZE * pl.cdiv(blocks, pl.cdiv(2 * workers, count))

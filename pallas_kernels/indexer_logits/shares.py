@@ -43,7 +43,7 @@ def shares(sequence: jax.Array, positions: jax.Array, limit: int, config: Config
     return jnp.stack([run, first - (through[run] - tiles[run]), bounds[1:] - first]).astype(jnp.int32)
 
 
-def share_function(count: int, limit: int, config: Config):
+def device_share(count: int, limit: int, config: Config):
     """`share(positions, cta)`: a column of `shares` for runs of one token, found by each warp for itself."""
     chunks = pl.cdiv(count, 32)
 
@@ -76,8 +76,8 @@ def share_function(count: int, limit: int, config: Config):
     return share
 
 
-def share_twin(count: int, limit: int, config: Config):
-    """`share_function` for the interpreter."""
+def interpreted_share(count: int, limit: int, config: Config):
+    """`device_share` for the interpreter."""
 
     def share(positions, cta):
         found = shares(jnp.arange(count), positions[...], limit, config)[:, cta]

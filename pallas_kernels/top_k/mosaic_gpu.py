@@ -4,8 +4,8 @@ Each CTA takes rows in turn. A row streams through a ring of TMA copies, which r
 above a threshold from a sample becomes a candidate (`streaming.py`), and at the end of the row a selection in shared
 memory cuts the candidates to exactly k (`selection.py`). Few rows: the CTAs of a cluster take a row's chunks in turn.
 
-Those two files are device code that the interpreter cannot run. For it, `Twins` has the same steps in plain jax.numpy,
-so that the ring, the lengths and the order of rows and chunks are executed and checked for races.
+Those two files are device code that the interpreter cannot run. Their twin, `InterpretedSteps`, stands for all steps of
+a row: the ring of copies, the lengths and the order of rows and chunks are checked for races, the selection is not.
 """
 
 import functools
@@ -48,7 +48,7 @@ LANE_ROW = 256
 """Scores in a row of a TMA box: the most there can be. A row of scores is a whole number of these."""
 
 
-class Steps:
+class DeviceSteps:
     """The steps of a row on the GPU, run by all threads of the CTA.
 
     Refs: `scores` [T, L / 256, 256] and `out` [T, k] in device memory; the ring, the candidates, the histogram and the
@@ -121,8 +121,8 @@ def vector(words: list[Word]) -> ir.Value:
     return value
 
 
-class Twins:
-    """`Steps` for the interpreter: no first threshold, and candidates that are always in order, best first.
+class InterpretedSteps:
+    """The twin of `DeviceSteps`: no first threshold, and candidates that are always in order, best first.
 
     The first half of the candidates' words are keys, the second half positions.
     """
@@ -293,7 +293,7 @@ def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interp
     """The kernel on rows of a multiple of 256 scores."""
     rows, row_length = shape
     ctas = min(rows, config.ctas)
-    steps = (Twins if interpret else Steps)(config, row_length, k)
+    steps = (InterpretedSteps if interpret else DeviceSteps)(config, row_length, k)
     histograms = 1 if config.cluster == 1 else 2
     clusters: Any = {} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("rank",)}
     return plgpu.kernel(

@@ -140,10 +140,6 @@ CALLS = {
     ),
     "quantize": (pk.quantize, {"x": of(T, 128)}),
     "quantize_int8": (pk.quantize.quantize_int8, {"x": of(T, 128, dtype=BF16)}),
-    "rms_norm_quantize": (
-        functools.partial(pk.quantize.rms_norm_quantize, eps=1e-6),
-        {"x": of(T, 128, dtype=BF16), "weight": of(128)},
-    ),
 }
 WITHOUT_BACKEND = {
     "dequantize": (pk.quantize.dequantize, {"values": of(T, 256, dtype=E4M3), "scales": of(T, 2)}),
@@ -164,7 +160,7 @@ WITHOUT_BACKEND = {
     ),
 }
 ALL = CALLS | WITHOUT_BACKEND
-LEADING_AXES = {"quantize", "quantize_int8", "rms_norm_quantize", *WITHOUT_BACKEND}
+LEADING_AXES = {"quantize", "quantize_int8", *WITHOUT_BACKEND}
 """These take any axes before the last ones."""
 
 
