@@ -9,11 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Norm = Callable[[jax.Array, jax.Array, float], jax.Array]
-"""Such as `rms_norm`, of x [..., D], weight [D] and eps."""
-Rotation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Such as `rope_half_split`, of x [T, ..., R], cos and sin [T, R / 2]."""
-
 # ---- norms ---------------------------------------------------------------------------------------------------------
 
 
@@ -64,10 +59,18 @@ def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array, rope: Rotation = rope_half_split) -> jax.Array:
-    """`rope` of the first R features of x [T, ..., D]: index queries and keys, where MLA has them last."""
-    leading, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([rope(leading, cos, sin), rest], axis=-1)
+def rope_leading(
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    rope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Rotates the first R features of x [T, ..., D], index queries and keys; MLA has its rope features last.
+
+    `rope` rotates them, given as [T, ..., R]; `rope_half_split` where None.
+    """
+    rotated, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([(rope or rope_half_split)(rotated, cos, sin), rest], axis=-1)
 
 
 # ---- Hadamard ------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from pallas_kernels.backend import on_hopper
 from pallas_kernels.grouped_matmul import grouped_quant_matmul, grouped_swiglu, swiglu_few
 from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
+from pallas_kernels.moe_dispatch.config import choose_config as plan_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.quant_matmul import BLOCK
 from pallas_kernels.quantize import quantize
@@ -189,7 +190,7 @@ def config(shape: MoELayer) -> dict[str, Any]:
     tile = tile_rows(choices, shape.experts)
     tiles = tiles_of_plan(choices, shape.experts, tile)
     return {
-        "plan": dataclasses.asdict(tuning.moe_plan(choices)),
+        "plan": dataclasses.asdict(plan_config(choices)),
         "gate and up": swiglu_config(tile, shape.width, tiles),
         "down": grouped_config(tile, tiles, shape.hidden, shape.width),
         "shared gate and up": swiglu_config(shape.tokens, shape.width),

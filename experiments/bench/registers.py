@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
-from pallas_kernels import tuning
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
+from pallas_kernels.configs import CONFIGS
 from pallas_kernels.grouped_matmul.swiglu import Result
 from pallas_kernels.grouped_matmul.swiglu_few import swiglu_few_rows
 from pallas_kernels.grouped_matmul.swiglu_many import swiglu_many_rows
@@ -29,6 +29,7 @@ from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
 from pallas_kernels.moe_dispatch import planning
 from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
+from pallas_kernels.sparse_mla.config import FP8
 from pallas_kernels.top_k import mosaic_gpu as top_k
 
 RESULT = RESULTS / "kernel_registers.json"
@@ -40,13 +41,13 @@ SERIALISED = re.compile(r"\(C75(?:10|12)\)")
 
 
 def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDtypeStruct]]]:
-    """(op, config, function, what it takes) of every configuration that `tuning` can choose."""
+    """(op, config, function, what it takes) of every configuration that an op can choose."""
     of = jax.ShapeDtypeStruct
     fp8_rows, fp8_keys = of((1, 8, 64, record_bytes(512, 64)), jnp.uint8), of((1, 8, index_block_bytes(128)), jnp.uint8)
     layer = of((), jnp.int32)
 
-    for config in tuning.CONFIGS["sparse_mla"]:
-        fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    for config in CONFIGS["sparse_mla"]:
+        fp8 = config.registers == FP8.registers
 
         def attend(queries, kv, layer, slots, lengths, config=config):
             return sparse_mla.sparse_mla(queries, kv, layer, slots, lengths, 0.1, config=config)
@@ -55,7 +56,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         tokens = [of((3, 128, 576), jnp.bfloat16), kv, layer, of((3, 2048), jnp.int32), of((3,), jnp.int32)]
         yield "sparse_mla", config, attend, tokens
 
-    for config in tuning.CONFIGS["indexer_logits"]:
+    for config in CONFIGS["indexer_logits"]:
 
         def scores(*arrays, config=config):
             return indexer_logits.indexer_logits(*arrays, config=config)
@@ -64,14 +65,14 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         queries = [of((12, 64, 128), jnp.float8_e4m3fn), of((12, 64), jnp.float32)]
         yield "indexer_logits", config, scores, [*queries, fp8_keys, layer, of((12, 8), jnp.int32), count, count]
 
-    for config in tuning.CONFIGS["top_k"]:
+    for config in CONFIGS["top_k"]:
 
         def select(scores, lengths, config=config):
             return top_k.top_k(scores, 2048, lengths=lengths, config=config)
 
         yield "top_k", config, select, [of((3, 65536), jnp.float32), of((3,), jnp.int32)]
 
-    for config in tuning.CONFIGS["cache_write"]:
+    for config in CONFIGS["cache_write"]:
 
         def write(*arrays, config=config):
             how = {"quantize_latent": True, "scale_fmt": "ue8m0", "config": config}
@@ -84,7 +85,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         yield "cache_write", config, write, arrays
 
     quantised = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
-    for config in tuning.CONFIGS["many_rows_matmul"]:
+    for config in CONFIGS["many_rows_matmul"]:
 
         def products(x, row_scales, weights, weight_scales, experts, used, dense_x, dense_weights, config=config):
             fp8 = many_rows.many_rows_matmul(x, row_scales, weights, weight_scales, experts, used, config=config)
@@ -97,7 +98,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((3, 512, 512), fp8), of((3, 4, 4), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
         yield "many_rows_matmul", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
 
-    for config in tuning.CONFIGS["many_rows_int8"]:
+    for config in CONFIGS["many_rows_int8"]:
 
         def int8_products(x, x_scales, weights, scales, experts, used, config=config):
             dense = many_rows.many_rows_matmul(x, x_scales, weights[0], scales[0], config=config)
@@ -107,7 +108,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((3, 512, 512), jnp.int8), of((3, 512), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
         yield "many_rows_int8", config, int8_products, [*rows, *weights]
 
-    for config in tuning.CONFIGS["few_rows"]:
+    for config in CONFIGS["few_rows"]:
 
         def few_rows_products(
             x, x_scales, weight, scales, int8_x, int8_x_scales, int8_weight, int8_scales, config=config
@@ -121,7 +122,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         arrays = [*rows, weight, of((4, 4), jnp.float32), *int8_rows, int8_weight, of((512,), jnp.float32)]
         yield "few_rows", config, few_rows_products, arrays
 
-    for config in tuning.CONFIGS["few_rows_swiglu"]:
+    for config in CONFIGS["few_rows_swiglu"]:
 
         def gate_and_up(x, x_scales, gate, up, scales, config=config):
             pairs = (gate, up), (scales, scales)
@@ -131,7 +132,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         x = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
         yield "few_rows_swiglu", config, gate_and_up, [*x, *[of((512, 512), fp8)] * 2, of((4, 4), jnp.float32)]
 
-    for config in tuning.CONFIGS["few_rows_int4"]:
+    for config in CONFIGS["few_rows_int4"]:
 
         def int4_product(*arrays, config=config):
             return few_rows_int4.matmul(*arrays, config=config)
@@ -139,7 +140,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((512, 256), jnp.uint8), of((4, 512), jnp.uint32)]
         yield "few_rows_int4", config, int4_product, [of((config.tile, 512), jnp.bfloat16), *weights]
 
-    for config in tuning.CONFIGS["moe_dispatch"]:
+    for config in CONFIGS["moe_dispatch"]:
 
         def plan(experts, valid, config=config):
             return planning.make_plan(experts, valid, num_experts=256, tile=8, config=config)

@@ -20,12 +20,14 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic, rowwise
+from pallas_kernels.cache_format import index_block_bytes, pack_rows, record_bytes, to_bytes
 from pallas_kernels.cache_write import reference
-from pallas_kernels.fp8 import group_maximum, power_of_two, quantize
+from pallas_kernels.cache_write.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX
-from pallas_kernels.tuning import CacheWrite
+from pallas_kernels.quantize.reference import quantize as reference_quantize
 
 LATENT, ROPE, DIM = 512, 64, 128
 HADAMARD_ENTRY = float(np.asarray(DIM**-0.5, jnp.bfloat16))
@@ -88,12 +90,12 @@ class Shapes:
     @property
     def row_bytes(self) -> int:
         """Of a latent row."""
-        return reference.record_bytes(LATENT, ROPE) if self.fp8_rows else 2 * (LATENT + ROPE)
+        return record_bytes(LATENT, ROPE) if self.fp8_rows else 2 * (LATENT + ROPE)
 
     @property
     def block_bytes(self) -> int:
         """Of a block of index keys."""
-        return reference.index_block_bytes(DIM) if self.fp8_keys else 2 * BLOCK_SIZE * DIM
+        return index_block_bytes(DIM) if self.fp8_keys else 2 * BLOCK_SIZE * DIM
 
 
 # ---- device code: FP8 ------------------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def interpreted_write(shapes: Shapes):
             latent, rope_key = reference.latents(
                 kv_a[here], norms.latent_weight, norms.latent_eps, angles, shapes.quantize_latent, shapes.scale_fmt
             )
-            row = reference.rows_of(latent, rope_key, kv.dtype, shapes.scale_fmt)
+            row = pack_rows(latent, rope_key, kv.dtype, shapes.scale_fmt)
             key = rowwise.layer_norm(index_key[here], norms.index_weight, norms.index_bias, norms.index_eps)
             key = butterflies(rowwise.rope_leading(key, *angles))
 
@@ -319,9 +321,9 @@ def interpreted_write(shapes: Shapes):
                 if not shapes.fp8_keys:
                     index[layer[0], block, pl.ds(place, 1)] = key
                     return
-                values, scale = reference.quantize(key, shapes.scale_fmt, DIM)
-                index[layer[0], block, pl.ds(place * DIM, DIM)] = reference.to_bytes(values)[0]
-                index[layer[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = reference.to_bytes(scale)[0]
+                values, scale = reference_quantize(key, shapes.scale_fmt, DIM)
+                index[layer[0], block, pl.ds(place * DIM, DIM)] = to_bytes(values)[0]
+                index[layer[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = to_bytes(scale)[0]
 
         for i in range(WARPS * shapes.each):
             pl.when(first + i < shapes.tokens)(functools.partial(one, first + i))
@@ -346,7 +348,7 @@ def cache_write(
     eps: tuple[float, float],
     quantize_latent: bool,
     scale_fmt: str | None,
-    config: CacheWrite,
+    config: Config,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The op's kernel, of at least one token; layer is int32 [1]."""

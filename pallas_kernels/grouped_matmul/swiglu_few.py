@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
 
-from pallas_kernels import fp8, mosaic, tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.swiglu import Result, swiglu
-from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
+from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, fp8
+from pallas_kernels.mosaic.wgmma import first_row
 from pallas_kernels.quant_matmul import few_rows
 from pallas_kernels.quant_matmul.few_rows_tile import first_column, layout_of, unpack
 from pallas_kernels.quant_matmul.weight_stream import plan_of
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import GROUP
 from pallas_kernels.quantize.reference import quantize as quantize_reference
-from pallas_kernels.wgmma import first_row
 
 TILES = (8, 16, 32, 64)
 """Tokens that a tile can have."""

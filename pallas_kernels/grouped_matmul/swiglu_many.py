@@ -24,15 +24,15 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels import fp8, mosaic, tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.swiglu import Result, high_halves, low_halves, swiglu, transpose_in_quad
-from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic import REF, SCALAR, Float, Word, fp8
+from pallas_kernels.mosaic.wgmma import first_row, numbers_of
 from pallas_kernels.quant_matmul.accumulate import BLOCK, MATRIX, PART
 from pallas_kernels.quant_matmul.many_rows import MATH, Problem, launch, whole_tiles
 from pallas_kernels.quantize.reference import GROUP
 from pallas_kernels.quantize.reference import quantize as quantize_reference
-from pallas_kernels.wgmma import first_row, numbers_of
 
 WORDS = 16
 """A thread's packed values of a row: 32 of the 128 columns."""

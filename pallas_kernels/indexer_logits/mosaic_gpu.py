@@ -19,19 +19,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
-from pallas_kernels.indexer_logits.shares import share_function, share_twin, shares
+from pallas_kernels.indexer_logits.config import Config, choose_config
+from pallas_kernels.indexer_logits.shares import device_share, interpreted_share, shares
 from pallas_kernels.indexer_logits.tile import (
     COLUMNS,
     DIM,
     HEADS,
-    fill_function,
-    fill_twin,
-    tile_function,
-    tile_twin,
+    device_fill,
+    device_tile,
+    interpreted_fill,
+    interpreted_tile,
 )
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import SWIZZLE
 
 ROWS = BLOCK_SIZE + 2
 """A cache block as rows of 128 bytes: 64 keys, then their float32 scales."""
@@ -60,11 +60,11 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     first_token, last_row = part * count, queries.shape[0] // HEADS - 1
     limit, row = blocks * BLOCK_SIZE, out.shape[1]
     tile_blocks = config.tile_keys // BLOCK_SIZE
-    tile_of = (tile_twin if interpret else tile_function)(config, row)
+    tile_of = (interpreted_tile if interpret else device_tile)(config, row)
     if plan:
         token, tile, total = (plan[0][part, i, cta] for i in range(3))
     else:
-        token, tile, total = (share_twin if interpret else share_function)(count, limit, config)(positions, cta)
+        token, tile, total = (interpreted_share if interpret else device_share)(count, limit, config)(positions, cta)
 
     def end_of(token):
         """Keys that a token sees."""
@@ -155,7 +155,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     cursor = load_ahead((run, tile, none, none, blocks_of(run[2], tile)), none, none)
 
     if fill:
-        fill_row = (fill_twin if interpret else fill_function)(row)
+        fill_row = (interpreted_fill if interpret else device_fill)(row)
         workers = config.ctas * config.warpgroups
         # Short of tokens, several warpgroups share a row.
         piece = BLOCK_SIZE * pl.cdiv(blocks, pl.cdiv(2 * workers, count))
@@ -247,7 +247,7 @@ class Part:
 def shares_of_parts(sequence: jax.Array, positions: jax.Array, block_tables: jax.Array, tokens: int) -> jax.Array:
     """`Part.shares` of parts of `tokens` tokens, a divisor of T; by the config that `indexer_logits` takes for them."""
     sequences, blocks = block_tables.shape
-    config = tuning.indexer_logits(tokens, sequences)
+    config = choose_config(tokens, sequences)
     cut = [x.reshape(-1, tokens) for x in (sequence, positions)]
     return jax.vmap(functools.partial(shares, limit=blocks * BLOCK_SIZE, config=config))(*cut)
 
@@ -271,7 +271,7 @@ def indexer_logits(
     fill: bool = True,
     part: Part | None = None,
     interpret: Any = None,
-    config: tuning.IndexerLogits | None = None,
+    config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.indexer_logits`; for what is not `unsupported`.
 
@@ -279,7 +279,7 @@ def indexer_logits(
       fill: without it, blocks of 64 scores that lie wholly past a token's position are not written.
       part: the scores of one part of the tokens alone; `sequence` and `positions` then have whole parts, the last one
         filled up with tokens at position -1.
-      config: for measurements; the default is the choice of `tuning`.
+      config: for measurements; the default is that of `choose_config`.
 
     Returns:
       float32 [T, N * 64], or [part.tokens, N * 64].
@@ -289,7 +289,7 @@ def indexer_logits(
         tokens = part.tokens
     if tokens == 0 or blocks == 0:
         return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
-    config = config or tuning.indexer_logits(tokens, sequences)
+    config = config or choose_config(tokens, sequences)
     layers, blocks_of_layer, _ = index.shape
     if heads < HEADS:
         queries, head_weights = pad_heads(queries, head_weights)

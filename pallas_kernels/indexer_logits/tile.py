@@ -11,10 +11,11 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
+from pallas_kernels.indexer_logits.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
+from pallas_kernels.mosaic.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 
 HEADS = 64
 """Of the products; fewer heads are padded with weights of zero."""
@@ -55,7 +56,7 @@ def minus_infinity() -> ir.Value:
     return arith.constant(ir.F32Type.get(), float("-inf"))
 
 
-def tile_function(config: tuning.IndexerLogits, row: int):
+def device_tile(config: Config, row: int):
     """A function of a warpgroup: its part of a tile.
 
     Its arguments:
@@ -149,8 +150,8 @@ def tile_function(config: tuning.IndexerLogits, row: int):
     return tile
 
 
-def tile_twin(config: tuning.IndexerLogits, row: int):
-    """`tile_function` for the interpreter."""
+def interpreted_tile(config: Config, row: int):
+    """`device_tile` for the interpreter."""
     del row
     tokens, blocks = config.tokens, config.blocks
 
@@ -182,7 +183,7 @@ def tile_twin(config: tuning.IndexerLogits, row: int):
 # ---- what lies past a token ------------------------------------------------------------------------------------
 
 
-def fill_function(row: int):
+def device_fill(row: int):
     """`fill(out, token, begin, end)`: -inf into out[token, begin:end], by a warpgroup; multiples of 64."""
 
     @plgpu.inline_mgpu(arg_types=(REF, SCALAR, SCALAR, SCALAR))
@@ -199,8 +200,8 @@ def fill_function(row: int):
     return fill
 
 
-def fill_twin(row: int):
-    """`fill_function` for the interpreter."""
+def interpreted_fill(row: int):
+    """`device_fill` for the interpreter."""
     del row
 
     def fill(out, token, begin, end):

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, quantize, tuning
+from pallas_kernels import mosaic, quantize
 from pallas_kernels.arguments import FLOAT32, FLOATS, INT32, check, check_size
 from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
 from pallas_kernels.moe_dispatch import mosaic_gpu, planning, reference, routing, rows
+from pallas_kernels.moe_dispatch.config import choose_config
 from pallas_kernels.moe_dispatch.reference import RoutingPlan, tile_rows
 from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize.reference import GROUP
@@ -130,7 +131,7 @@ def make_plan(
     chosen, interpret = chosen_backend(backend, "moe_dispatch.make_plan", unsupported, experts.size)
     if chosen == "reference":
         return reference.make_plan(experts, valid, num_experts, tile)
-    tile, config = tile or tile_rows(experts.size, num_experts), tuning.moe_plan(experts.size)
+    tile, config = tile or tile_rows(experts.size, num_experts), choose_config(experts.size)
     kernel = functools.partial(
         mosaic_gpu.make_plan, num_experts=num_experts, tile=tile, config=config, interpret=interpret
     )

@@ -21,8 +21,8 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import mosaic
 from pallas_kernels.moe_dispatch import reference
+from pallas_kernels.moe_dispatch.config import PlanConfig
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
-from pallas_kernels.tuning import MoEPlan
 
 MOST_EXPERTS, MOST_CHOICES = 256, 2**20
 
@@ -308,7 +308,7 @@ def interpreted_plan(shapes: Planning):
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "tile", "config", "interpret"))
 def make_plan(
-    experts: jax.Array, valid: jax.Array, *, num_experts: int, tile: int, config: MoEPlan, interpret: Any = None
+    experts: jax.Array, valid: jax.Array, *, num_experts: int, tile: int, config: PlanConfig, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The arrays of the op's plan, of at least one choice."""
     tokens, choices = experts.shape

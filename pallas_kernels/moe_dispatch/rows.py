@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 
-from pallas_kernels import fp8, mosaic
-from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import REF, SCALAR, Float, Word, fp8
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX, round_up_to_power_of_two
 from pallas_kernels.quantize.reference import quantize as reference_quantize
 

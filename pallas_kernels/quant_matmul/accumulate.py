@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords
-from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
+from pallas_kernels.mosaic.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 
 BLOCK = 128
 """Values of K that share a row's scale; rows and columns of a block of the weight that share one."""

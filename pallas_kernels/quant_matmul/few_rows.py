@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, GROUP
 from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
-from pallas_kernels.wgmma import SWIZZLE
 
 TILES = (8, 16, 32, 64, 128)
 """Tokens that a tile can have."""

@@ -24,11 +24,11 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
+from pallas_kernels.mosaic.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows_tile import layout_of, pack, unpack
 from pallas_kernels.quant_matmul.int4 import BIASED, GROUP, unpack_values
 from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
-from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, floats
 
 WARPGROUPS = 4
 """Of a CTA."""

@@ -17,11 +17,11 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 from pallas_kernels.quant_matmul import few_rows_tile as device
 from pallas_kernels.quant_matmul.few_rows import collective, sharing, tile_for, unsupported_rows, whole_strips
 from pallas_kernels.quant_matmul.few_rows_tile import BLOCK, first_column, layout_of, pack, part_of, unpack
 from pallas_kernels.quant_matmul.weight_stream import copy_lines, in_lines, plan_of, stream
-from pallas_kernels.wgmma import SWIZZLE, SWIZZLED, descriptor, finish, first_row, start_product
 
 
 def stage_function(config: tuning.FewRows):

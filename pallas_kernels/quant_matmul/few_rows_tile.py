@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
-from pallas_kernels.wgmma import SWIZZLED, descriptor, finish, first_row, start_product
+from pallas_kernels.mosaic.wgmma import SWIZZLED, descriptor, finish, first_row, start_product
 
 BLOCK = 128
 """K of a scale."""

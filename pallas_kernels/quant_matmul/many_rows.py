@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 from pallas_kernels.quant_matmul.accumulate import (
     BLOCK,
     COLUMNS,
@@ -42,7 +43,6 @@ from pallas_kernels.quant_matmul.accumulate import (
     start,
 )
 from pallas_kernels.quant_matmul.many_rows_int8 import COLUMN, ROW, load, scaled, whole_columns
-from pallas_kernels.wgmma import SWIZZLE
 
 MATH = 2
 """Warpgroups that multiply."""

@@ -29,7 +29,7 @@ from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.cache_write import record_bytes, unpack_latents
+from pallas_kernels.cache_format import record_bytes, unpack_rows
 from pallas_kernels.mosaic import (
     REF,
     SCALAR,
@@ -394,23 +394,37 @@ def dequantise(word: Word, scale: Word) -> list[Word]:
 
 
 class InterpretedGather:
-    """The twin of either form for Pallas' interpreter: ordinary loads and stores, and a `plgpu.Barrier`."""
+    """The twin of both forms: ordinary loads and stores in their units, and a `plgpu.Barrier` for the mbarriers.
 
-    units = 1
+    As on the device, a wait is for the parity of a step: one for the wrong parity does not wait, and what follows it is
+    a race.
+    """
 
-    def __init__(self, masked: bool, prefetches: bool):
-        del prefetches
-        self.masked = masked
+    def __init__(self, form: type[DeviceGather], masked: bool):
+        self.units, self.masked = form.units, masked
 
     def scratch(self) -> Any:
-        return plgpu.Barrier(num_barriers=PARTS)
+        """The barriers, and how often each was waited for."""
+        return plgpu.Barrier(num_barriers=PARTS), plgpu.SMEM((PARTS,), jnp.int32)
 
     def prepare(self, ready: Any) -> None:
-        del ready
+        _, waits_smem = ready
+        warpgroup = lax.axis_index("warpgroup")
+        for part in range(PARTS):
 
-    def wait(self, ready: Any, which: int, step: Any) -> None:
-        del step
-        plgpu.barrier_wait(ready.at[which])
+            @pl.when(warpgroup == part // 2)  # which waits for it
+            def _(part=part):
+                waits_smem[part] = jnp.int32(0)
+
+    def wait(self, ready: Any, part: int, step: Any) -> None:
+        bars, waits_smem = ready
+        waits = waits_smem[part]
+
+        @pl.when(lax.bitwise_and(waits, jnp.int32(1)) == lax.bitwise_and(step, jnp.int32(1)))
+        def _():
+            plgpu.barrier_wait(bars.at[part])
+
+        waits_smem[part] = waits + 1
 
     def rows(self, slots: Any, first_row: Any, token: Any, start: Any, limit: Any) -> Any:
         key = start + lax.iota(jnp.int32, KEYS)
@@ -421,18 +435,25 @@ class InterpretedGather:
         del kv, rows
 
     def fetch(self, kv: Any, rows: Any, half: Any, first_row: Any, after: Any, *, unit: int) -> Any:
-        del first_row, after, unit
-        values = unpack_latents(kv[...][jnp.maximum(rows, 0)], ROPE, jnp.bfloat16)
-        values = jnp.where(rows[:, None] >= 0, values, jnp.zeros_like(values))
-        return lax.dynamic_slice_in_dim(values, half * HALF, HALF, axis=1), values[:, LATENT:]
+        del first_row, after
+        count = KEYS // self.units
+        values = self.values(kv, rows[unit * count : (unit + 1) * count])
+        return lax.dynamic_slice_in_dim(values, half * HALF, HALF, axis=1)
+
+    def values(self, kv: Any, rows: Any) -> Any:
+        """The latents and rope keys of rows; zeros for absent ones."""
+        values = unpack_rows(kv[...][jnp.maximum(rows, 0)], ROPE, jnp.bfloat16)
+        return jnp.where(rows[:, None] >= 0, values, jnp.zeros_like(values))
 
     def fill(self, kv, keys, stat, ready, rows, held, slot, half, *, part: int, unit: int) -> None:
-        del kv, unit
-        latent, rope = held
-        keys[slot, :, pl.ds(half * HALF, HALF)] = latent
-        if part:
-            keys[slot, :, pl.ds(LATENT, ROPE)] = rope
-        elif self.masked:
+        count = KEYS // self.units
+        keys[slot, pl.ds(unit * count, count), pl.ds(half * HALF, HALF)] = held
+        if part and unit == 0:
+            keys[slot, :, pl.ds(LATENT, ROPE)] = self.values(kv, rows)[:, LATENT:]
+        if unit < self.units - 1:
+            return
+        if part == 0 and self.masked:
             stat[BIAS + slot] = jnp.where(rows >= 0, jnp.float32(0), -jnp.inf)
+        bars, _ = ready
         plgpu.commit_smem()
-        plgpu.barrier_arrive(ready.at[2 * slot + part])
+        plgpu.barrier_arrive(bars.at[2 * slot + part])

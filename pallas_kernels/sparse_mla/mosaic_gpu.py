@@ -34,9 +34,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.sparse_mla.combine import combine
+from pallas_kernels.sparse_mla.config import Config, choose_config
 from pallas_kernels.sparse_mla.gather import (
     BIAS,
     HALF,
@@ -50,7 +50,7 @@ from pallas_kernels.sparse_mla.gather import (
     DequantisingGather,
     InterpretedGather,
 )
-from pallas_kernels.sparse_mla.products import COLUMN, MATRIX, ROW, InterpretedProducts, Products, rows, zeros
+from pallas_kernels.sparse_mla.products import COLUMN, MATRIX, ROW, DeviceProducts, InterpretedProducts, rows, zeros
 
 HEADS = 64
 """Heads of an item."""
@@ -73,7 +73,7 @@ class Problem:
     keys: int
     masked: bool
     scale: float
-    config: tuning.SparseMLA
+    config: Config
 
     @property
     def items(self) -> int:
@@ -185,7 +185,8 @@ class Kernel:
     def score(self, scores: Any, zero: Any, slot: int, *columns: Any) -> None:
         """Begins scores += queries @ keys.T over some columns."""
         for part in columns:
-            self.products.multiply(scores, self.q.at[zero, :, part], self.k.at[zero + slot, :, part].transpose((1, 0)))
+            queries, keys = self.q.at[zero, :, part], self.k.at[zero + slot, :, part]
+            self.products.multiply(scores, queries, keys, transposed=True)
 
     def no_scores(self) -> Any:
         return self.products.accumulator(zeros((HEADS, KEYS), MATRIX))
@@ -453,8 +454,8 @@ def attention(
     """
     config = problem.config
     form: Any = DequantisingGather if kv.dtype == jnp.uint8 else CopyingGather
-    gather = (InterpretedGather if interpret else form)(problem.masked, config.prefetch)
-    products = InterpretedProducts() if interpret else Products()
+    gather: Any = InterpretedGather(form, problem.masked) if interpret else form(problem.masked, config.prefetch)
+    products = InterpretedProducts() if interpret else DeviceProducts()
     tokens, heads, _ = queries.shape
     shape = (tokens, heads) if config.splits == 1 else (tokens, config.splits, heads)
     bf16, f32 = jnp.bfloat16, jnp.float32
@@ -522,7 +523,7 @@ def sparse_mla(
     lengths: jax.Array | None,
     scale: float,
     *,
-    config: tuning.SparseMLA | None = None,
+    config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The op on a GPU; arguments as those of the public op, which checks them. `config` None: as tuned."""
@@ -531,7 +532,7 @@ def sparse_mla(
     if tokens == 0:
         return jnp.zeros((0, heads, LATENT), queries.dtype), jnp.zeros((0, heads), jnp.float32)
     groups = -(-heads // HEADS)
-    config = config or tuning.sparse_mla(tokens, groups, keys, fp8=kv.dtype == jnp.uint8)
+    config = config or choose_config(tokens, groups, keys, fp8=kv.dtype == jnp.uint8)
     problem = Problem(tokens, groups, keys, lengths is None, float(scale), config)
     if lengths is None:
         lengths = jnp.max(jnp.where(slots >= 0, lax.broadcasted_iota(jnp.int32, slots.shape, 1) + 1, 0), axis=1)

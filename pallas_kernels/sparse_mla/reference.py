@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cache_write import unpack_latents
+from pallas_kernels.cache_format import unpack_rows
 from pallas_kernels.chunking import map_tokens
 from pallas_kernels.paging import BLOCK_SIZE
 
@@ -40,7 +40,7 @@ def sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
         query, chosen, length = token
         valid = (chosen >= 0) & (jnp.arange(chosen.shape[0]) < length)
         at = jnp.where(valid, chosen, 0)
-        rows = unpack_latents(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
+        rows = unpack_rows(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
         # Absent rows are zeroed too: slot 0 may hold anything, and 0 * NaN is NaN.
         rows = jnp.where(valid[:, None], rows, 0)
         return attend(query, rows, rows[:, :value_dim], valid, scale)[:2]

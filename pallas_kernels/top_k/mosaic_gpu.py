@@ -4,8 +4,8 @@ Each CTA takes rows in turn. A row streams through a ring of TMA copies, which r
 above a threshold from a sample becomes a candidate (`streaming.py`), and at the end of the row a selection in shared
 memory cuts the candidates to exactly k (`selection.py`). Few rows: the CTAs of a cluster take a row's chunks in turn.
 
-Those two files are device code that the interpreter cannot run. For it, `Twins` has the same steps in plain jax.numpy,
-so that the ring, the lengths and the order of rows and chunks are executed and checked for races.
+Those two files are device code that the interpreter cannot run. Their twin, `InterpretedSteps`, stands for all steps of
+a row: the ring of copies, the lengths and the order of rows and chunks are checked for races, the selection is not.
 """
 
 import functools
@@ -22,7 +22,6 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import without_gradient
 from pallas_kernels.mosaic import (
     INT32,
@@ -41,16 +40,15 @@ from pallas_kernels.mosaic import (
     splat,
     thread_index,
 )
+from pallas_kernels.top_k.config import INTERPRETED, Config, choose_config
 from pallas_kernels.top_k.selection import BINS, NEGATIVE_INFINITY, SCRATCH_WORDS
 from pallas_kernels.top_k.streaming import NO_HISTOGRAM, Progress, Streaming
 
 LANE_ROW = 256
 """Scores in a row of a TMA box: the most there can be. A row of scores is a whole number of these."""
 
-Config = tuning.TopK
 
-
-class Steps:
+class DeviceSteps:
     """The steps of a row on the GPU, run by all threads of the CTA.
 
     Refs: `scores` [T, L / 256, 256] and `out` [T, k] in device memory; the ring, the candidates, the histogram and the
@@ -123,8 +121,8 @@ def vector(words: list[Word]) -> ir.Value:
     return value
 
 
-class Twins:
-    """`Steps` for the interpreter: no first threshold, and candidates that are always in order, best first.
+class InterpretedSteps:
+    """The twin of `DeviceSteps`: no first threshold, and candidates that are always in order, best first.
 
     The first half of the candidates' words are keys, the second half positions.
     """
@@ -276,7 +274,7 @@ def top_k(
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     if config is None:
-        config = tuning.TOP_K_INTERPRETED if interpret else tuning.top_k(rows, length)
+        config = INTERPRETED if interpret else choose_config(rows, length)
     if part:
         operands = (lengths, part.number.reshape(1))
         run = launch(scores.shape, k, (), config, interpret)
@@ -295,7 +293,7 @@ def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interp
     """The kernel on rows of a multiple of 256 scores."""
     rows, row_length = shape
     ctas = min(rows, config.ctas)
-    steps = (Twins if interpret else Steps)(config, row_length, k)
+    steps = (InterpretedSteps if interpret else DeviceSteps)(config, row_length, k)
     histograms = 1 if config.cluster == 1 else 2
     clusters: Any = {} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("rank",)}
     return plgpu.kernel(

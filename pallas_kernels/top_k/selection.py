@@ -106,7 +106,7 @@ class Selection:
     def __init__(self, config: Any, row_length: int, candidates: Any, histogram: Any, scratch: Any):
         """
         Args:
-          config: `TopKConfig`.
+          config: a `Config` of the op.
           row_length: positions are less than that.
           candidates: ref of 2 * config.capacity words.
           histogram: ref of BINS words, or 2 * BINS with a cluster; zeros between rows.

@@ -1,29 +1,9 @@
-"""Tile sizes of the kernels: one frozen config a kernel, and which one a shape gets.
+"""Tile sizes of the products: one frozen config a kernel, and which one a shape gets.
 
 The choice is a plain function of shapes, so a program compiles the same kernel on every machine and in every run. Each
 config that a function here can return is listed in `CONFIGS`; a test lowers them all.
 """
 
-from pallas_kernels.tuning.attention import (
-    CACHE_WRITE,
-    INDEXER_DECODE,
-    INDEXER_DECODE_PAIRS,
-    INDEXER_PREFILL,
-    SPARSE_MLA_BF16,
-    SPARSE_MLA_FP8,
-    TOP_K_FEW,
-    TOP_K_INTERPRETED,
-    TOP_K_LIMIT,
-    TOP_K_MANY,
-    CacheWrite,
-    IndexerLogits,
-    SparseMLA,
-    TopK,
-    index_select_chunk,
-    indexer_logits,
-    sparse_mla,
-    top_k,
-)
 from pallas_kernels.tuning.base import CONFIGS, SHARED_BYTES, SMS, distinct
 from pallas_kernels.tuning.few import FewRows, FewRowsSwiGLU, few_rows, few_rows_swiglu
 from pallas_kernels.tuning.four_bits import FewRowsInt4, few_rows_int4
@@ -34,42 +14,21 @@ from pallas_kernels.tuning.many import (
     ManyRowsMatmul,
     many_rows_matmul,
 )
-from pallas_kernels.tuning.routing import MoEPlan, moe_plan
 
 __all__ = [
-    "CACHE_WRITE",
     "CONFIGS",
-    "INDEXER_DECODE",
-    "INDEXER_DECODE_PAIRS",
-    "INDEXER_PREFILL",
     "MANY_ROWS",
     "MANY_ROWS_INT8",
     "MANY_ROWS_SHORT_TILES",
     "SHARED_BYTES",
     "SMS",
-    "SPARSE_MLA_BF16",
-    "SPARSE_MLA_FP8",
-    "TOP_K_FEW",
-    "TOP_K_INTERPRETED",
-    "TOP_K_LIMIT",
-    "TOP_K_MANY",
-    "CacheWrite",
     "FewRows",
     "FewRowsInt4",
     "FewRowsSwiGLU",
-    "IndexerLogits",
     "ManyRowsMatmul",
-    "MoEPlan",
-    "SparseMLA",
-    "TopK",
     "distinct",
     "few_rows",
     "few_rows_int4",
     "few_rows_swiglu",
-    "index_select_chunk",
-    "indexer_logits",
     "many_rows_matmul",
-    "moe_plan",
-    "sparse_mla",
-    "top_k",
 ]

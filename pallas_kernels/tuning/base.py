@@ -1,17 +1,15 @@
-"""What all choices share: the machine, and the list of configs that `CONFIGS` becomes."""
+"""What the choices of the products share."""
 
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
-SMS = 132
-"""Multiprocessors of an H100 SXM and of an H200."""
+from pallas_kernels.hopper import SHARED_BYTES, SMS
 
-SHARED_BYTES = 232448
-"""Shared memory that a CTA can have, barriers included."""
+__all__ = ["CONFIGS", "SHARED_BYTES", "SMS", "distinct"]
 
 CONFIGS: dict[str, list[Any]] = {}
-"""By op: every config that a choice can return; the modules of the ops fill it."""
+"""By kernel: every config that a choice can return; the modules of the products fill it."""
 
 
 def distinct(*groups: Iterable[Any]) -> list[Any]:
