@@ -39,7 +39,7 @@ def to_bytes(x: jax.Array) -> jax.Array:
 
 
 def from_bytes(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The inverse of `to_bytes`."""
+    """Returns the inverse of `to_bytes`."""
     size = jnp.dtype(dtype).itemsize
     return jax.lax.bitcast_convert_type(x if size == 1 else x.reshape(*x.shape[:-1], -1, size), dtype)
 
@@ -60,7 +60,7 @@ def pack_rows(
 
 
 def unpack_rows(rows: jax.Array, rope_dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows of the cache in either form -> [..., latent + rope] in `dtype`."""
+    """Unpacks rows of the cache, of either form, to [..., latent + rope] in `dtype`."""
     if rows.dtype != jnp.uint8:
         return rows.astype(dtype)
     latent_dim = (rows.shape[-1] - 2 * rope_dim) * GROUP // (GROUP + 4)

@@ -1,6 +1,6 @@
 """Norms and rotations of rows, in plain jax.numpy, for the model and for the references of kernels that contain them.
 
-Callers write `rowwise.rope_half_split` and the like, so that a test can plant a bug for all of them in one place.
+Those of the model and of the references can be replaced: see `cache_write.reference`.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Norm = Callable[[jax.Array, jax.Array, float], jax.Array]
+"""Such as `rms_norm`, of x [..., D], weight [D] and eps."""
+Rotation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Such as `rope_half_split`, of x [T, ..., R], cos and sin [T, R / 2]."""
 
 # ---- norms ---------------------------------------------------------------------------------------------------------
 
@@ -59,18 +64,10 @@ def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_leading(
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    rope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Rotates the first R features of x [T, ..., D], index queries and keys; MLA has its rope features last.
-
-    `rope` rotates them, given as [T, ..., R]; `rope_half_split` where None.
-    """
-    rotated, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([(rope or rope_half_split)(rotated, cos, sin), rest], axis=-1)
+def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array, rope: Rotation = rope_half_split) -> jax.Array:
+    """Rotates the first R features of x [T, ..., D] by `rope`: index queries and keys, where MLA has them last."""
+    leading, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([rope(leading, cos, sin), rest], axis=-1)
 
 
 # ---- Hadamard ------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ SERIALISED = re.compile(r"\(C75(?:10|12)\)")
 """ptxas' warnings that it waits after each product; C7519, which every kernel has, is harmless."""
 
 
-def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDtypeStruct]]]:
+def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
     """(op, config, function, what it takes) of every configuration that an op can choose."""
     of = jax.ShapeDtypeStruct
     fp8_rows, fp8_keys = of((1, 8, 64, record_bytes(512, 64)), jnp.uint8), of((1, 8, index_block_bytes(128)), jnp.uint8)
@@ -74,15 +74,16 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
 
     for config in CONFIGS["cache_write"]:
 
-        def write(*arrays, config=config):
-            how = {"quantize_latent": True, "scale_fmt": "ue8m0", "config": config}
-            return cache_write.cache_write(*arrays, eps=(1e-6, 1e-6), **how)
+        def write(*arguments, config=config):
+            return cache_write.cache_write(
+                *arguments, eps=(1e-6, 1e-6), quantize_latent=True, scale_fmt="ue8m0", config=config
+            )
 
-        projections = [of((3, 576), jnp.bfloat16), of((3, 128), jnp.bfloat16)]
-        weights = [of((n,), jnp.float32) for n in (512, 128, 128)]
-        angles = [of((3, 32), jnp.float32)] * 2
-        arrays = [fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32), *projections, *weights, *angles]
-        yield "cache_write", config, write, arrays
+        projections = (of((3, 576), jnp.bfloat16), of((3, 128), jnp.bfloat16))
+        of_norms = tuple(of((n,), jnp.float32) for n in (512, 128, 128))
+        angles = (of((3, 32), jnp.float32),) * 2
+        caches = (fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32))
+        yield "cache_write", config, write, [*caches, projections, of_norms, angles]
 
     quantised = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
     for config in CONFIGS["many_rows_matmul"]:
@@ -195,7 +196,7 @@ def main() -> None:
     os.environ[DUMP] = "1"
     rows = []
     for op, config, function, shapes in programs():
-        arrays = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+        arrays = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         with captured() as report:
             jax.block_until_ready(jax.jit(function)(*arrays))
             kernels = parsed(report())

@@ -1,5 +1,7 @@
 """Writing new tokens' keys into the block cache, whose forms `pallas_kernels.cache_format` describes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,7 @@ def cache_write(
     scale_fmt: str | None = "ue8m0",
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys of T tokens from their raw projections: norms, rotations, FP8, into their slots.
+    """Writes one layer's keys of T tokens into their slots, from their raw projections: norms, rotations, FP8.
 
     The latent passes an RMSNorm, the rope key RoPE on neighbouring pairs; the index key a LayerNorm, RoPE on the halves
     of its first `rope` features, and a Hadamard transform. Each step ends in the projections' dtype.
@@ -109,7 +111,7 @@ def cache_write(
             kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt
         )
 
-    def kernel(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def kernel(*arrays: Any) -> tuple[jax.Array, jax.Array]:
         return mosaic_gpu.cache_write(
             *arrays,
             eps=(norms.latent_eps, norms.index_eps),
@@ -122,4 +124,4 @@ def cache_write(
     layer = jnp.full((1,), layer, jnp.int32)
     weights = (norms.latent_weight, norms.index_weight, norms.index_bias)
     kernel = without_gradient(launched(kernel, "cache_write", chosen), "cache_write")
-    return kernel(kv, index, layer, slots, kv_a, index_key, *weights, *angles)
+    return kernel(kv, index, layer, slots, (kv_a, index_key), weights, angles)

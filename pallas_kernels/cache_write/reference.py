@@ -14,9 +14,6 @@ from pallas_kernels import rowwise
 from pallas_kernels.cache_format import store_keys
 from pallas_kernels.quantize.reference import GROUP, dequantize, quantize
 
-Rope = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(x [T, ..., rope], cos, sin float32 [T, rope / 2]) -> x rotated."""
-
 
 @dataclasses.dataclass(frozen=True)
 class KeyNorms:
@@ -44,9 +41,8 @@ def latents(
     angles: tuple[jax.Array, jax.Array],
     quantize_latent: bool = False,
     scale_fmt: str | None = "ue8m0",
-    *,
-    norm: Callable[[jax.Array, jax.Array, float], jax.Array] | None = None,
-    rope: Rope | None = None,
+    norm: rowwise.Norm = rowwise.rms_norm,
+    rope: rowwise.Rotation = rowwise.rope_interleaved,
 ) -> tuple[jax.Array, jax.Array]:
     """Normalises the latents of raw projections and rotates their rope keys.
 
@@ -57,17 +53,17 @@ def latents(
       angles: cos and sin, float32 [T, rope / 2].
       quantize_latent: round the latent to what FP8 in groups of 128 can hold.
       scale_fmt: of that, see `quantize`.
-      norm: (latent [T, latent], weight, eps) -> [T, latent]; `rowwise.rms_norm` where None.
-      rope: of the rope key; `rowwise.rope_interleaved` where None.
+      norm: (latent [T, latent], weight, eps) -> [T, latent], in place of the RMSNorm.
+      rope: of the rope key [T, rope], in place of the rotation of neighbours.
 
     Returns:
       latent [T, latent] and rope key [T, rope], in the dtype of `kv_a`.
     """
     latent, rope_key = jnp.split(kv_a, [weight.shape[0]], axis=-1)
-    latent = (norm or rowwise.rms_norm)(latent, weight, eps)
+    latent = norm(latent, weight, eps)
     if quantize_latent:
         latent = dequantize(*quantize(latent, scale_fmt, GROUP), latent.dtype)
-    return latent, (rope or rowwise.rope_interleaved)(rope_key, *angles)
+    return latent, rope(rope_key, *angles)
 
 
 def index_keys(
@@ -76,9 +72,9 @@ def index_keys(
     bias: jax.Array,
     eps: float,
     angles: tuple[jax.Array, jax.Array],
+    rope: rowwise.Rotation = rowwise.rope_half_split,
     *,
-    norm: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] | None = None,
-    rope: Rope | None = None,
+    norm: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] = rowwise.layer_norm,
 ) -> jax.Array:
     """Normalises raw index keys, rotates their first features, and applies the Hadamard transform.
 
@@ -88,14 +84,13 @@ def index_keys(
       bias: [dim], of the norm.
       eps: of the norm.
       angles: cos and sin, float32 [T, rope / 2].
-      norm: (index_key, weight, bias, eps) -> [T, dim]; `rowwise.layer_norm` where None.
-      rope: of the first `rope` features; `rowwise.rope_half_split` where None.
+      rope: of the first `rope` features, in place of the rotation of halves.
+      norm: (index_key, weight, bias, eps) -> [T, dim], in place of the LayerNorm.
 
     Returns:
       [T, dim] in the dtype of `index_key`.
     """
-    normalised = (norm or rowwise.layer_norm)(index_key, weight, bias, eps)
-    return rowwise.hadamard(rowwise.rope_leading(normalised, *angles, rope))
+    return rowwise.hadamard(rowwise.rope_leading(norm(index_key, weight, bias, eps), *angles, rope))
 
 
 def cache_write(kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt):

@@ -19,7 +19,7 @@ UNROLLED = 32
 
 
 def unsupported(queries, head_weights, index, layer, block_tables, sequence, positions, k: int) -> str | None:
-    """What the two kernels do not take of these arguments; None if they take all."""
+    """Says which arguments the two kernels do not take, and which they do; None if they take all."""
     width = -(-block_tables.shape[1] // ROW_BLOCKS) * ROW_BLOCKS * BLOCK_SIZE
     return indexer_logits.unsupported(queries, index) or top_k.unsupported((queries.shape[0], width), jnp.float32, k)
 

@@ -77,10 +77,10 @@ def device_share(count: int, limit: int, config: Config):
 
 
 def interpreted_share(count: int, limit: int, config: Config):
-    """`device_share` for the interpreter."""
+    """Returns the twin of `device_share`."""
 
     def share(positions, cta):
-        found = shares(jnp.arange(count), positions[...], limit, config)[:, cta]
-        return found[0], found[1], found[2]
+        share_of_cta = shares(jnp.arange(count), positions[...], limit, config)[:, cta]
+        return share_of_cta[0], share_of_cta[1], share_of_cta[2]
 
     return share

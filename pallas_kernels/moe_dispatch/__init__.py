@@ -21,7 +21,7 @@ callable_package(__name__)
 
 
 def chosen_backend(backend: str, op: str, unsupported: str | None, tokens: int) -> tuple[str, Any]:
-    """The backend, and the `interpret` argument of its kernel; without tokens there is nothing to launch."""
+    """Returns the backend, and the `interpret` argument of its kernel; without tokens there is nothing to launch."""
     chosen = resolve(backend, op, KERNEL, unsupported)
     if tokens == 0:
         chosen = "reference"
@@ -70,8 +70,10 @@ def route(
     check_choice(logits, bias, num_groups, groups_kept, experts_per_token)
     if chosen == "reference":
         return reference.route(logits, bias, num_groups, groups_kept, experts_per_token, normalize, scaling_factor)
-    how = (num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor))
-    kernel = functools.partial(mosaic_gpu.route, shapes=mosaic_gpu.Routing(*logits.shape, *how), interpret=interpret)
+    shapes = mosaic_gpu.Routing(
+        *logits.shape, num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor)
+    )
+    kernel = functools.partial(mosaic_gpu.route, shapes=shapes, interpret=interpret)
     return without_gradient(launched(kernel, "moe_dispatch.route", chosen), "moe_dispatch.route")(logits, bias)
 
 
@@ -107,7 +109,7 @@ def check_plan(op: str, plan: RoutingPlan, **arrays: jax.Array) -> None:
 def make_plan(
     experts: jax.Array, valid: jax.Array, num_experts: int, tile: int | None = None, *, backend: str = "auto"
 ) -> RoutingPlan:
-    """The plan for chosen experts: a stable sort of the choices by expert, padded to tiles.
+    """Returns the plan for chosen experts: a stable sort of the choices by expert, padded to tiles.
 
     Args:
       experts: int32 [T, K], each from 0 to num_experts - 1.
@@ -199,7 +201,7 @@ def gather_rows_fp8(
 
 
 def combine(expert_rows: jax.Array, weights: jax.Array, plan: RoutingPlan, *, backend: str = "auto") -> jax.Array:
-    """Rows of the plan [P, D] -> float32 [T, D]: each token's rows, weighted (float32 [T, K]) and summed.
+    """Returns float32 [T, D] of the plan's rows [P, D]: each token's rows, weighted (float32 [T, K]) and summed.
 
     The kernel adds up in the order of the choices, every product rounded to float32; it has no gradient. Raises
     ValueError for arrays of other dtypes or ranks, or that are not of the plan.

@@ -63,7 +63,7 @@ def when(condition: Word, body: Callable[[], Any]) -> None:
 
 
 def thread_index() -> Word:
-    """The thread's number in its CTA."""
+    """Returns the thread's number in its CTA."""
     return Word(mgu.thread_idx())
 
 
@@ -89,20 +89,20 @@ def warp_reduce(kind: str, x: Word) -> Word:
 
 
 def warp_votes(predicate: Word) -> Word:
-    """A bit a lane of the warp: set where the predicate holds."""
+    """Returns a bit for each lane of the warp: it is set where the predicate holds."""
     text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
     return ptx_word(text, predicate.to_word())
 
 
 def warp_prefix_sum(x: Word, lane: Word) -> Word:
-    """Inclusive prefix sum over the warp."""
+    """Returns the inclusive prefix sum over the warp."""
     for distance in (1, 2, 4, 8, 16):
         x = x + (lane >= distance).where(shuffle("up", x, distance), 0)
     return x
 
 
 def warp_sum(x: Float) -> Float:
-    """The sum over the warp, the same bits in every lane."""
+    """Returns the sum over the warp, the same bits in every lane."""
     for distance in (16, 8, 4, 2, 1):
         x = x + Float.of_bits(shuffle("bfly", x.bits(), distance))
     return x

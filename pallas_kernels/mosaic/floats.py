@@ -21,7 +21,7 @@ class Float:
 
     @staticmethod
     def of_bits(bits: Word) -> Float:
-        """The float with these bits."""
+        """Returns the float with these bits."""
         return Float(arith.bitcast(ir.F32Type.get(), bits.value))
 
     def bits(self) -> Word:
@@ -41,7 +41,7 @@ class Float:
         return ptx_float("div.rn.f32 $0, $1, $2;", self, other)
 
     def at_most(self, other: Float | float) -> Word:
-        """The predicate self <= other; false with a NaN."""
+        """Returns the predicate self <= other; false with a NaN."""
         return Word(arith.cmpf(arith.CmpFPredicate.OLE, self.value, as_float(other).value))
 
     def times_plus(self, factor: Float | float, summand: Float | float) -> Float:
@@ -70,7 +70,7 @@ def unpack_bf16(words: Sequence[Word]) -> list[Float]:
 
 
 def pack_bf16(values: Sequence[Float]) -> list[Word]:
-    """The inverse of `unpack_bf16`, rounded to nearest."""
+    """Returns the inverse of `unpack_bf16`, rounded to nearest."""
     return [
         Word(mgu.inline_ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", low.value, high.value, result_types=integer(32)))
         for low, high in zip(values[::2], values[1::2], strict=True)
@@ -90,7 +90,7 @@ def pack_e4m3(values: Sequence[Float]) -> list[Word]:
 
 
 def unpack_e4m3(words: Sequence[Word]) -> list[Float]:
-    """The inverse of `pack_e4m3`."""
+    """Returns the inverse of `pack_e4m3`."""
     text = (
         "{ .reg .b16 low, high, a, b, c, d; .reg .b32 x, y; mov.b32 {low, high}, $4; cvt.rn.f16x2.e4m3x2 x, low; "
         "cvt.rn.f16x2.e4m3x2 y, high; mov.b32 {a, b}, x; mov.b32 {c, d}, y; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; "

@@ -13,12 +13,12 @@ from pallas_kernels.mosaic.words import Word, as_word, i64, integer, ptx, ptx_wo
 
 
 def global_address(ref: Any) -> ir.Value:
-    """The 64-bit address of a device-memory ref."""
+    """Returns the 64-bit address of a device-memory ref."""
     return llvm.ptrtoint(integer(64), mgu.memref_ptr(ref))
 
 
 def shared_address(ref: Any) -> Word:
-    """The 32-bit address of a shared-memory ref."""
+    """Returns the 32-bit address of a shared-memory ref."""
     return Word(llvm.ptrtoint(integer(32), mgu.memref_ptr(ref)))
 
 
@@ -28,7 +28,7 @@ def offset(address: ir.Value, count: Word, size: int) -> ir.Value:
 
 
 def parts_of(address: ir.Value, count: int) -> Iterator[ir.Value]:
-    """Where each 4 of `count` words are, a multiple of 4."""
+    """Yields the addresses of `count` words, a multiple of 4, in fours."""
     return (offset(address, Word(i), 4) for i in range(0, count, 4))
 
 
@@ -48,8 +48,8 @@ def load_read_only(address: ir.Value, count: int = 1) -> list[Word]:
     types = (integer(32),) * count
     # Side effects are only claimed so that LLVM issues the loads where they stand, not where they are used.
     text = f"ld.global.nc{suffix}.b32 {names}, [${count}];"
-    found = mgu.inline_ptx(text, address, result_types=types, has_side_effects=True)
-    return [Word(x) for x in found]
+    values = mgu.inline_ptx(text, address, result_types=types, has_side_effects=True)
+    return [Word(x) for x in values]
 
 
 def store_global(address: ir.Value, words: Sequence[Word | int], predicate: Word | None = None) -> None:
@@ -69,15 +69,15 @@ class SharedWords:
         self.base = base if isinstance(base, Word) else shared_address(base)
 
     def address(self, index: Word | int) -> Word:
-        """The address of a word."""
+        """Returns the address of a word."""
         return self.base + (as_word(index) << 2)
 
     def part(self, index: Word | int) -> SharedWords:
-        """The array from `index` on."""
+        """Returns the array from `index` on."""
         return SharedWords(self.address(index))
 
     def load(self, index: Word | int) -> Word:
-        """One word."""
+        """Returns one word."""
         return ptx_word("ld.shared.b32 $0, [$1];", self.address(index))
 
     def load_many(self, index: Word | int, count: int) -> list[Word]:
@@ -101,7 +101,7 @@ class SharedWords:
             ptx(f"st.shared{suffix}.b32 [$0], {names};", address + 4 * i, *[0] * width)
 
     def load_pair(self, pair: Word | int) -> tuple[Word, Word]:
-        """Words 2 * pair and 2 * pair + 1."""
+        """Returns words 2 * pair and 2 * pair + 1."""
         first, second = self.part(as_word(pair) << 1).load_many(0, 2)
         return first, second
 

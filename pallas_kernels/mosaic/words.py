@@ -21,7 +21,7 @@ INT32 = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
 
 
 def integer(bits: int) -> ir.Type:
-    """The MLIR type of an integer."""
+    """Returns the MLIR type of an integer."""
     return ir.IntegerType.get_signless(bits)
 
 
@@ -84,38 +84,38 @@ class Word:
         return Word(arith.select(self.value, as_word(yes).value, as_word(no).value))
 
     def negated(self) -> Word:
-        """The opposite predicate."""
+        """Returns the opposite predicate."""
         return Word(arith.xori(self.value, arith.constant(integer(1), 1)))
 
     def to_word(self) -> Word:
-        """A predicate as 0 or 1."""
+        """Returns a predicate as 0 or 1."""
         return Word(arith.extui(integer(32), self.value))
 
     def leading_zeros(self) -> Word:
-        """Zero bits above the highest one."""
+        """Returns the number of zero bits above the highest one."""
         return Word(llvm.intr_ctlz(self.value, False))
 
     def bit_count(self) -> Word:
-        """How many bits are set."""
+        """Returns how many bits are set."""
         return Word(llvm.intr_ctpop(self.value))
 
     def wide(self) -> ir.Value:
-        """The same number in 64 bits, for addresses."""
+        """Returns the same number in 64 bits, for addresses."""
         return arith.extui(integer(64), self.value)
 
 
 def total(words: Sequence[Word]) -> Word:
-    """The sum of one or more words."""
+    """Returns the sum of one or more words."""
     return functools.reduce(operator.add, words)
 
 
 def scalar(x: Any) -> Word:
-    """A scalar argument of an `inline_mgpu` function (declared as `SCALAR`)."""
+    """Returns a scalar argument of an `inline_mgpu` function (declared as `SCALAR`)."""
     return Word(x.registers.item())
 
 
 def splat(x: Word | int) -> Any:
-    """A scalar result of an `inline_mgpu` function (declared as `INT32`); equal in all threads."""
+    """Returns a scalar result of an `inline_mgpu` function (declared as `INT32`); equal in all threads."""
     return mgpu.FragmentedArray.splat(as_word(x).value, (), is_signed=True)
 
 
@@ -140,14 +140,14 @@ def ptx_word(text: str, *arguments: Word | ir.Value | int) -> Word:
 
 def ptx_words(text: str, results: int, *arguments: Word | ir.Value | int) -> list[Word]:
     """PTX with some 32-bit results, `$0` to `$(results - 1)`; the arguments come after them."""
-    found = mgu.inline_ptx(
+    values = mgu.inline_ptx(
         text,
         *[x if isinstance(x, ir.Value) else as_word(x).value for x in arguments],
         result_types=(integer(32),) * results,
         has_side_effects=True,
         convergent=True,
     )
-    return [Word(x) for x in (found if isinstance(found, list | tuple) else [found])]
+    return [Word(x) for x in (values if isinstance(values, list | tuple) else [values])]
 
 
 def vector_operand(first: int, count: int) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def check(x: jax.Array, scale_fmt: str | None, group: int) -> None:
 def quantize(
     x: jax.Array, scale_fmt: str | None = "ue8m0", *, group: int = GROUP, backend: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """FP8 values and scales of `x`, one scale for each `group` consecutive values.
+    """Returns FP8 values and scales of `x`, one scale for each `group` consecutive values.
 
     Source: `act_quant` in the official `inference/kernel.py` of DeepSeek-V3.2-Exp.
 
@@ -75,7 +75,7 @@ def quantize(
 
 
 def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
-    """Symmetric int8 values of `x`, one scale for each row: its largest magnitude / 127.
+    """Returns symmetric int8 values of `x`, one scale for each row: its largest magnitude / 127.
 
     Args:
       x: float [..., N].

@@ -27,14 +27,14 @@ MOST_WARPGROUPS = 4
 
 
 def unsupported(x: jax.Array, group: int) -> str | None:
-    """What of the arguments of `quantize` the kernel does not take, and what it would."""
+    """Says which arguments of `quantize` the kernel does not take, and which it does; None if it takes all."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x of dtype {x.dtype}; it takes bfloat16 or float32"
     return None if group == GROUP else f"groups of {group}; it takes {GROUP}"
 
 
 def int8_unsupported(x: jax.Array) -> str | None:
-    """What of the arguments of `quantize_int8` the kernel does not take, and what it would."""
+    """Says which arguments of `quantize_int8` the kernel does not take, and which it does; None if it takes all."""
     if x.dtype != jnp.bfloat16:
         return f"x of dtype {x.dtype}; it takes bfloat16"
     widest = MOST_WARPGROUPS * WIDEST
@@ -63,7 +63,7 @@ def quantize_groups(
 
 
 def device_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
-    """A CTA's groups; `cta` is its number."""
+    """Returns the function of a CTA's groups; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, SCALAR))
     def body(ctx, x, values, scales, cta):
@@ -75,7 +75,7 @@ def device_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
 
 
 def interpreted_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
-    """`device_quantize` for the interpreter: group by group, by the reference."""
+    """Returns the twin of `device_quantize`: group by group, by the reference."""
     del is_float32
 
     def body(x, values, scales, cta):
@@ -92,7 +92,7 @@ def interpreted_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
 
 @functools.partial(jax.jit, static_argnames=("scale_fmt", "interpret"))
 def quantize(x: jax.Array, *, scale_fmt: str | None, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
-    """The op's kernel, of at least one group."""
+    """Runs the op's kernel on at least one group."""
     groups = x.size // GROUP
     body = (interpreted_quantize if interpret else device_quantize)(groups, x.dtype == jnp.float32, scale_fmt)
 
@@ -117,7 +117,7 @@ def quantize(x: jax.Array, *, scale_fmt: str | None, interpret: Any = None) -> t
 
 
 def pieces_of(width: int, thread: Word, warps: int) -> list[Word]:
-    """The first columns of a thread's pieces of 16 values of a row; some may lie beyond it."""
+    """Returns the first columns of a thread's pieces of 16 values of a row; some may lie beyond it."""
     return [(thread << 4) + start for start in range(0, width, 16 * 32 * warps)]
 
 
@@ -159,7 +159,7 @@ def int8_row(
 
 
 def device_int8(width: int):
-    """A CTA's row."""
+    """Returns the function of a CTA's row."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
     def body(ctx, x, values, scales, shared, row):
@@ -171,7 +171,7 @@ def device_int8(width: int):
 
 
 def interpreted_int8(width: int):
-    """`device_int8` for the interpreter, by the reference."""
+    """Returns the twin of `device_int8`, by the reference."""
     del width
 
     def body(x, values, scales, shared, row):
@@ -184,7 +184,7 @@ def interpreted_int8(width: int):
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def quantize_int8(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
-    """The op's kernel, of at least one row."""
+    """Runs the op's kernel on at least one row."""
     width, rows = x.shape[-1], x.size // x.shape[-1]
     body = (interpreted_int8 if interpret else device_int8)(width)
 

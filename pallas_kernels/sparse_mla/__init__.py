@@ -29,7 +29,9 @@ def sparse_mla(
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of absorbed queries over the rows in `slots`; keys are whole rows, values their latent part.
+    """Computes softmax attention of absorbed queries over the rows in `slots`.
+
+    Keys are whole rows, values their latent part.
 
     Source: DeepSeek-V3.2-Exp report, section 1 (MQA form of MLA).
 

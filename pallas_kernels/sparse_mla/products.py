@@ -30,7 +30,7 @@ def zeros(shape: tuple[int, ...], layout: Any) -> Any:
 
 
 def rows(x: Any, shape: tuple[int, int]) -> Any:
-    """A number a row as a matrix."""
+    """Broadcasts a number a row to a matrix."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
@@ -58,11 +58,11 @@ class DeviceProducts:
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)) if transposed else b)
 
     def wait(self, pending: int) -> None:
-        """Until at most so many products are under way."""
+        """Waits until at most so many products are under way."""
         plgpu.wgmma_wait(pending)
 
     def read(self, accumulator: Any, pending: int | None = None) -> Any:
-        """The accumulator's value, after `wait(pending)` unless that was done."""
+        """Returns the accumulator's value, after `wait(pending)` unless that was done."""
         return plgpu.wgmma_accumulator_load(accumulator, wait_n=pending)
 
     def rescale(self, matrix: Any, factors: Any) -> Any:

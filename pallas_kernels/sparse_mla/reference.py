@@ -9,7 +9,7 @@ from pallas_kernels.paging import BLOCK_SIZE
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, scale: float):
-    """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
+    """Attends for one token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
 
     Returns out [H, V], lse [H] and probabilities [H, K]. Scores and softmax are float32; probabilities are rounded to
     the query's dtype for the second product.
@@ -60,7 +60,7 @@ def dense_mla(
     chunk_bytes: int,
     mean_probabilities: bool = False,
 ):
-    """Causal attention over the whole context: what sparse attention replaces, in chunks of tokens.
+    """Computes causal attention over the whole context: what sparse attention replaces, in chunks of tokens.
 
     Args:
       queries: [T, H, latent + rope].

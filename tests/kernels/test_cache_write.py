@@ -134,13 +134,15 @@ def test_the_kernel_refuses_a_gradient():
 def kernel(case: cases.Case, config: Config, interpret=None):
     """The case in the kernel itself, with a config of one's own: a function of its arrays."""
 
-    def call(kv, index, slots, *others):
+    def call(kv, index, slots, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin):
         return mosaic_gpu.cache_write(
             kv,
             index,
             jnp.full((1,), case.layer, jnp.int32),
             slots,
-            *others,
+            (kv_a, index_key),
+            (latent_weight, index_weight, index_bias),
+            (cos, sin),
             eps=(cases.EPS, cases.EPS),
             quantize_latent=case.quantize_latent,
             scale_fmt=case.scale_fmt,

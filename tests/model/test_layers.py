@@ -144,7 +144,8 @@ def test_moe_with_padding(name):
     model, reference = load_golden(name), numpy_golden(name)
     layer = model.config.first_k_dense_replace
     x, valid = random(23, model.config.hidden_size), np.arange(23) % 5 != 2
-    out = jax.jit(lambda ffn, x: ffn(x, jnp.asarray(valid), model.config, NUMERICS))(model.layers[layer].ffn, x)
+    positions = jnp.where(valid, jnp.arange(23), -1)
+    out = jax.jit(lambda ffn, x: ffn(x, positions, model.config, NUMERICS))(model.layers[layer].ffn, x)
     expected, _ = reference.moe(x.astype(float), layer)
     assert_close(np.asarray(out)[valid], expected[valid])
     only_shared = reference.mlp(x.astype(float), f"model.layers.{layer}.mlp.shared_experts.")
