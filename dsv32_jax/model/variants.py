@@ -157,9 +157,9 @@ def named_part(text: str) -> tuple[str, Callable[..., Any]]:
     return part, variants[name]
 
 
-def parts_of(texts: Iterable[str]) -> dict[str, Callable[..., Any]]:
+def parts_of(texts: Iterable[str]) -> dict[str, Any]:
     """Functions by part, of several such texts; raises UserError for a part that is named twice."""
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Any] = {}
     for part, function in map(named_part, texts):
         if part in functions:
             raise UserError(f"part {part}: is named twice")
