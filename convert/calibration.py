@@ -19,7 +19,7 @@ from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.model.observation import Observed, Statistics, observing
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import dense
+from pallas_kernels.matmul import dense
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:

@@ -13,12 +13,12 @@ from dsv32_jax.model.context import StepContext
 from dsv32_jax.model.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
-from dsv32_jax.model.quant import Weight, concatenated, dense
 from pallas_kernels import rowwise
 from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits
+from pallas_kernels.matmul import Weight, concatenated, dense
 from pallas_kernels.paging import physical_slots
 from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.sparse_mla.reference import attend

@@ -8,8 +8,8 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.mlp import MLP
 from dsv32_jax.model.numerics import Numerics, float32_matmul
 from dsv32_jax.model.params import Init
-from dsv32_jax.model.quant import Weight
 from pallas_kernels import moe_dispatch
+from pallas_kernels.matmul import Weight
 
 
 class Experts(nnx.Module):

@@ -20,9 +20,8 @@ from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.mtp import MTP
 from dsv32_jax.model.norm import add_rms_norm
 from dsv32_jax.model.numerics import Numerics
-from dsv32_jax.model.quant import Weight, dense
 from dsv32_jax.model.rope import rope_angles
-from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.matmul import Weight, dense, silu_product
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.rowwise import rms_norm
 
@@ -277,7 +276,7 @@ def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Arr
         routed = jax.lax.scan(one, start, (own.gate, own.up, own.down, per_expert.T))[0]
     else:
         gate, up = (jnp.einsum("nd,ewd->new", x, stacked(w), precision="highest") for w in (own.gate, own.up))
-        hidden = swiglu(gate, up).astype(jnp.float32) * per_expert[..., None]
+        hidden = silu_product(gate, up).astype(jnp.float32) * per_expert[..., None]
         routed = product("new,edw->nd", hidden.astype(x.dtype), stacked(own.down))
     out = (routed + moe.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
 

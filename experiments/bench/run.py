@@ -28,10 +28,10 @@ from pallas_kernels.shapes import (
     TINY,
     Attention,
     GroupedMatmul,
+    Matmul,
     MoEDispatch,
     MoELayer,
     Quantize,
-    QuantMatmul,
     Shape,
 )
 
@@ -42,7 +42,7 @@ AHEAD = 16
 MODULES: dict[type[Shape], Any] = {
     Attention: attention,
     GroupedMatmul: matmuls,
-    QuantMatmul: matmuls,
+    Matmul: matmuls,
     Quantize: dispatch,
     MoEDispatch: dispatch,
     MoELayer: moe_layer,

@@ -18,17 +18,14 @@ from pallas_kernels.backend import (
 from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS
-from pallas_kernels.quantize.weights import BLOCK, quantize_weight_fp8
 
 __all__ = [
-    "BLOCK",
     "FP8_MAX",
     "GROUP",
     "SCALE_FORMATS",
     "dequantize",
     "quantize",
     "quantize_int8",
-    "quantize_weight_fp8",
     "rms_norm_quantize",
 ]
 

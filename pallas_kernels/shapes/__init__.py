@@ -7,7 +7,7 @@ should be (`target`). Nothing here imports JAX.
 from pallas_kernels.shapes import attention, experts
 from pallas_kernels.shapes.attention import Attention, CacheWrite, IndexerLogits, IndexSelect, SparseMLA, TopK
 from pallas_kernels.shapes.base import PeerRow, Shape, Target
-from pallas_kernels.shapes.experts import GroupedMatmul, MoEDispatch, MoELayer, Quantize, QuantMatmul
+from pallas_kernels.shapes.experts import GroupedMatmul, Matmul, MoEDispatch, MoELayer, Quantize
 
 __all__ = [
     "SHAPES",
@@ -18,10 +18,10 @@ __all__ = [
     "GroupedMatmul",
     "IndexSelect",
     "IndexerLogits",
+    "Matmul",
     "MoEDispatch",
     "MoELayer",
     "PeerRow",
-    "QuantMatmul",
     "Quantize",
     "Shape",
     "SparseMLA",

@@ -33,13 +33,13 @@ class GroupedMatmul(Shape):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantMatmul(Shape):
+class Matmul(Shape):
     """`tokens` rows times one [columns, depth] weight.
 
     `scheme`: "fp8_block" of rows that are quantised already; "int8" and "int4" of bfloat16 rows.
     """
 
-    op: ClassVar[str] = "quant_matmul"
+    op: ClassVar[str] = "matmul"
     scheme: str = "fp8_block"
     tokens: int
     columns: int
@@ -158,10 +158,10 @@ def _grouped_matmul() -> tuple[GroupedMatmul, ...]:
     return (*many, bf16, *few, *integers)
 
 
-def _quant_matmul() -> tuple[QuantMatmul, ...]:
+def _matmul() -> tuple[Matmul, ...]:
     few, many = Target(1.0, 1.4, enough=0.95), Target(0.85, 1.0)
     fp8 = [
-        QuantMatmul(
+        Matmul(
             name=f"{tokens}x{columns}x{depth}",
             tokens=tokens,
             columns=columns,
@@ -172,7 +172,7 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
         for tokens in (1, 16, 128, 4096)
         for columns, depth in ((24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168))
     ]
-    int8 = QuantMatmul(
+    int8 = Matmul(
         name="int8-8192x8192x8192",
         scheme="int8",
         tokens=8192,
@@ -181,7 +181,7 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
         target=Target(1.5, 1.9, of="reference"),
     )
     integers = [
-        QuantMatmul(
+        Matmul(
             name=f"{scheme}-{tokens}x{columns}x{depth}",
             scheme=scheme,
             tokens=tokens,
@@ -232,7 +232,7 @@ def _moe_layer() -> tuple[MoELayer, ...]:
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "grouped_matmul": _grouped_matmul(),
-    "quant_matmul": _quant_matmul(),
+    "matmul": _matmul(),
     "quantize": _quantize(),
     "moe_dispatch": _moe_dispatch(),
     "moe_layer": _moe_layer(),
@@ -245,10 +245,10 @@ TINY: dict[str, tuple[Shape, ...]] = {
         GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128),
         GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128),
     ),
-    "quant_matmul": (
-        QuantMatmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
-        QuantMatmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
-        QuantMatmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128),
+    "matmul": (
+        Matmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
+        Matmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
+        Matmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128),
     ),
     "quantize": tuple(
         Quantize(name=f"tiny-{form}", form=form, tokens=3, width=256) for form in ("ue8m0", "exact", "int8", "norm")
@@ -281,12 +281,12 @@ SMALL: dict[str, tuple[Shape, ...]] = {
         GroupedMatmul(name="small-int8", scheme="int8", experts=8, used=3, rows=6, columns=64, depth=512),
         GroupedMatmul(name="small-int4", scheme="int4", experts=8, used=3, rows=6, columns=64, depth=512),
     ),
-    "quant_matmul": (
-        QuantMatmul(name="small-few", tokens=3, columns=192, depth=512),
-        QuantMatmul(name="small-many", tokens=150, columns=192, depth=256),
-        QuantMatmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
-        QuantMatmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
-        QuantMatmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
+    "matmul": (
+        Matmul(name="small-few", tokens=3, columns=192, depth=512),
+        Matmul(name="small-many", tokens=150, columns=192, depth=256),
+        Matmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
+        Matmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
+        Matmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
     ),
     "quantize": tuple(
         Quantize(name=f"small-{form}", form=form, tokens=3, width=640) for form in ("ue8m0", "exact", "int8", "norm")

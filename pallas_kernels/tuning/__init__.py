@@ -25,15 +25,6 @@ from pallas_kernels.tuning.attention import (
     top_k,
 )
 from pallas_kernels.tuning.base import CONFIGS, SHARED_BYTES, SMS, distinct
-from pallas_kernels.tuning.few import FewRows, FewRowsSwiGLU, few_rows, few_rows_swiglu
-from pallas_kernels.tuning.four_bits import FewRowsInt4, few_rows_int4
-from pallas_kernels.tuning.many import (
-    MANY_ROWS,
-    MANY_ROWS_INT8,
-    MANY_ROWS_SHORT_TILES,
-    ManyRowsMatmul,
-    many_rows_matmul,
-)
 from pallas_kernels.tuning.routing import MoEPlan, moe_plan
 
 __all__ = [
@@ -42,9 +33,6 @@ __all__ = [
     "INDEXER_DECODE",
     "INDEXER_DECODE_PAIRS",
     "INDEXER_PREFILL",
-    "MANY_ROWS",
-    "MANY_ROWS_INT8",
-    "MANY_ROWS_SHORT_TILES",
     "SHARED_BYTES",
     "SMS",
     "SPARSE_MLA_BF16",
@@ -54,21 +42,13 @@ __all__ = [
     "TOP_K_LIMIT",
     "TOP_K_MANY",
     "CacheWrite",
-    "FewRows",
-    "FewRowsInt4",
-    "FewRowsSwiGLU",
     "IndexerLogits",
-    "ManyRowsMatmul",
     "MoEPlan",
     "SparseMLA",
     "TopK",
     "distinct",
-    "few_rows",
-    "few_rows_int4",
-    "few_rows_swiglu",
     "index_select_chunk",
     "indexer_logits",
-    "many_rows_matmul",
     "moe_plan",
     "sparse_mla",
     "top_k",

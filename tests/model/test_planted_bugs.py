@@ -13,8 +13,8 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.model import indexer, mla, moe
 from pallas_kernels import rowwise
 from pallas_kernels.indexer_logits import reference as indexer_reference
+from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
-from pallas_kernels.quant_matmul import reference as matmul_reference
 from tests.harness import load_golden
 from tests.model import test_golden
 

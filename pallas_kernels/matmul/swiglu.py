@@ -1,6 +1,6 @@
 """SwiGLU in a thread's registers, and what becomes of it: shared by the epilogues of both products.
 
-The formula in plain `jax.numpy` is `reference.swiglu`. Here the exponential and the inverse are the hardware's
+The formula in plain `jax.numpy` is `reference.silu_product`. Here the exponential and the inverse are the hardware's
 approximations, with relative errors of some 2^-22; bfloat16 then rounds by up to 2^-8. So a value may be the neighbour
 of the reference's where that lies next to the middle between two, about once in some thousand values.
 """
@@ -33,7 +33,7 @@ class Result:
     scales_by_group: bool
 
     def outputs(self, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Values, and scales if quantised."""
+        """Returns the shapes of values, and of scales if quantised."""
         if not self.quantized:
             return (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),)
         shape = (rows, width // GROUP)
@@ -44,19 +44,19 @@ class Result:
 
 
 def silu(x: Float) -> Float:
-    """x / (1 + e^-x)."""
+    """Returns x / (1 + e^-x)."""
     power = mosaic.ptx_float("ex2.approx.ftz.f32 $0, $1;", x * -LOG2_E)
     return x * mosaic.ptx_float("rcp.approx.ftz.f32 $0, $1;", power + 1.0)
 
 
-def swiglu(gate: Sequence[Word], up: Sequence[Word]) -> list[Word]:
-    """silu(gate) * up of packed bfloat16 values, in float32 in between."""
+def silu_product(gate: Sequence[Word], up: Sequence[Word]) -> list[Word]:
+    """Returns silu(gate) * up of packed bfloat16 values, in float32 in between."""
     pairs = zip(mosaic.unpack_bf16(gate), mosaic.unpack_bf16(up), strict=True)
     return mosaic.pack_bf16([silu(g) * u for g, u in pairs])
 
 
 def transpose_in_quad(words: Sequence[Word], lane: Word) -> list[Word]:
-    """Of four words in each of four neighbouring lanes: lane i gets the i-th words, by lane."""
+    """Returns, of four words in each of four neighbouring lanes, the i-th words by lane in lane i."""
     odd, high = (lane & 1).differs(0), (lane & 2).differs(0)
     pairs = []
     for even_word, odd_word in (words[:2], words[2:]):
@@ -70,10 +70,10 @@ def transpose_in_quad(words: Sequence[Word], lane: Word) -> list[Word]:
 
 
 def low_halves(x: Word, y: Word) -> Word:
-    """Both words' lower 16 bits, x's first."""
+    """Returns both words' lower 16 bits, x's first."""
     return mosaic.ptx_word("prmt.b32 $0, $1, $2, 0x5410;", x, y)
 
 
 def high_halves(x: Word, y: Word) -> Word:
-    """Both words' upper 16 bits, x's first."""
+    """Returns both words' upper 16 bits, x's first."""
     return mosaic.ptx_word("prmt.b32 $0, $1, $2, 0x7632;", x, y)

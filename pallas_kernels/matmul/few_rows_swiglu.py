@@ -19,60 +19,58 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
 
-from pallas_kernels import fp8, mosaic, tuning
-from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.grouped_matmul.swiglu import Result, swiglu
+from pallas_kernels import fp8, mosaic
+from pallas_kernels.matmul import few_rows, reference
+from pallas_kernels.matmul.config import FewRowsSwiGLU
+from pallas_kernels.matmul.few_rows import Problem
+from pallas_kernels.matmul.few_rows_tile import first_column, layout_of, unpack
+from pallas_kernels.matmul.swiglu import Result, silu_product
+from pallas_kernels.matmul.weight_stream import plan_of
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
-from pallas_kernels.quant_matmul import few_rows
-from pallas_kernels.quant_matmul.few_rows_tile import first_column, layout_of, unpack
-from pallas_kernels.quant_matmul.weight_stream import plan_of
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import GROUP
 from pallas_kernels.quantize.reference import quantize as quantize_reference
 from pallas_kernels.wgmma import first_row
 
-TILES = (8, 16, 32, 64)
-"""Tokens that a tile can have."""
 
-
-def stage_sums(config: tuning.FewRowsSwiGLU, staged: Word, sums: Sequence[Float], warpgroup: Word) -> None:
-    """A thread's sums in bfloat16, to an address in shared memory of [tokens, rows of the strip, and 8 more]."""
+def stage_sums(config: FewRowsSwiGLU, address: Word, sums: Sequence[Float], warpgroup: Word) -> None:
+    """Stores a thread's sums in bfloat16 at an address in shared memory of [tokens, rows of the strip, and 8 more]."""
     thread = mosaic.thread_index() & 127
     own = first_row(thread) + (warpgroup << 6)
-    first = staged + (first_column(thread) * config.staged_columns + own) * 2
-    there = own < config.rows  # of a warp's 16 rows, all or none
+    first = address + (first_column(thread) * config.staged_columns + own) * 2
+    exists = own < config.rows  # of a warp's 16 rows, all or none
     for i, x in enumerate(sums):
         column, below = 8 * (i // 4) + i % 2, 8 * (i // 2 % 2)
         (word,) = mosaic.pack_bf16([x, x])
-        address = first + (column * config.staged_columns + below) * 2
+        place = first + (column * config.staged_columns + below) * 2
         # A whole register: of a store of 16 bits, its lower ones.
-        mosaic.ptx("st.shared.u16 [$0], $1;", address, word, predicate=there)
+        mosaic.ptx("st.shared.u16 [$0], $1;", place, word, predicate=exists)
 
 
-def stage_function(config: tuning.FewRowsSwiGLU):
-    """`stage(staged, sums, warpgroup)`: `stage_sums` of a warpgroup."""
+def stage_function(config: FewRowsSwiGLU):
+    """Returns `stage(staged_smem, sums, warpgroup)`: `stage_sums` of a warpgroup."""
 
     @plgpu.inline_mgpu(arg_types=(REF, layout_of(config), SCALAR))
-    def stage(ctx, staged, sums, warpgroup):
+    def stage(ctx, staged_smem, sums, warpgroup):
         del ctx
-        stage_sums(config, mosaic.shared_address(staged), unpack(sums), mosaic.scalar(warpgroup))
+        stage_sums(config, mosaic.shared_address(staged_smem), unpack(sums), mosaic.scalar(warpgroup))
 
     return stage
 
 
-def stage_twin(config: tuning.FewRowsSwiGLU):
+def stage_twin(config: FewRowsSwiGLU):
     """`stage_function` for the interpreter."""
     own = min(64, config.rows)
 
-    def stage(staged, sums, warpgroup):
+    def stage(staged_smem, sums, warpgroup):
         part = sums.reshape(64, config.tile)[:own].T.astype(jnp.bfloat16)
-        staged[:, pl.ds(warpgroup * own, own)] = part
+        staged_smem[:, pl.ds(warpgroup * own, own)] = part
 
     return stage
 
 
 def store_groups(
-    config: tuning.FewRowsSwiGLU,
+    config: FewRowsSwiGLU,
     shape: tuple[int, int],
     result: Result,
     staged: SharedWords,
@@ -80,28 +78,28 @@ def store_groups(
     token: Word,
     column: Word,
 ) -> None:
-    """A strip's result, quantised, to the outputs' addresses; shape: of all of it. A warp takes token by token."""
+    """Stores a strip's result, quantised, at the outputs' addresses. A warp takes single tokens. shape: of it all."""
     (tokens, width), thread = shape, mosaic.thread_index()
     lane, warp = thread & 31, thread >> 5
 
     def one(which: Word) -> None:
         # A pair of words is 4 columns. The gate's 128 are first.
         at = which * (config.staged_columns // 4) + lane
-        hidden = swiglu(staged.load_pair(at), staged.load_pair(at + config.rows // 8))
+        hidden = silu_product(staged.load_pair(at), staged.load_pair(at + config.rows // 8))
         packed, scale = fp8.quantize(hidden, 32, result.scale_fmt)
         own, group = token + which, column >> 7
-        there = own < tokens
+        exists = own < tokens
         place = mosaic.offset(mosaic.offset(outputs[0], own, width), column + (lane << 2), 1)
-        mosaic.store_global(place, packed, predicate=there)
+        mosaic.store_global(place, packed, predicate=exists)
         at = group * tokens + own if result.scales_by_group else own * (width // GROUP) + group
-        mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=there & lane.equals(0))
+        mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=exists & lane.equals(0))
 
     for i in range(0, config.tile, 4 * config.warpgroups):
         mosaic.when(warp + i < config.tile, functools.partial(one, warp + i))
 
 
 def store_pairs(
-    config: tuning.FewRowsSwiGLU,
+    config: FewRowsSwiGLU,
     shape: tuple[int, int],
     result: Result,
     staged: SharedWords,
@@ -109,53 +107,51 @@ def store_pairs(
     token: Word,
     column: Word,
 ) -> None:
-    """The same, in bfloat16. A thread takes two columns at a time."""
+    """Stores the same in bfloat16. A thread takes two columns at a time."""
     del result
     (tokens, width), thread, pairs = shape, mosaic.thread_index(), config.rows // 4
     for i in range(0, config.tile * pairs, 128 * config.warpgroups):
         which, pair = (thread + i) // pairs, (thread + i) % pairs
         at = which.min(config.tile - 1) * (config.staged_columns // 2) + pair
-        hidden = swiglu([staged.load(at)], [staged.load(at + pairs)])
-        there = (which < config.tile) & (token + which < tokens)
+        hidden = silu_product([staged.load(at)], [staged.load(at + pairs)])
+        exists = (which < config.tile) & (token + which < tokens)
         place = mosaic.offset(mosaic.offset(outputs[0], token + which, 2 * width), column + (pair << 1), 2)
-        mosaic.store_global(place, hidden, predicate=there)
+        mosaic.store_global(place, hidden, predicate=exists)
 
 
-def store_function(config: tuning.FewRowsSwiGLU, tokens: int, width: int, result: Result):
-    """`store(staged, outputs, token, column)`: a strip's result; of all warpgroups together.
-
-    tokens, width: of the whole result.
-    """
+def store_function(problem: Problem, result: Result):
+    """Returns `store(staged_smem, outputs, token, column)`: a strip's result, by all warpgroups together."""
     store_all = store_groups if result.quantized else store_pairs
 
     @plgpu.inline_mgpu(arg_types=(REF, (REF,) * (1 + result.quantized), SCALAR, SCALAR))
-    def store(ctx, staged, outputs, *place):
+    def store(ctx, staged_smem, outputs, *place):
         del ctx
         addresses = [mosaic.global_address(ref) for ref in outputs]
-        store_all(config, (tokens, width), result, SharedWords(staged), addresses, *map(mosaic.scalar, place))
+        staged, shape = SharedWords(staged_smem), (problem.tokens, problem.rows)
+        store_all(problem.config, shape, result, staged, addresses, *map(mosaic.scalar, place))
 
     return store
 
 
-def store_twin(config: tuning.FewRowsSwiGLU, tokens: int, width: int, result: Result):
+def store_twin(problem: Problem, result: Result):
     """`store_function` for the interpreter, by the references; of the first warpgroup alone, and whole tiles."""
-    del tokens, width
+    config = problem.config
     half = config.rows // 2
 
-    def store(staged, outputs, token, column):
+    def store(staged_smem, outputs, token, column):
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _():
-            both = staged[...]
-            values = reference.swiglu(both[:, :half], both[:, half : config.rows])
-            here = pl.ds(token, config.tile)
+            both = staged_smem[...]
+            values = reference.silu_product(both[:, :half], both[:, half : config.rows])
+            tokens = pl.ds(token, config.tile)
             if result.quantized:
                 values, scales = quantize_reference(values, result.scale_fmt, GROUP)
                 group = lax.div(column, jnp.int32(GROUP))
                 if result.scales_by_group:
-                    outputs[1][group, here] = scales[:, 0]
+                    outputs[1][group, tokens] = scales[:, 0]
                 else:
-                    outputs[1][here, group] = scales[:, 0]
-            outputs[0][here, pl.ds(column, half)] = values
+                    outputs[1][tokens, group] = scales[:, 0]
+            outputs[0][tokens, pl.ds(column, half)] = values
 
     return store
 
@@ -164,68 +160,70 @@ def store_twin(config: tuning.FewRowsSwiGLU, tokens: int, width: int, result: Re
 class SwiGLU:
     """The epilogue of `few_rows`: see the module."""
 
-    config: tuning.FewRowsSwiGLU
-    tokens: int
-    width: int
+    problem: Problem
     result: Result
-    interpret: bool
 
     @property
     def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.result.outputs(self.tokens, self.width)
+        return self.result.outputs(self.problem.tokens, self.problem.rows)
 
     @property
     def scratch(self) -> tuple[Any, ...]:
+        config = self.problem.config
         return (
-            plgpu.SMEM((self.config.tile, self.config.staged_columns), jnp.bfloat16),  # staged
-            plgpu.Barrier(num_arrivals=self.config.warpgroups),  # there: all sums are staged
-            plgpu.Barrier(num_arrivals=self.config.warpgroups),  # taken: all have been read
+            plgpu.SMEM((config.tile, config.staged_columns), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=config.warpgroups),  # all sums are staged
+            plgpu.Barrier(num_arrivals=config.warpgroups),  # all have been read
         )
 
     def begin(self, refs: tuple[Any, ...]) -> None:
-        """Nothing is there that has to be taken."""
-        *_, taken = refs
-        plgpu.barrier_arrive(taken)
+        """Marks the staging memory as free."""
+        *_, read_bar = refs
+        plgpu.barrier_arrive(read_bar)
 
     def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
-        """Of a strip."""
-        *outputs, staged, there, taken = refs
-        stage = (stage_twin if self.interpret else stage_function)(self.config)
-        store = (store_twin if self.interpret else store_function)(self.config, self.tokens, self.width, self.result)
-        plgpu.barrier_wait(taken)
-        stage(staged, sums, warpgroup)
-        plgpu.barrier_arrive(there)
-        plgpu.barrier_wait(there)
-        store(staged, tuple(outputs), token, row)
-        plgpu.barrier_arrive(taken)
+        """Stores a strip."""
+        *outputs, staged_smem, staged_bar, read_bar = refs
+        interpret = self.problem.interpret
+        stage = (stage_twin if interpret else stage_function)(self.problem.config)
+        store = (store_twin if interpret else store_function)(self.problem, self.result)
+        plgpu.barrier_wait(read_bar)
+        stage(staged_smem, sums, warpgroup)
+        plgpu.barrier_arrive(staged_bar)
+        plgpu.barrier_wait(staged_bar)
+        store(staged_smem, tuple(outputs), token, row)
+        plgpu.barrier_arrive(read_bar)
 
     def end(self, refs: tuple[Any, ...]) -> None:
         """Waits for the last phase, before the barrier's memory goes."""
-        *_, taken = refs
-        plgpu.barrier_wait(taken)
+        *_, read_bar = refs
+        plgpu.barrier_wait(read_bar)
 
 
-def swiglu_few_rows(
+@functools.partial(jax.jit, static_argnames=("stage", "config", "result", "interpret"))
+def swiglu(
     x: jax.Array,
     x_scales: jax.Array,
     weights: tuple[jax.Array, jax.Array],
-    weight_scales: tuple[jax.Array, jax.Array],
+    weight_scales: tuple[jax.Array, ...],
     tile_expert: jax.Array | None,
     used_tiles: jax.Array | None,
-    result: Result,
     *,
-    config: tuning.FewRowsSwiGLU | None = None,
+    stage: Any,
+    config: FewRowsSwiGLU,
+    result: Result,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """silu(x gate^T) * (x up^T), each product rounded to bfloat16 first.
 
-    Strips of less than 128 columns (see `tuning.few_rows_swiglu`) hold no whole quantisation group; `quantize` follows.
+    Strips of less than 128 columns (see `config.few_rows_swiglu`) hold no whole quantisation group; `quantize` follows.
 
     Args:
-      x, x_scales, tile_expert, used_tiles, config, interpret: see `few_rows`; without experts, up to 64 rows.
+      x, x_scales, tile_expert, used_tiles, stage, config, interpret: see `few_rows.matmul`; without experts, up to 64
+        rows.
       weights: gate and up, float8_e4m3fn, each [W, K], or [E, W, K] with `tile_expert`; W a multiple of 128.
       weight_scales: theirs, float32 [..., W / 128, K / 128].
-      result: what of it.
+      result: what becomes of it.
 
     Returns:
       values [M, W] and, if quantised, scales.
@@ -233,17 +231,14 @@ def swiglu_few_rows(
     count, width = x.shape[0], weights[0].shape[-2]
     plan: tuple[jax.Array, ...] = ()
     if tile_expert is None:
-        config = config or tuning.few_rows_swiglu(few_rows.tile_for(count), width, 1)
         x, x_scales = few_rows.padded(x, x_scales, config, interpret)
         weights, weight_scales = ((a[None], b[None]) for a, b in (weights, weight_scales))
     else:
-        tiles = tile_expert.shape[0]
-        config = config or tuning.few_rows_swiglu(count // tiles, width, tiles)
         plan = plan_of(tile_expert, used_tiles)
     quantises = result.quantized and config.rows // 2 == GROUP
-    own = dataclasses.replace(result, quantized=quantises)
-    epilogue = SwiGLU(config, x.shape[0], width, own, interpret is not None)
-    values, *scales = few_rows.call(epilogue, plan, x, x_scales, weights, weight_scales, interpret, config)
+    problem = Problem(x.shape[0], width, x.shape[1], config, interpret is not None, weights=2)
+    epilogue = SwiGLU(problem, dataclasses.replace(result, quantized=quantises))
+    values, *scales = few_rows.launch(stage(problem), epilogue, plan, x, x_scales, weights, weight_scales, interpret)
     values = values[:count]
     if result.quantized and not quantises:
         values, by_row = quantize(values, result.scale_fmt, backend="auto" if interpret else "mosaic_gpu")
