@@ -115,9 +115,10 @@ def programs(shape: Matmul) -> tuple[tuple[Any, ...], Callable[..., jax.Array], 
     rows, weight = made(lambda key: inputs(shape, key, shape.tokens, (shape.columns, shape.depth)))
     scheme, columns = scheme_of(shape), shape.columns
     chosen = choose(Product(rows=shape.tokens, columns=columns, depth=shape.depth, scheme=scheme))
+    x_scales: Any
     x, x_scales = quantize_int8(rows) if scheme == INT8 else (rows, None) if scheme == INT4 else rows
     if chosen.many:
-        x_scales = x_scales.T if x_scales.ndim == 2 else x_scales
+        x_scales = x_scales.T if scheme == FP8_BLOCK else x_scales
         function = functools.partial(many_rows.matmul, stage=scheme.many_rows)
         candidates = many_rows_candidates(scheme.by_rows)
     else:

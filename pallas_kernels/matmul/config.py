@@ -50,7 +50,7 @@ class FewRows:
                 f"token_parts divides the warpgroups and a tile's tokens, these into eights: {self.token_parts} "
                 f"does not divide {self.warpgroups} warpgroups and {self.tile} tokens so"
             )
-        if self.rows % (8 * self.row_parts) or not 8 <= self.own <= 64:
+        if self.rows % (8 * self.row_parts) or not 8 <= self.warpgroup_rows <= 64:
             raise ValueError(
                 f"each of {self.row_parts} warpgroups along a strip takes up to 64 rows of the weight, in eights, of "
                 f"{self.rows}"
@@ -61,8 +61,10 @@ class FewRows:
             raise ValueError(f"copies run ahead of the products: at least 2 stages, not {self.stages}")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
-        if self.stages * self.blocks * self.tile < 64 - self.own:
-            raise ValueError(f"a product of 64 rows reads past a warpgroup's {self.own}, and past all of {self}")
+        if self.stages * self.blocks * self.tile < 64 - self.warpgroup_rows:
+            raise ValueError(
+                f"a product of 64 rows reads past a warpgroup's {self.warpgroup_rows}, and past all of {self}"
+            )
 
     @property
     def row_parts(self) -> int:
@@ -70,12 +72,12 @@ class FewRows:
         return self.warpgroups // self.token_parts
 
     @property
-    def own(self) -> int:
+    def warpgroup_rows(self) -> int:
         """Rows of a warpgroup."""
         return self.rows // self.row_parts
 
     @property
-    def own_tokens(self) -> int:
+    def warpgroup_tokens(self) -> int:
         """Tokens of a warpgroup."""
         return self.tile // self.token_parts
 
@@ -195,7 +197,7 @@ class FewRowsSwiGLU(FewRows):
             raise ValueError(
                 f"a strip of gate and up has all tokens in a warpgroup: token_parts 1, not {self.token_parts}"
             )
-        if self.rows not in (32, 64, 128, 256) or self.own != min(64, self.rows):
+        if self.rows not in (32, 64, 128, 256) or self.warpgroup_rows != min(64, self.rows):
             raise ValueError(f"a CTA takes 32, 64, 128 or 256 rows, a warpgroup 64 of them or all, not {self}")
 
     @property
@@ -292,7 +294,7 @@ class FewRowsInt4:
         return 4 * self.depth
 
     @property
-    def own(self) -> int:
+    def warpgroup_rows(self) -> int:
         """Rows of the warpgroup that stores."""
         return self.rows
 
@@ -302,7 +304,7 @@ class FewRowsInt4:
         return 1
 
     @property
-    def own_tokens(self) -> int:
+    def warpgroup_tokens(self) -> int:
         """Tokens of a warpgroup."""
         return self.tile
 

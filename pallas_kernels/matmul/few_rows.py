@@ -53,6 +53,10 @@ class Problem:
             )
 
     @property
+    def result_shape(self) -> tuple[int, int]:
+        return self.tokens, self.rows
+
+    @property
     def share(self) -> int:
         """A strip's rows of each weight."""
         return self.config.rows // self.weights

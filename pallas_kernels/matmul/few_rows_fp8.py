@@ -56,44 +56,44 @@ def tile_function(config: FewRows, matrices: int = 1):
 
     @plgpu.inline_mgpu(
         arg_types=(SWIZZLED, SWIZZLED, REF, REF, layout, SCALAR, SCALAR, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.warpgroup_tokens,), jnp.float32, layout=layout),
     )
     def tile(ctx, weights_smem, x_smem, x_scales_smem, scales_smem, sums, slot, place, row, warpgroup):
         del ctx
         sums = unpack(sums)
         slot, place, row, warpgroup = map(mosaic.scalar, (slot, place, row, warpgroup))
-        own, own_token = part_of(config, warpgroup)
-        left = descriptor(mosaic.shared_address(weights_smem) + (slot * (config.blocks * config.rows) + own) * BLOCK)
+        first, first_token = part_of(config, warpgroup)
+        left = descriptor(mosaic.shared_address(weights_smem) + (slot * (config.blocks * config.rows) + first) * BLOCK)
         # Whole eights of tokens further, which the swizzle does not notice.
-        right = descriptor(mosaic.shared_address(x_smem) + (slot * (config.blocks * config.tile) + own_token) * BLOCK)
-        column = slot * config.tile + own_token + first_column(mosaic.thread_index())
-        own_x_scales = SharedWords(x_scales_smem).part((column << 2) + place)
+        right = descriptor(mosaic.shared_address(x_smem) + (slot * (config.blocks * config.tile) + first_token) * BLOCK)
+        column = slot * config.tile + first_token + first_column(mosaic.thread_index())
+        thread_x_scales = SharedWords(x_scales_smem).part((column << 2) + place)
         if matrices == 2:
             # A warp has 16 of the strip's rows, if any; and no more of a matrix than 128 are in a strip.
             which = [((mosaic.thread_index() >> 5) // (config.rows // 32)).min(1) << 3]
         elif not straddles(config.rows):
-            which = [own // BLOCK]
+            which = [first // BLOCK]
         else:
             # Of a warp's 16 rows, the first eight have one scale, and the others may have the next.
-            first = (row & (BLOCK - 1)) + own + first_row(mosaic.thread_index() & 127)
-            together = config.rows % 16 == 0 and config.own % 16 == 0
-            which = [(first + below) // BLOCK for below in ((0,) if together else (0, 8))]
-        own_scales = [SharedWords(scales_smem).part((slot * (8 * matrices) + i) * GROUP + place) for i in which]
+            first_of_thread = (row & (BLOCK - 1)) + first + first_row(mosaic.thread_index() & 127)
+            together = config.rows % 16 == 0 and config.warpgroup_rows % 16 == 0
+            which = [(first_of_thread + below) // BLOCK for below in ((0,) if together else (0, 8))]
+        thread_scales = [SharedWords(scales_smem).part((slot * (8 * matrices) + i) * GROUP + place) for i in which]
 
         def start(block):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
             b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
-            return start_product(a, b, config.own_tokens)
+            return start_product(a, b, config.warpgroup_tokens)
 
         flying = start(0)
         for block in range(config.blocks):
             product, more = flying, block + 1 < config.blocks
             if more:
                 flying = start(block + 1)
-            of_rows = [Float.of_bits(own_scale.load(block)) for own_scale in own_scales]
+            of_rows = [Float.of_bits(scale.load(block)) for scale in thread_scales]
             of_tokens = [
-                Float.of_bits(own_x_scales.load(GROUP * (8 * i + j) + block))
-                for i in range(config.own_tokens // 8)
+                Float.of_bits(thread_x_scales.load(GROUP * (8 * i + j) + block))
+                for i in range(config.warpgroup_tokens // 8)
                 for j in range(2)
             ]
             if len(of_rows) == 1:
@@ -110,15 +110,15 @@ def tile_function(config: FewRows, matrices: int = 1):
 
 def tile_twin(config: FewRows, matrices: int = 1):
     """`tile_function` for the interpreter."""
-    own = config.own
+    rows = config.warpgroup_rows
 
     def tile(weights_smem, x_smem, x_scales_smem, scales_smem, sums, slot, place, row, warpgroup):
-        sums = sums.reshape(64, config.own_tokens)
-        first, own_token = part_of(config, warpgroup)
-        tokens = pl.ds(own_token, config.own_tokens)
-        left = [weights_smem[slot, i, pl.ds(first, own), :].astype(jnp.float32) for i in range(config.blocks)]
+        sums = sums.reshape(64, config.warpgroup_tokens)
+        first, first_token = part_of(config, warpgroup)
+        tokens = pl.ds(first_token, config.warpgroup_tokens)
+        left = [weights_smem[slot, i, pl.ds(first, rows), :].astype(jnp.float32) for i in range(config.blocks)]
         right, token_scales = x_smem[slot, :, tokens, :].astype(jnp.float32), x_scales_smem[slot, tokens, :]
-        of_strip = first + jnp.arange(own)
+        of_strip = first + jnp.arange(rows)
         if matrices == 1:
             which, choices = (of_strip + row % BLOCK) // BLOCK, list(range(scale_rows(config.rows)))
         else:
@@ -128,9 +128,11 @@ def tile_twin(config: FewRows, matrices: int = 1):
         plgpu.commit_smem()
         for i in range(config.blocks):
             part = jnp.dot(left[i], right[i].T, precision="highest")
-            here = jnp.arange(GROUP) == place + i
-            column = jnp.where(here, by_row, 0).sum(axis=1)[:, None] * jnp.where(here, token_scales, 0).sum(axis=1)
-            sums = sums + jnp.pad(part * column, ((0, 64 - own), (0, 0)))
+            is_block = jnp.arange(GROUP) == place + i
+            column = jnp.where(is_block, by_row, 0).sum(axis=1)[:, None] * jnp.where(is_block, token_scales, 0).sum(
+                axis=1
+            )
+            sums = sums + jnp.pad(part * column, ((0, 64 - rows), (0, 0)))
         return sums.reshape(-1)
 
     return tile

@@ -84,16 +84,16 @@ def stage_function(config: FewRowsInt4):
         piece = (((warpgroup & 1) << 2) + (thread & 3)) ^ ((thread & 31) >> 2)
         group = slot * config.groups + warpgroup
         first = (group >> 1) * (config.rows * 128) + row * 128 + (piece << 4)
-        own = SharedWords(mosaic.shared_address(values_smem) + first)
-        own_words = SharedWords(words_smem).part(group * config.rows + row)
+        values = SharedWords(mosaic.shared_address(values_smem) + first)
+        thread_words = SharedWords(words_smem).part(group * config.rows + row)
         right = descriptor(mosaic.shared_address(x_smem) + group * (2 * config.tile * 128))
 
         def start(which):
             """The warpgroup's `which`-th product, under way, and the factors of its two rows."""
             further = config.warpgroups * which
             # Rows r and r + 8.
-            loaded = [own.load_many(32 * (further // 2 * config.rows + 8 * i), 4) for i in range(2)]
-            scales = [own_words.load(further * config.rows + 8 * i) for i in range(2)]
+            loaded = [values.load_many(32 * (further // 2 * config.rows + 8 * i), 4) for i in range(2)]
+            scales = [thread_words.load(further * config.rows + 8 * i) for i in range(2)]
             zeros = [(word & 0xFFFF) * 0x10001 for word in scales]
             left: list[Word] = []
             for upper, lower in zip(*loaded, strict=True):
@@ -127,10 +127,10 @@ def stage_twin(config: FewRowsInt4):
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         for both, right, word in loaded:
-            own = jnp.where(warpgroup % 2 == 0, both[:, :64], both[:, 64:])
+            half = jnp.where(warpgroup % 2 == 0, both[:, :64], both[:, 64:])
             zeros = (word & 0xFFFF).astype(jnp.float32) - BIASED
             scales = lax.bitcast_convert_type(word & jnp.uint32(0xFFFF0000), jnp.float32)
-            left = unpack_values(own).astype(jnp.float32) - zeros[:, None]
+            left = unpack_values(half).astype(jnp.float32) - zeros[:, None]
             right = right.astype(jnp.float32).transpose(0, 2, 1).reshape(GROUP, config.tile)
             product = jnp.dot(left, right, precision="highest") * scales[:, None]
             sums = sums + jnp.pad(product, ((0, 64 - config.rows), (0, 0))).reshape(-1)
@@ -151,15 +151,17 @@ def scratch_function(config: FewRowsInt4, *, load: bool):
     @plgpu.inline_mgpu(arg_types=(REF, layout, SCALAR), **result)
     def access(ctx, scratch_smem, sums, part):
         del ctx
-        own = SharedWords(scratch_smem).part(mosaic.scalar(part) * (128 * count) + (mosaic.thread_index() & 127) * 4)
+        words_smem = SharedWords(scratch_smem).part(
+            mosaic.scalar(part) * (128 * count) + (mosaic.thread_index() & 127) * 4
+        )
         sums = unpack(sums)
         for i in range(0, count, 4):
             if load:
-                others = own.load_many(128 * i, 4)
+                others = words_smem.load_many(128 * i, 4)
                 sums[i : i + 4] = [x + Float.of_bits(other) for x, other in zip(sums[i : i + 4], others, strict=True)]
             else:
                 words = [x.bits() for x in sums[i : i + 4]]
-                mosaic.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", own.address(128 * i), *words)
+                mosaic.ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", words_smem.address(128 * i), *words)
         return pack(sums, layout) if load else None
 
     return access

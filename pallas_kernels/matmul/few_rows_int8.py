@@ -34,20 +34,20 @@ def stage_function(config: FewRows):
 
     @plgpu.inline_mgpu(
         arg_types=(SWIZZLED, SWIZZLED, layout, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.int32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.warpgroup_tokens,), jnp.int32, layout=layout),
     )
     def stage(ctx, weight_smem, x_smem, sums, slot, warpgroup):
         del ctx
         slot, warpgroup = map(mosaic.scalar, (slot, warpgroup))
-        first, own_token = part_of(config, warpgroup)
+        first, first_token = part_of(config, warpgroup)
         row = slot * (config.blocks * config.rows) + first
         left = descriptor(mosaic.shared_address(weight_smem) + row * BLOCK)
-        right = descriptor(mosaic.shared_address(x_smem) + (slot * (config.blocks * config.tile) + own_token) * BLOCK)
+        right = descriptor(mosaic.shared_address(x_smem) + (slot * (config.blocks * config.tile) + first_token) * BLOCK)
         numbers = [word.value for word in unpack(sums, Word)]
         for block in range(config.blocks):
             a = arith.addi(left, mosaic.i64(block * config.rows * BLOCK >> 4))
             b = arith.addi(right, mosaic.i64(block * config.tile * BLOCK >> 4))
-            numbers = start_product(a, b, config.own_tokens, numbers, int8=True, add=True)
+            numbers = start_product(a, b, config.warpgroup_tokens, numbers, int8=True, add=True)
         return pack([Word(x) for x in finish(numbers, flying=0)], layout)
 
     return stage
@@ -55,18 +55,18 @@ def stage_function(config: FewRows):
 
 def stage_twin(config: FewRows):
     """`stage_function` for the interpreter."""
-    own = config.own
+    own_rows = config.warpgroup_rows
 
     def stage(weight_smem, x_smem, sums, slot, warpgroup):
-        first, own_token = part_of(config, warpgroup)
-        left = [weight_smem[slot, i, pl.ds(first, own), :].astype(jnp.int32) for i in range(config.blocks)]
-        right = x_smem[slot, :, pl.ds(own_token, config.own_tokens), :].astype(jnp.int32)
+        first, first_token = part_of(config, warpgroup)
+        left = [weight_smem[slot, i, pl.ds(first, own_rows), :].astype(jnp.int32) for i in range(config.blocks)]
+        right = x_smem[slot, :, pl.ds(first_token, config.warpgroup_tokens), :].astype(jnp.int32)
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
-        sums = sums.reshape(64, config.own_tokens)
+        sums = sums.reshape(64, config.warpgroup_tokens)
         for i in range(config.blocks):
             part = jnp.dot(left[i], right[i].T)
-            sums = sums + jnp.pad(part, ((0, 64 - own), (0, 0)))
+            sums = sums + jnp.pad(part, ((0, 64 - own_rows), (0, 0)))
         return sums.reshape(-1)
 
     return stage
@@ -82,14 +82,14 @@ def scale_function(config: FewRows, tokens: int, rows: int):
 
     @plgpu.inline_mgpu(
         arg_types=(REF, REF, layout, SCALAR, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64 * config.own_tokens,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((64 * config.warpgroup_tokens,), jnp.float32, layout=layout),
     )
     def scaled(ctx, x_scales_gmem, scales_gmem, sums, token, row, warpgroup):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        first, own_token = part_of(config, warpgroup)
-        token, row = token + own_token + first_column(thread), row + first + first_row(thread)
+        first, first_token = part_of(config, warpgroup)
+        token, row = token + first_token + first_column(thread), row + first + first_row(thread)
 
         def scale(ref, index, count):
             at = mosaic.offset(mosaic.global_address(ref), index.min(count - 1), 4)
@@ -97,7 +97,9 @@ def scale_function(config: FewRows, tokens: int, rows: int):
 
         of_rows = [scale(scales_gmem, row + 8 * i, rows) for i in range(2)]
         of_tokens = [
-            scale(x_scales_gmem, token + (8 * i + j), tokens) for i in range(config.own_tokens // 8) for j in range(2)
+            scale(x_scales_gmem, token + (8 * i + j), tokens)
+            for i in range(config.warpgroup_tokens // 8)
+            for j in range(2)
         ]
         numbers = [
             Float(arith.sitofp(ir.F32Type.get(), x.value)) * (of_tokens[2 * (i // 4) + i % 2] * of_rows[i // 2 % 2])
@@ -111,13 +113,13 @@ def scale_function(config: FewRows, tokens: int, rows: int):
 def scale_twin(config: FewRows, tokens: int, rows: int):
     """`scale_function` for the interpreter; whole tiles and strips only."""
     del tokens, rows
-    own = config.own
+    own_rows = config.warpgroup_rows
 
     def scaled(x_scales_gmem, scales_gmem, sums, token, row, warpgroup):
-        first, own_token = part_of(config, warpgroup)
-        of_tokens = x_scales_gmem[pl.ds(token + own_token, config.own_tokens)]
-        of_rows = scales_gmem[pl.ds(row + first, own)]
-        factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - own), (0, 0)))
+        first, first_token = part_of(config, warpgroup)
+        of_tokens = x_scales_gmem[pl.ds(token + first_token, config.warpgroup_tokens)]
+        of_rows = scales_gmem[pl.ds(row + first, own_rows)]
+        factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - own_rows), (0, 0)))
         return sums.astype(jnp.float32) * factors.reshape(-1)
 
     return scaled

@@ -24,21 +24,20 @@ from pallas_kernels.matmul import few_rows, reference
 from pallas_kernels.matmul.config import FewRowsSwiGLU
 from pallas_kernels.matmul.few_rows import Problem
 from pallas_kernels.matmul.few_rows_tile import first_column, layout_of, unpack
-from pallas_kernels.matmul.swiglu import Result, silu_product
+from pallas_kernels.matmul.swiglu import Epilogue, Result, silu_product, store_reference
 from pallas_kernels.matmul.weight_stream import plan_of
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import GROUP
-from pallas_kernels.quantize.reference import quantize as quantize_reference
 from pallas_kernels.wgmma import first_row
 
 
 def stage_sums(config: FewRowsSwiGLU, address: Word, sums: Sequence[Float], warpgroup: Word) -> None:
     """Stores a thread's sums in bfloat16 at an address in shared memory of [tokens, rows of the strip, and 8 more]."""
     thread = mosaic.thread_index() & 127
-    own = first_row(thread) + (warpgroup << 6)
-    first = address + (first_column(thread) * config.staged_columns + own) * 2
-    exists = own < config.rows  # of a warp's 16 rows, all or none
+    row = first_row(thread) + (warpgroup << 6)
+    first = address + (first_column(thread) * config.staged_columns + row) * 2
+    exists = row < config.rows  # of a warp's 16 rows, all or none
     for i, x in enumerate(sums):
         column, below = 8 * (i // 4) + i % 2, 8 * (i // 2 % 2)
         (word,) = mosaic.pack_bf16([x, x])
@@ -60,11 +59,11 @@ def stage_function(config: FewRowsSwiGLU):
 
 def stage_twin(config: FewRowsSwiGLU):
     """`stage_function` for the interpreter."""
-    own = min(64, config.rows)
+    rows = min(64, config.rows)
 
     def stage(staged_smem, sums, warpgroup):
-        part = sums.reshape(64, config.tile)[:own].T.astype(jnp.bfloat16)
-        staged_smem[:, pl.ds(warpgroup * own, own)] = part
+        part = sums.reshape(64, config.tile)[:rows].T.astype(jnp.bfloat16)
+        staged_smem[:, pl.ds(warpgroup * rows, rows)] = part
 
     return stage
 
@@ -87,11 +86,11 @@ def store_groups(
         at = which * (config.staged_columns // 4) + lane
         hidden = silu_product(staged.load_pair(at), staged.load_pair(at + config.rows // 8))
         packed, scale = fp8.quantize(hidden, 32, result.scale_fmt)
-        own, group = token + which, column >> 7
-        exists = own < tokens
-        place = mosaic.offset(mosaic.offset(outputs[0], own, width), column + (lane << 2), 1)
+        row, group = token + which, column >> 7
+        exists = row < tokens
+        place = mosaic.offset(mosaic.offset(outputs[0], row, width), column + (lane << 2), 1)
         mosaic.store_global(place, packed, predicate=exists)
-        at = group * tokens + own if result.scales_by_group else own * (width // GROUP) + group
+        at = group * tokens + row if result.scales_by_group else row * (width // GROUP) + group
         mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=exists & lane.equals(0))
 
     for i in range(0, config.tile, 4 * config.warpgroups):
@@ -143,29 +142,14 @@ def store_twin(problem: Problem, result: Result):
         def _():
             both = staged_smem[...]
             values = reference.silu_product(both[:, :half], both[:, half : config.rows])
-            tokens = pl.ds(token, config.tile)
-            if result.quantized:
-                values, scales = quantize_reference(values, result.scale_fmt, GROUP)
-                group = lax.div(column, jnp.int32(GROUP))
-                if result.scales_by_group:
-                    outputs[1][group, tokens] = scales[:, 0]
-                else:
-                    outputs[1][tokens, group] = scales[:, 0]
-            outputs[0][tokens, pl.ds(column, half)] = values
+            group = lax.div(column, jnp.int32(GROUP))
+            store_reference(result, outputs, values, pl.ds(token, config.tile), pl.ds(column, half), group)
 
     return store
 
 
-@dataclasses.dataclass(frozen=True)
-class SwiGLU:
+class SwiGLU(Epilogue):
     """The epilogue of `few_rows`: see the module."""
-
-    problem: Problem
-    result: Result
-
-    @property
-    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.result.outputs(self.problem.tokens, self.problem.rows)
 
     @property
     def scratch(self) -> tuple[Any, ...]:
@@ -175,11 +159,6 @@ class SwiGLU:
             plgpu.Barrier(num_arrivals=config.warpgroups),  # all sums are staged
             plgpu.Barrier(num_arrivals=config.warpgroups),  # all have been read
         )
-
-    def begin(self, refs: tuple[Any, ...]) -> None:
-        """Marks the staging memory as free."""
-        *_, read_bar = refs
-        plgpu.barrier_arrive(read_bar)
 
     def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
         """Stores a strip."""
@@ -193,11 +172,6 @@ class SwiGLU:
         plgpu.barrier_wait(staged_bar)
         store(staged_smem, tuple(outputs), token, row)
         plgpu.barrier_arrive(read_bar)
-
-    def end(self, refs: tuple[Any, ...]) -> None:
-        """Waits for the last phase, before the barrier's memory goes."""
-        *_, read_bar = refs
-        plgpu.barrier_wait(read_bar)
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config", "result", "interpret"))

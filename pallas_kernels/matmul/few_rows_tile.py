@@ -25,19 +25,22 @@ Config = FewRows | FewRowsInt4
 
 def layout_of(config: Config) -> Any:
     """Returns the layout of a warpgroup's sums: an array that gives each thread its own."""
-    return plgpu.Layout.WG_STRIDED((64 * config.own_tokens,), vec_size=4)
+    return plgpu.Layout.WG_STRIDED((64 * config.warpgroup_tokens,), vec_size=4)
 
 
 def zeros(config: Config, dtype: Any = jnp.float32) -> Any:
     """Returns sums of nothing."""
-    return plgpu.layout_cast(jnp.zeros((64 * config.own_tokens,), dtype), layout_of(config))
+    return plgpu.layout_cast(jnp.zeros((64 * config.warpgroup_tokens,), dtype), layout_of(config))
 
 
 def part_of(config: Config, warpgroup: Any) -> tuple[Any, Any]:
     """Returns a warpgroup's first row of a strip, and its first token of a tile."""
     if config.token_parts == 1:
-        return warpgroup * config.own, 0
-    return warpgroup // config.token_parts * config.own, warpgroup % config.token_parts * config.own_tokens
+        return warpgroup * config.warpgroup_rows, 0
+    return (
+        warpgroup // config.token_parts * config.warpgroup_rows,
+        warpgroup % config.token_parts * config.warpgroup_tokens,
+    )
 
 
 def unpack(array: Any, kind: Any = Float) -> list[Any]:
@@ -88,13 +91,13 @@ def store_function(config: Config, tokens: int, rows: int, dtype: Any):
         del ctx
         token, row, warpgroup = map(mosaic.scalar, (token, row, warpgroup))
         thread = mosaic.thread_index() & 127
-        own = first_row(thread)
-        first, own_token = part_of(config, warpgroup)
-        row = row + first + own
-        token = token + own_token + first_column(thread)
+        row_of_thread = first_row(thread)
+        first, first_token = part_of(config, warpgroup)
+        row = row + first + row_of_thread
+        token = token + first_token + first_column(thread)
         address = mosaic.offset(mosaic.global_address(out_gmem), token, rows * size)
         address = mosaic.offset(address, row, size)
-        exists = [(own + below < config.own) & (row + below < rows) for below in (0, 8)]
+        exists = [(row_of_thread + below < config.warpgroup_rows) & (row + below < rows) for below in (0, 8)]
         for i, x in enumerate(unpack(sums)):
             column, below = 8 * (i // 4) + i % 2, i // 2 % 2
             at = arith.addi(address, mosaic.i64((column * rows + 8 * below) * size))
@@ -105,12 +108,11 @@ def store_function(config: Config, tokens: int, rows: int, dtype: Any):
 
 def store_twin(config: Config, tokens: int, rows: int, dtype: Any):
     """`store_function` for the interpreter; whole tiles and strips only."""
-    del tokens, rows
-    own, own_tokens = config.own, config.own_tokens
+    rows, tokens = config.warpgroup_rows, config.warpgroup_tokens
 
     def store(out_gmem, sums, token, row, warpgroup):
-        first, own_token = part_of(config, warpgroup)
-        part = sums.reshape(64, own_tokens)[:own].T.astype(dtype)
-        out_gmem[pl.ds(token + own_token, own_tokens), pl.ds(row + first, own)] = part
+        first, first_token = part_of(config, warpgroup)
+        part = sums.reshape(64, tokens)[:rows].T.astype(dtype)
+        out_gmem[pl.ds(token + first_token, tokens), pl.ds(row + first, rows)] = part
 
     return store

@@ -83,6 +83,10 @@ class Problem:
         return self.rows // self.config.rows
 
     @property
+    def result_shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
     def share(self) -> int:
         """A tile's columns of each weight."""
         return COLUMNS // self.weights
@@ -111,13 +115,13 @@ class Problem:
 
 
 class Refs(NamedTuple):
-    """A kernel's refs. `experts`, `used` and `row_scales_gmem` may be None, `weight_scales_gmem` empty.
+    """A kernel's refs. `experts_gmem`, `used_gmem` and `row_scales_gmem` may be None, `weight_scales_gmem` empty.
 
     `stage_smem` is the stage's own scratch.
     """
 
-    experts: Any
-    used: Any
+    experts_gmem: Any
+    used_gmem: Any
     x_gmem: Any
     row_scales_gmem: Any
     weights_gmem: tuple[Any, ...]
@@ -270,7 +274,7 @@ def for_tiles(problem: Problem, refs: Refs, f: Any) -> None:
         side_by_side = jnp.minimum(row_tiles_used(problem, refs) - whole * group, group)
         column = lax.div(within, side_by_side)
         row = whole * group + within - column * side_by_side
-        expert = index * 0 if refs.experts is None else refs.experts[row]
+        expert = index * 0 if refs.experts_gmem is None else refs.experts_gmem[row]
         f(row, column, expert, i * problem.steps)
 
     lax.fori_loop(0, tile_count(problem, refs), one, None)
@@ -278,9 +282,9 @@ def for_tiles(problem: Problem, refs: Refs, f: Any) -> None:
 
 def row_tiles_used(problem: Problem, refs: Refs) -> Any:
     """Returns how many tiles of rows hold some."""
-    if refs.used is None:
+    if refs.used_gmem is None:
         return jnp.int32(problem.row_tiles)
-    return jnp.clip(refs.used[0], 0, problem.row_tiles)
+    return jnp.clip(refs.used_gmem[0], 0, problem.row_tiles)
 
 
 def tile_count(problem: Problem, refs: Refs) -> Any:

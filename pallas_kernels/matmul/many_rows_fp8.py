@@ -72,8 +72,8 @@ def accumulate_function(rows: int):
         a = descriptor(mosaic.shared_address(left_smem) + slot * (rows * DIM))
         b = descriptor(mosaic.shared_address(right_smem) + slot * (COLUMNS * DIM) + warpgroup * (BLOCK * DIM))
         thread = mosaic.thread_index() & 127
-        own = first_row(thread)  # and the row 8 further on
-        scales_at = SharedWords(row_scales_smem).part(slot * rows + own)
+        row = first_row(thread)  # and the row 8 further on
+        scales_at = SharedWords(row_scales_smem).part(slot * rows + row)
         product: list[ir.Value] | None = None
         added = []
         for part in range(parts):

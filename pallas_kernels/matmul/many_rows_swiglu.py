@@ -10,7 +10,6 @@ values by shuffles, so that a lane stores 16 bytes, a quad 64 in a row: no share
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -30,10 +29,17 @@ from pallas_kernels.matmul import reference
 from pallas_kernels.matmul.config import ManyRows
 from pallas_kernels.matmul.many_rows import BLOCK, MATH, PART, Problem, launch, whole_tiles
 from pallas_kernels.matmul.many_rows_fp8 import MATRIX
-from pallas_kernels.matmul.swiglu import Result, high_halves, low_halves, silu_product, transpose_in_quad
+from pallas_kernels.matmul.swiglu import (
+    Epilogue,
+    Result,
+    high_halves,
+    low_halves,
+    silu_product,
+    store_reference,
+    transpose_in_quad,
+)
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
 from pallas_kernels.quantize.reference import GROUP
-from pallas_kernels.quantize.reference import quantize as quantize_reference
 from pallas_kernels.wgmma import first_row, numbers_of
 
 WORDS = 16
@@ -138,14 +144,14 @@ def store_half(
     lane = thread & 3
     first = row * rows + first_row(thread) + warpgroup * (PART if parts == 2 else 8)
     for i in range(parts):
-        words, own = slice(WORDS * i, WORDS * (i + 1)), first + 8 * i
+        words, row = slice(WORDS * i, WORDS * (i + 1)), first + 8 * i
         hidden = silu_product(gate[words], up[words])
         if not result.quantized:
-            store_bf16(mosaic.offset(mosaic.offset(outputs[0], own, 2 * width), column, 2 * BLOCK), hidden, lane)
+            store_bf16(mosaic.offset(mosaic.offset(outputs[0], row, 2 * width), column, 2 * BLOCK), hidden, lane)
             continue
         packed, scale = fp8.quantize(hidden, 4, result.scale_fmt)
-        store_fp8(mosaic.offset(mosaic.offset(outputs[0], own, width), column, BLOCK), packed, lane)
-        at = column * problem.rows + own if result.scales_by_group else own * (width // GROUP) + column
+        store_fp8(mosaic.offset(mosaic.offset(outputs[0], row, width), column, BLOCK), packed, lane)
+        at = column * problem.rows + row if result.scales_by_group else row * (width // GROUP) + column
         mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=lane.equals(0))
 
 
@@ -175,27 +181,13 @@ def store_twin(problem: Problem, result: Result):
         for i in range(pieces):
             tokens = pl.ds(row * rows + i * distance + warpgroup * height, height)
             values = hidden[i * height : (i + 1) * height]
-            if result.quantized:
-                values, scales = quantize_reference(values, result.scale_fmt, GROUP)
-                if result.scales_by_group:
-                    outputs[1][column, tokens] = scales[:, 0]
-                else:
-                    outputs[1][tokens, column] = scales[:, 0]
-            outputs[0][tokens, pl.ds(column * BLOCK, BLOCK)] = values
+            store_reference(result, outputs, values, tokens, pl.ds(column * BLOCK, BLOCK), column)
 
     return store
 
 
-@dataclasses.dataclass(frozen=True)
-class SwiGLU:
+class SwiGLU(Epilogue):
     """The epilogue of `many_rows`: see the module."""
-
-    problem: Problem
-    result: Result
-
-    @property
-    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.result.outputs(self.problem.rows, self.problem.columns)
 
     @property
     def scratch(self) -> tuple[Any, ...]:
@@ -204,11 +196,6 @@ class SwiGLU:
             plgpu.Barrier(num_arrivals=MATH),  # both have handed over
             plgpu.Barrier(num_arrivals=MATH),  # both have read
         )
-
-    def begin(self, refs: tuple[Any, ...]) -> None:
-        """Marks the shared memory as free."""
-        *_, read_bar = refs
-        plgpu.barrier_arrive(read_bar)
 
     def store(self, refs: tuple[Any, ...], sums: Any, row: Any, column: Any) -> None:
         """Stores a tile."""
@@ -225,11 +212,6 @@ class SwiGLU:
         received = received_smem[warpgroup] if interpret else plgpu.load(own_smem, layout=half_of(rows))
         plgpu.barrier_arrive(read_bar)
         store(kept, received, tuple(outputs), row, column, warpgroup)
-
-    def end(self, refs: tuple[Any, ...]) -> None:
-        """Waits for the last phase, before the barrier's memory goes."""
-        *_, read_bar = refs
-        plgpu.barrier_wait(read_bar)
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config", "result", "interpret"))

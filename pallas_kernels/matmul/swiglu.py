@@ -7,13 +7,16 @@ of the reference's where that lies next to the middle between two, about once in
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import Float, Word
 from pallas_kernels.quantize.reference import GROUP
+from pallas_kernels.quantize.reference import quantize as quantize_reference
 
 LOG2_E = 1.4426950408889634
 
@@ -41,6 +44,37 @@ class Result:
             jax.ShapeDtypeStruct((rows, width), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct(shape[::-1] if self.scales_by_group else shape, jnp.float32),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What the epilogues of both kernels share. `problem`: of the kernel; `result`: what becomes of the product.
+
+    Warpgroups exchange their sums in shared memory. The last of the scratch is the barrier of those that have read it.
+    """
+
+    problem: Any
+    result: Result
+
+    @property
+    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self.result.outputs(*self.problem.result_shape)
+
+    def begin(self, refs: tuple[Any, ...]) -> None:
+        """Marks the shared memory as free."""
+        plgpu.barrier_arrive(refs[-1])
+
+    def end(self, refs: tuple[Any, ...]) -> None:
+        """Waits for the last phase, before the barrier's memory goes."""
+        plgpu.barrier_wait(refs[-1])
+
+
+def store_reference(result: Result, outputs: Sequence[Any], values: Any, rows: Any, columns: Any, group: Any) -> None:
+    """Stores a part of the result in the interpreter, whose columns are a group of the quantisation if there is one."""
+    if result.quantized:
+        values, scales = quantize_reference(values, result.scale_fmt, GROUP)
+        outputs[1][(group, rows) if result.scales_by_group else (rows, group)] = scales[:, 0]
+    outputs[0][rows, columns] = values
 
 
 def silu(x: Float) -> Float:

@@ -1,4 +1,4 @@
-"""Quantisation: of activations to FP8 in groups, alone or behind an RMSNorm, or int8 by token; of weights in blocks."""
+"""Quantisation of activations: to FP8 in groups, alone or behind an RMSNorm, or int8 by token."""
 
 import functools
 

@@ -92,7 +92,7 @@ def test_token_parts_lower(config):
         lowered = (
             jax.jit(functools.partial(product, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
         )
-        assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {str(config.own_tokens)}
+        assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {str(config.warpgroup_tokens)}
 
 
 @pytest.mark.parametrize("tile", tuning.TILES)
