@@ -240,15 +240,15 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 
 TINY: dict[str, tuple[Shape, ...]] = {
     "grouped_matmul": (
-        GroupedMatmul(name="tiny-fp8", experts=3, used=2, rows=10, columns=192, depth=256),
-        GroupedMatmul(name="tiny-bf16", scheme="bf16", experts=3, used=3, rows=9, columns=64, depth=64),
-        GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128),
-        GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128),
+        GroupedMatmul(name="tiny-fp8", experts=3, used=2, rows=10, columns=192, depth=256, kernel=False),
+        GroupedMatmul(name="tiny-bf16", scheme="bf16", experts=3, used=3, rows=9, columns=64, depth=64, kernel=False),
+        GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128, kernel=False),
+        GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128, kernel=False),
     ),
     "matmul": (
         Matmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
         Matmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
-        Matmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128),
+        Matmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128, kernel=False),
     ),
     "quantize": tuple(
         Quantize(name=f"tiny-{form}", form=form, tokens=3, width=256) for form in ("ue8m0", "exact", "int8", "norm")
