@@ -12,13 +12,14 @@ import numpy as np
 from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.common.units import human
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
+from dsv32_jax.convert.statistics import Statistics, of_inputs
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import available_bytes
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, StepContext
-from dsv32_jax.model.observation import Observed, Statistics, observing
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
+from dsv32_jax.model.taps import Taps
 from pallas_kernels.matmul import dense
 
 
@@ -48,7 +49,7 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
             f"calibration: linears in float32 and the second moments of their inputs take {human(needed)}, and there "
             f"are {human(free)} of {where}; quantise without it, or use a machine with more"
         )
-    parameters |= {path: Observed(dense(leaf, jnp.float32), path) for path, leaf in linears.items()}
+    parameters |= {path: dense(leaf, jnp.float32) for path, leaf in linears.items()}
     model = replace_parameters(lm.model, parameters)
     exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
     options = dataclasses.replace(lm.options, **exact)
@@ -62,24 +63,27 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
             table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
             batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
             cache = KVCache.create(lm.config, table.size, options, layers=layers)
-            total = jax.block_until_ready(_observed(model, batch, cache, total, options))
+            total = jax.block_until_ready(_summed(model, batch, cache, total, options))
             advance(1)
     check_statistics(total)
     return total
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="total")
-def _observed(
+def _summed(
     model: DeepseekV32, batch: Batch, cache: KVCache, total: dict[str, Statistics], options: Options
 ) -> dict[str, Statistics]:
     """`total` and what one window adds to it."""
-    with observing() as found:
-        states, cache = model.states(batch, cache, options)
-        if model.mtp is not None:
-            given = {name: getattr(batch, name)[:-1] for name in ("ids", "positions", "slots", "sequence")}
-            ctx = StepContext(model.config, options, dataclasses.replace(batch, **given))
-            model.mtp(states[:-1], batch.ids[1:], cache, ctx, batch.logit_rows)
-    return {path: one + total[path] if path in total else one for path, one in found.items()}
+    inputs = {f"{path}.input": path for path in named_parameters(model) if is_linear(path)}
+    seams = options.seams(Taps.of(dict.fromkeys(inputs, of_inputs)))
+    states, cache = model.states(batch, cache, options, seams)
+    if model.mtp is not None:
+        arrays = {name: getattr(batch, name)[:-1] for name in ("ids", "positions", "slots", "sequence")}
+        ctx = StepContext(model.config, options, dataclasses.replace(batch, **arrays), seams)
+        model.mtp(states[:-1], batch.ids[1:], cache, ctx, batch.logit_rows)
+    return {
+        path: seams.values[name] + total[path] if path in total else seams.values[name] for name, path in inputs.items()
+    }
 
 
 def windows_of(lm: LanguageModel, text: str, length: int = 1024, most: int = 32) -> list[list[int]]:

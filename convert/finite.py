@@ -9,9 +9,9 @@ import numpy as np
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.names import hf_name
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.convert.stored import suffixes
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import is_choosing
 from pallas_kernels.matmul import QTensor
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
 from pallas_kernels.matmul import Weight, dense, is_qtensor
 

@@ -22,10 +22,10 @@ from dsv32_jax.convert.conversion import PROVENANCE, Change, matrix, rewrite, wi
 from dsv32_jax.convert.finite import check_all_finite, check_statistics
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import round_int4, round_int8
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
 from pallas_kernels.matmul import INT4, INT8, SCHEMES, abstract_weight, dense, quantize_weight, scheme_name
 

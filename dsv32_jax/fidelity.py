@@ -13,6 +13,12 @@ EQUAL_FIELDS = ("vocab_size", "num_hidden_layers", "hidden_size", "first_k_dense
 """Fields of the config in which two models must agree for their traces to be comparable."""
 
 
+OF_LAYER = ("attn.topk", "attn.index_scores", "attn.attention", "ffn.experts", "ffn.expert_weights", "hidden")
+"""Names of what a trace holds of a layer, among the values of a step; see `dsv32_jax.model.taps`."""
+TAPS = ("embedded", *(f"layers.*.{name}" for name in OF_LAYER))
+"""And of all layers."""
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trace:
     """What every layer did over the tokens of one sequence; NumPy arrays over T tokens and L layers (M with experts).
@@ -49,24 +55,25 @@ class Trace:
         return f"Trace of {sizes}\n{arrays}\n  attention that falls on the chosen positions, by layer: {on_chosen}"
 
     @staticmethod
-    def from_step(logits: Any, recorded: Mapping[str, Any], tokens: int) -> "Trace":
-        """From what `step_with_trace` returns for one sequence whose first `tokens` rows are real and contiguous."""
-        layers = recorded["layers"]
+    def from_taps(logits: Any, values: Mapping[str, Any], tokens: int) -> "Trace":
+        """From the values of the taps `TAPS`, and the logits, of one sequence whose first `tokens` rows are real."""
+        layers = 1 + max(int(name.split(".")[1]) for name in values if name.startswith("layers."))
 
         def stacked(name: str, width: int | None = None) -> np.ndarray:
-            rows = [np.asarray(layer[name])[:tokens] for layer in layers if name in layer]
+            names = [f"layers.{layer}.{name}" for layer in range(layers)]
+            rows = [np.asarray(values[name])[:tokens] for name in names if name in values]
             return np.stack(rows)[..., :width] if rows else np.zeros((0, tokens, 0), np.float32)
 
-        topk = stacked("topk").astype(np.int32)
+        topk = stacked("attn.topk").astype(np.int32)
         ascending = np.sort(np.where(topk < 0, np.iinfo(np.int32).max, topk), axis=-1)
-        experts, weights = stacked("experts").astype(np.int32), stacked("expert_weights")
+        experts, weights = stacked("ffn.experts").astype(np.int32), stacked("ffn.expert_weights")
         order = np.argsort(experts, axis=-1)
-        embedded = np.asarray(recorded["embedded"], np.float32)[None, :tokens]
+        embedded = np.asarray(values["embedded"], np.float32)[None, :tokens]
         return Trace(
             hidden=np.concatenate([embedded, stacked("hidden").astype(np.float32)]),
             topk=np.where(ascending == np.iinfo(np.int32).max, -1, ascending),
-            index_scores=stacked("index_scores", tokens),
-            attention=stacked("attention", tokens),
+            index_scores=stacked("attn.index_scores", tokens),
+            attention=stacked("attn.attention", tokens),
             experts=np.take_along_axis(experts, order, axis=-1),
             expert_weights=np.take_along_axis(weights, order, axis=-1),
             logits=np.asarray(logits, np.float32)[:tokens],

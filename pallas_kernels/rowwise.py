@@ -3,9 +3,16 @@
 Callers write `rowwise.rope_half_split` and the like, so that a test can plant a bug for all of them in one place.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Norm = Callable[[jax.Array, jax.Array, float], jax.Array]
+"""Such as `rms_norm`, of x [..., D], weight [D] and eps."""
+Rotation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Such as `rope_half_split`, of x [T, ..., R], cos and sin [T, R / 2]."""
 
 # ---- norms ---------------------------------------------------------------------------------------------------------
 
@@ -57,10 +64,10 @@ def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`rope_half_split` of the first R features of x [T, ..., D]: index queries and keys, where MLA has them last."""
-    rope, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([rope_half_split(rope, cos, sin), rest], axis=-1)
+def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array, rope: Rotation = rope_half_split) -> jax.Array:
+    """`rope` of the first R features of x [T, ..., D]: index queries and keys, where MLA has them last."""
+    leading, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([rope(leading, cos, sin), rest], axis=-1)
 
 
 # ---- Hadamard ------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine.blocks import BlockTable
+from dsv32_jax.fidelity import OF_LAYER, TAPS
 from dsv32_jax.generate import language_model
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
-from dsv32_jax.model.model import Batch, DeepseekV32, Options
+from dsv32_jax.model.model import Batch, DeepseekV32, Options, tapped_layer
+from dsv32_jax.model.taps import Taps
 from pallas_kernels.paging import slots_of
 from tests import numpy_model
 
@@ -113,16 +115,32 @@ def slots_of_table(table: BlockTable, start: int, stop: int) -> np.ndarray:
     return slots_of(np.arange(start, stop), np.zeros(stop - start, np.int32), np.array([table.blocks], np.int32))
 
 
+LAYER_TAPS = Taps.of(dict.fromkeys(OF_LAYER))
+
+
 def fresh_jit(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[Any, KVCache, dict]:
-    """The model's own forward with a trace, compiled anew, so that a monkeypatched part is really used."""
+    """The model's forward with the values of a trace, compiled anew, so that a monkeypatched part is really used."""
 
     @jax.jit
     def run(model, batch, cache):
-        trace: dict = {}
-        logits, cache = model(batch, cache, options, trace)
-        return logits, cache, trace
+        seams = options.seams(Taps.of(dict.fromkeys(TAPS)))
+        logits, cache = model(batch, cache, options, seams)
+        return logits, cache, seams.values
 
     return run(model, batch, cache)
+
+
+def layer_record(
+    model: DeepseekV32, layer: int, hidden: np.ndarray, batch: Batch, cache: KVCache, options: Options
+) -> dict[str, np.ndarray]:
+    """What a trace holds of one layer alone, by the last part of the names; `hidden` is the stream after it."""
+    values = tapped_layer(model, layer, jnp.asarray(hidden), batch, cache, options, LAYER_TAPS)
+    return last_names(values)
+
+
+def last_names(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Values by the last part of their names."""
+    return {name.rpartition(".")[2]: np.asarray(value) for name, value in values.items()}
 
 
 def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options = EXACT) -> list[SimpleNamespace]:
@@ -131,7 +149,11 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
     tables = tables_of(len(rows), blocks)
     batch = flat_batch([Piece(row, 0, n) for n, row in enumerate(rows)], tables)
     cache = KVCache.create(model.config, tables.size, options)
-    logits, _, trace = jax.tree.map(np.asarray, fresh_jit(model, batch, cache, options))
+    logits, _, values = jax.tree.map(np.asarray, fresh_jit(model, batch, cache, options))
+    layers = [
+        last_names({name: value for name, value in values.items() if name.startswith(f"layers.{layer}.")})
+        for layer in range(model.config.num_hidden_layers)
+    ]
     ends = np.cumsum([len(row) for row in rows])
     results = []
     for end, row in zip(ends, rows, strict=True):
@@ -139,8 +161,8 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
         results.append(
             SimpleNamespace(
                 logits=logits[own],
-                hidden=np.stack([trace["embedded"][own], *(layer["hidden"][own] for layer in trace["layers"])]),
-                layers=[{key: value[own] for key, value in layer.items()} for layer in trace["layers"]],
+                hidden=np.stack([values["embedded"][own], *(layer["hidden"][own] for layer in layers)]),
+                layers=[{key: value[own] for key, value in layer.items()} for layer in layers],
             )
         )
     return results

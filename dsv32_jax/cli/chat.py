@@ -45,8 +45,6 @@ COMMANDS = {
     "/exit": "leaves; so does Ctrl-D",
 }
 LEAVING = ("/exit", "/quit")
-MOST_HISTORY = 1000
-"""Lines that the history file keeps."""
 
 
 def chat(
@@ -97,7 +95,7 @@ def result_of(conversation: "Conversation") -> dict[str, Any]:
 
 
 class Terminal:
-    """Where messages come from and answers go to. Answers alone are on standard output; the rest is on stderr.
+    """Reads messages and shows answers. Only answers are on standard output; everything else is on stderr.
 
     Args:
       quiet: show no answers.
@@ -112,7 +110,7 @@ class Terminal:
         self._history = _history_file() if self.interactive else None
 
     def read(self) -> str:
-        """One line. Raises EOFError, KeyboardInterrupt, and UserError where it is not UTF-8."""
+        """Reads a line. Raises EOFError, KeyboardInterrupt, and UserError where it is not UTF-8."""
         self._lines += 1
         try:
             line = self._prompted() if self.interactive else self._piped()
@@ -132,7 +130,7 @@ class Terminal:
         return line
 
     def _piped(self) -> str:
-        """Bytes line by line: Python would decode many lines at once, and fail for one that nobody has come to."""
+        """Reads a line as bytes: Python would decode many lines at once, and fail for one that is not read yet."""
         stream = getattr(sys.stdin, "buffer", sys.stdin)
         line = stream.readline()
         if not line:
@@ -141,7 +139,7 @@ class Terminal:
         return line.removeprefix(BYTE_ORDER_MARK) if self._lines == 1 else line
 
     def show(self, part: "Part") -> None:
-        """A part of an answer; reasoning is dim on a terminal, else it goes to stderr."""
+        """Shows a part of an answer; reasoning is dim on a terminal, and goes to stderr elsewhere."""
         if self.quiet:
             return
         if part.kind != self._kind:
@@ -159,21 +157,21 @@ class Terminal:
             typer.echo()
 
     def _change(self, kind: str) -> None:
-        """From an answer to reasoning or back."""
+        """Marks the change from an answer to reasoning, or back."""
         self._kind = kind
-        begins = kind == "reasoning"
+        reasoning = kind == "reasoning"
         if sys.stdout.isatty():
-            style = ("\x1b[2m" if begins else "\x1b[0m") if self._styled else ""
-            typer.echo(f"{style}(reasoning) " if begins else f"{style}\n", nl=False)
+            style = ("\x1b[2m" if reasoning else "\x1b[0m") if self._styled else ""
+            typer.echo(f"{style}(reasoning) " if reasoning else f"{style}\n", nl=False)
         else:
-            print("(reasoning) " if begins else "\n", end="", file=sys.stderr, flush=True)
+            print("(reasoning) " if reasoning else "\n", end="", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
 class Session:
-    """Reads lines, obeys commands and answers messages until one leaves."""
+    """Reads lines, runs commands and answers messages until the user leaves."""
 
     def __init__(self, conversation: "Conversation", terminal: Terminal, name: str):
         self.conversation = conversation
@@ -183,8 +181,11 @@ class Session:
         self._leaves = False
 
     def run(self) -> None:
-        """To the end of input, or a command that leaves. Over a pipe, two interrupts in a row raise KeyboardInterrupt,
-        as does one at the prompt: nobody would be there to leave in another way."""
+        """Runs to the end of input, or to a command that leaves.
+
+        Over a pipe, two interrupts in a row raise KeyboardInterrupt, as does one at the prompt, since no user is there
+        to leave in another way.
+        """
         if self.terminal.interactive:
             self.terminal.say(f"{self.name}: type a message; /help lists commands, /exit leaves")
         with Interrupts() as interrupts:
@@ -205,17 +206,17 @@ class Session:
                         raise
                     self.terminal.say(f"{error}; not sent")
                 else:
-                    self._take(line, interrupts)
+                    self._handle(line, interrupts)
 
-    def _take(self, line: str, interrupts: "Interrupts") -> None:
+    def _handle(self, line: str, interrupts: "Interrupts") -> None:
         if line.startswith("/"):
-            self._obey(line.strip())
+            self._run_command(line.strip())
         elif line.strip():
             self._answer(line.strip(), interrupts)
 
-    def _obey(self, line: str) -> None:
-        command, *rest = line.split(maxsplit=1)
-        text = "".join(rest)
+    def _run_command(self, line: str) -> None:
+        command, *arguments = line.split(maxsplit=1)
+        text = "".join(arguments)
         say = self.terminal.say
         if command in LEAVING:
             self._leaves = True
@@ -242,7 +243,7 @@ class Session:
                 for part in parts:
                     self.terminal.show(part)
                     self._interrupts = 0
-                    if interrupts.asked_once():
+                    if interrupts.noted():
                         stopped = True
                         break
         except KeyboardInterrupt:
@@ -263,31 +264,31 @@ class Session:
 
 
 class Interrupts:
-    """Ctrl-C in a conversation: raised where that is expected, and passed over elsewhere.
+    """Ctrl-C in a conversation: raised where that is expected, and ignored elsewhere.
 
-    Between two tokens an interrupt only asks: nothing is broken off inside of JAX.
+    The first interrupt between two tokens is only noted, so that no call of JAX is broken off.
     """
 
     def __init__(self) -> None:
         self._raises = False
         self._block: object = None
-        self._asks = False
-        self._asked = False
+        self._notes_first = False
+        self._noted = False
 
     def __enter__(self) -> "Interrupts":
-        self._before: Any = None
+        self._previous: Any = None
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Within it the first interrupt is raised, or after `asked_once` was called, the second."""
-        self._asks = self._asked = False
+        """Within it, the first interrupt is raised, or the second after a call of `noted`."""
+        self._notes_first = self._noted = False
         self._block = object()
         self._raises = True
         try:
@@ -296,20 +297,20 @@ class Interrupts:
             self._raises = False
             self._block = None
 
-    def asked_once(self) -> bool:
-        """Whether an interrupt has come; from now on the next one asks first."""
-        self._asks = True
-        return self._asked
+    def noted(self) -> bool:
+        """Whether an interrupt was noted; from now on the first one is noted instead of raised."""
+        self._notes_first = True
+        return self._noted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._raises and self._asks and not self._asked:
-            self._asked = True
+        if self._raises and self._notes_first and not self._noted:
+            self._noted = True
         elif self._raises:
             self._raises = False
             raise Interrupt(functools.partial(self._is_lost_in, self._block))
 
     def _is_lost_in(self, block: object) -> bool:
-        """Whether that block goes on although an interrupt was raised in it; the next one is raised then, too."""
+        """Whether a block still runs although an interrupt was raised in it; then the next one is raised, too."""
         lost = self._block is block
         self._raises |= lost
         return lost
@@ -319,10 +320,10 @@ class Interrupts:
 
 
 def _history_file() -> Path | None:
-    """Reads what was typed in earlier conversations; None where lines cannot be edited or kept."""
+    """Reads the lines of earlier conversations; returns their file, None where lines cannot be edited or kept."""
     try:
         import readline
-    except ImportError:  # a Python without it: lines are read as the terminal gives them
+    except ImportError:  # this Python has none: lines are read without editing
         return None
     from dsv32_jax.common.files import home_directory
 

@@ -40,16 +40,16 @@ def info(
     if config is None:
         directory = loading.find(model or "demo")
         settings = ModelConfig.from_hf(directory)
-        held = dataclasses.asdict(contents(directory, settings))
+        stored = dataclasses.asdict(contents(directory, settings))
     elif config in PRESETS or Path(config).exists():
         settings = PRESETS[config] if config in PRESETS else ModelConfig.from_hf(Path(config))
         count, by_dtype = parameter_counts(convert.stored_parameters(settings))
-        held = {"parameters": count, "bytes_by_dtype": by_dtype}
+        stored = {"parameters": count, "bytes_by_dtype": by_dtype}
     else:
         raise UserError(f"--config {config}: no such file, and no preset; presets are {', '.join(PRESETS)}")
     result: dict[str, Any] = {
-        **held,
-        "bytes": sum(held["bytes_by_dtype"].values()),
+        **stored,
+        "bytes": sum(stored["bytes_by_dtype"].values()),
         "cache_bytes_per_token": cache_bytes_per_token(settings),
         "max_position_embeddings": settings.max_position_embeddings,
     }
@@ -62,22 +62,24 @@ def info(
 
 
 def what_fits(total: int, cache: dict[str, int]) -> dict[str, Any]:
-    """For GPUs and this machine: bytes, how many of them `total` bytes of weights take, and the cache beside these."""
+    """For GPUs and this machine: their bytes, how many of them `total` bytes of weights need, and the tokens of a cache
+    beside the weights.
+    """
     from dsv32_jax.generate.memory import GPU_BYTES, USABLE, available_bytes, tokens_that_fit
 
-    free, place = available_bytes()
+    free, memory = available_bytes()
     return {
         name: {
             "bytes": size,
             "needed_for_weights": math.ceil(total / (size * USABLE)),
-            "cache_tokens": {form: tokens_that_fit(total, each, size) for form, each in cache.items()},
+            "cache_tokens": {form: tokens_that_fit(total, token_bytes, size) for form, token_bytes in cache.items()},
         }
-        for name, size in {**GPU_BYTES, f"this machine ({place})": free}.items()
+        for name, size in {**GPU_BYTES, f"this machine ({memory})": free}.items()
     }
 
 
 def print_info(result: dict[str, Any]) -> None:
-    """What `info` found, as lines."""
+    """Prints the result of `info` as lines."""
     from dsv32_jax.common.units import human
 
     def sizes(by_name: dict[str, int]) -> None:
@@ -94,11 +96,11 @@ def print_info(result: dict[str, Any]) -> None:
     typer.echo("cache bytes per token")
     for form, size in result["cache_bytes_per_token"].items():
         typer.echo(f"  {form:<28} {size:,} ({human(size * 131072)} for 131,072 tokens)")
-    for name, place in result.get("memory", {}).items():
-        typer.echo(f"{name}: {human(place['bytes'])}")
-        for form, tokens in place["cache_tokens"].items():
+    for name, device in result.get("memory", {}).items():
+        typer.echo(f"{name}: {human(device['bytes'])}")
+        for form, tokens in device["cache_tokens"].items():
             if tokens is None:
-                typer.echo(f"  the weights do not fit: {place['needed_for_weights']} of these would hold them")
+                typer.echo(f"  the weights do not fit: {device['needed_for_weights']} of these would hold them")
                 break
             typer.echo(f"  {form:<28} weights and a cache of {tokens:,} tokens")
     for disagreement in result.get("disagreements", []):
@@ -191,14 +193,15 @@ def quantize(
     schemes = mixed(abstract) if scheme == "mixed" else uniform(abstract, scheme)
     if plan is not None:
         planned = read_json(plan).get("schemes")
-        if not isinstance(planned, dict) or not all(isinstance(one, str) for one in planned.values()):
+        if not isinstance(planned, dict) or not all(isinstance(name, str) for name in planned.values()):
             raise UserError(f'--plan {plan}: must hold {{"schemes": {{path of a linear: scheme}}}}')
         schemes = planned
     provenance: dict[str, Any] = {"scheme": scheme, "source": model}
     provenance |= {} if ranges is None else {"ranges": ranges}
-    statistics, changed = None, None
+    statistics = None
+    migrated_weights = None
     quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with quiet, new_directory(target) as held:  # before a calibration too: nobody else writes there meanwhile
+    with quiet, new_directory(target) as locked:  # before a calibration too: no other process writes there meanwhile
         if text is not None:
             lm = loading.load(model)
             pieces = windows_of(lm, text, window_tokens, windows)
@@ -207,10 +210,18 @@ def quantize(
             provenance["calibration"] = {"sha256": digest, "windows": len(pieces), "tokens": len(pieces[0])}
             if migration is not None:
                 migrated, statistics = migrate(lm.model, statistics, migration)
-                changed = named_parameters(migrated)
+                migrated_weights = named_parameters(migrated)
                 provenance["migration"] = migration
-        how = {"to": to, "statistics": statistics, "ranges": ranges, "weights": changed, "provenance": provenance}
-        quantize_checkpoint(source, held, schemes, **how)
+        quantize_checkpoint(
+            source,
+            locked,
+            schemes,
+            to=to,
+            statistics=statistics,
+            ranges=ranges,
+            weights=migrated_weights,
+            provenance=provenance,
+        )
     if as_json:
         print_json(target=str(target), to=to, **provenance)
     else:

@@ -1,9 +1,10 @@
 """A conversation with a model, apart from any terminal."""
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Literal, NamedTuple
 
+from dsv32_jax.cli.inputs import Sampling
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.reasoning import ReasoningSplit
@@ -12,11 +13,11 @@ __all__ = ["ContextFull", "Conversation", "Part", "Turn"]
 
 
 class ContextFull(UserError):
-    """A message does not fit behind the conversation; `Conversation.reset` makes room."""
+    """Raised where a message does not fit into the context after the conversation; `Conversation.reset` makes room."""
 
 
 class Part(NamedTuple):
-    """Some more text of an answer, or of the reasoning before it."""
+    """A piece of an answer's text, or of the reasoning before it."""
 
     kind: Literal["reasoning", "answer"]
     text: str
@@ -26,7 +27,9 @@ class Part(NamedTuple):
 class Turn:
     """A message and its answer.
 
-    finish_reason: "stop" (end of sentence), "length" or "interrupted".
+    Attributes:
+      message, answer, reasoning: texts.
+      finish_reason: "stop" (end of sentence), "length" or "interrupted".
     """
 
     message: str
@@ -36,19 +39,19 @@ class Turn:
 
 
 class Conversation:
-    """Messages and answers, each answer made from all before it.
+    """Messages and answers; each answer depends on all messages and answers before it.
 
     Args:
       m: a model with a tokenizer.
       system: a system message.
       thinking: let the model reason before it answers. Later turns do not see the reasoning, as in DeepSeek's encoding.
       max_new_tokens: of an answer; fewer where the context ends. Default: that of `LanguageModel.generate`.
-      sampling: further arguments of `LanguageModel.stream`.
+      sampling: of the answers. Default: that of `LanguageModel.stream`.
 
     Attributes:
       turns: since the beginning or the last `reset`.
-      earlier: messages of the conversations before that.
-      unanswered: messages that did not fit.
+      earlier: messages of the conversations before each `reset`.
+      unanswered: messages that did not fit into the context.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Conversation:
         system: str | None = None,
         thinking: bool = False,
         max_new_tokens: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
     ):
         if m.tokenizer is None:
             raise UserError("--model: the checkpoint has no tokenizer.json, which a chat needs")
@@ -68,14 +71,16 @@ class Conversation:
         self.system = system
         self.thinking = thinking
         self.max_new_tokens = max_new_tokens
-        self._sampling = dict(sampling or {})
+        self._sampling = sampling or Sampling()
         self.turns: list[Turn] = []
         self.earlier: list[list[dict[str, str]]] = []
         self.unanswered: list[str] = []
 
     def ask(self, message: str) -> Generator[Part]:
-        """The answer, as it comes. What has come is kept when the iterator is closed early or an exception ends it;
-        close it (`contextlib.closing`), for otherwise Python does that at a time of its own.
+        """Yields the answer as it is generated.
+
+        When the iterator is closed early or an exception ends it, the turn has the answer so far. Close it
+        (`contextlib.closing`): otherwise Python does so at an unknown time.
 
         Raises:
           ContextFull: there is no room for the message or for an answer.
@@ -87,11 +92,18 @@ class Conversation:
         turn, token = Turn(message), None
         try:
             self._m.warmup([len(ids)], limit)
-            for piece in self._m.stream([ids], limit, **self._sampling):
+            for piece in self._m.stream(
+                [ids],
+                limit,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                seed=self._sampling.seed,
+                ignore_eos=self._sampling.ignore_eos,
+            ):
                 token = piece.token
                 yield from _parts(*split.add(token, piece.text or ""))
             yield from _parts(*split.finish())
-            ended = token in self._m.eos_ids and not self._sampling.get("ignore_eos")
+            ended = token in self._m.eos_ids and not self._sampling.ignore_eos
             turn.finish_reason = "stop" if ended else "length"
         finally:
             if token is not None:
@@ -105,7 +117,7 @@ class Conversation:
         self.turns = []
 
     def messages(self) -> list[dict[str, str]]:
-        """All that was said since the last reset; answers have `reasoning_content` where the model reasoned."""
+        """All messages since the last reset; answers have `reasoning_content` where the model reasoned."""
         result = self._opening()
         for turn in self.turns:
             reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
@@ -113,7 +125,7 @@ class Conversation:
         return result
 
     def _context(self) -> list[dict[str, str]]:
-        """What the model is given of `messages`: no reasoning, and no turn that ended before its answer began."""
+        """The part of `messages` that the model reads: no reasoning, and no turn that ended before its answer began."""
         result = self._opening()
         for turn in self.turns:
             if turn.answer or turn.finish_reason == "stop":
@@ -124,7 +136,7 @@ class Conversation:
         return [] if self.system is None else [_message("system", self.system)]
 
     def _room(self, message: str, tokens: int) -> int:
-        """How many tokens the answer to a prompt of so many may have."""
+        """The number of tokens that the answer to a prompt of so many may have."""
         longest = self._m.config.max_position_embeddings
         if tokens >= longest:
             self.unanswered.append(message)

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and streams that are closed.
+"""Ends a command: exit codes, and streams that are closed.
 
 | code | |
 |---|---|
@@ -6,7 +6,7 @@
 | 1 | `bench`: a shape failed; `serve`: the engine's thread ended |
 | 2 | wrong input, or a file that cannot be read or written: one line, `error: ...` |
 | 130 | interrupted by Ctrl-C |
-| 141 | nobody reads the output any more, as in `dsv32 generate | head -1` |
+| 141 | the reader of the output has gone, as in `dsv32 generate | head -1` |
 """
 
 import contextlib
@@ -28,7 +28,7 @@ WRONG, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
 def code_of(command: Callable[[], None]) -> int:
-    """Runs a command to its end; its exit code. What there is to say has been said."""
+    """Runs a command, and prints its error; returns its exit code."""
     with Interruption() as interruption:
         return _code_of(lambda: interruption.run(command))
 
@@ -47,15 +47,15 @@ def _code_of(command: Callable[[], None]) -> int:
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except KeyboardInterrupt:
-        with _deaf():  # a second Ctrl-C must not come into the way of the last line
-            say("interrupted")
+        with _interrupts_ignored():  # a second Ctrl-C must not break off the last line
+            print_line("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         return PIPE_CLOSED
     except UserError as error:
-        return wrong(str(error))
+        return report_error(str(error))
     except OSError as error:
-        return wrong(f"{error.filename or 'output'}: {error.strerror or error}")
+        return report_error(f"{error.filename or 'output'}: {error.strerror or error}")
     except Exception as error:
         if (code := _code_of_typer(error)) is not None:
             return code
@@ -64,13 +64,13 @@ def _code_of(command: Callable[[], None]) -> int:
         _flush()
 
 
-def wrong(message: str) -> int:
-    say("error: " + " ".join(message.split()))
+def report_error(message: str) -> int:
+    print_line("error: " + " ".join(message.split()))
     return WRONG
 
 
-def say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody listens
+def print_line(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the stream is closed
         print(line, file=sys.stderr, flush=True)
 
 
@@ -82,29 +82,30 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line; what is wrong with files and surroundings is not a matter of a place in the code."""
-    theirs = issubclass(category, CheckpointWarning | SurroundingsWarning)
-    text = str(message) if theirs else f"{filename}:{lineno}: {category.__name__}: {message}"
-    say("warning: " + " ".join(text.split()))
+    """Prints a warning as one line; those about files and surroundings have no place in the code."""
+    about_surroundings = issubclass(category, CheckpointWarning | SurroundingsWarning)
+    text = str(message) if about_surroundings else f"{filename}:{lineno}: {category.__name__}: {message}"
+    print_line("warning: " + " ".join(text.split()))
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Ctrl-C is passed over."""
+def _interrupts_ignored() -> Iterator[None]:
+    """Within it, Ctrl-C is ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _code_of_typer(error: Exception) -> int | None:
-    """Of `typer.Exit`, or of a command line that typer does not take, in one line; None for other errors.
+    """The exit code of `typer.Exit`, or of an error of typer's, whose message is printed as one line; None for other
+    errors.
 
-    Asked of what they have: Ctrl-C is heeded before typer is imported.
+    Attributes tell the types, since Ctrl-C must work before typer is imported.
     """
     if not hasattr(error, "exit_code"):
         return None
@@ -113,14 +114,14 @@ def _code_of_typer(error: Exception) -> int | None:
     message = error.format_message()
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        say(message)
+        print_line(message)
         return error.exit_code
     hint = "" if context is None else f" (see `{context.command_path} --help`)"
-    return wrong(message.rstrip(".") + hint)
+    return report_error(message.rstrip(".") + hint)
 
 
 def _flush() -> None:
-    """What cannot be written is dropped, so that Python does not try again and complain at its own end."""
+    """Flushes the streams. Text that cannot be written is dropped, so that Python does not try again as it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -133,19 +134,20 @@ def _flush() -> None:
 
 
 def prepare_process() -> None:
-    """Opens what is closed of the three standard streams."""
+    """Opens those of the three standard streams that are closed."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            # Else the next file that is opened gets this number, and what is meant for the screen goes into it.
+            # Otherwise the next file that is opened gets this number, and text for the screen goes into it.
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def end_process(code: int) -> NoReturn:
-    """At once where programs are still compiled, which Python would wait for; and after an interrupt, when what still
-    runs would complain that others are gone."""
+    """Ends the process: at once where programs are still being compiled, for which Python would wait, and after an
+    interrupt, when threads that still run would print errors.
+    """
     compiling = sys.modules.get("dsv32_jax.generate.compiling")  # no need to import it for `--help`
     compiles = compiling and any(thread.name.startswith(compiling.THREADS) for thread in threading.enumerate())
     if compiles or code == INTERRUPTED:

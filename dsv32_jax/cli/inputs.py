@@ -1,6 +1,7 @@
-"""What verbs do with their flags: read files, load, write results."""
+"""What all verbs share: reading files, loading the model, writing results."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ def loaded(
     backend: str,
     no_mtp: bool = False,
 ) -> "LanguageModel":
-    """The model that the flags name, with their options."""
+    """Loads the model that the flags name, with their options."""
     from dsv32_jax.generate.loading import load
 
     return load(
@@ -45,27 +46,37 @@ def loaded(
 
 
 def name_of(model: str) -> str:
-    """Of a --model, for people: "org/name" of the hub, or the last part of a directory."""
+    """The name of a --model for people: "org/name" of the hub, or the last part of a directory."""
     return model if model.count("/") == 1 and not Path(model).exists() else Path(model).resolve().name
 
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int) -> None:
-    """Wrong values show before a model is loaded, which can take minutes."""
+    """Raises `UserError` for wrong values before a model is loaded, which can take minutes."""
     from dsv32_jax.generate.sampling import check_sampling
 
     check_sampling(0.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The arguments of `LanguageModel.generate` and `stream` that say how tokens are sampled."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    ignore_eos: bool = False
+
+
 def sampling_of(
     m: "LanguageModel", temperature: float | None, top_p: float | None, seed: int, ignore_eos: bool
-) -> dict[str, Any]:
-    """Flags first, then what the model takes where they say nothing."""
+) -> Sampling:
+    """The flags' sampling, with the model's defaults where they say nothing."""
     temperature, top_p = m.sampling(temperature, top_p, seed)
-    return {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+    return Sampling(temperature, top_p, seed, ignore_eos)
 
 
 def tokenizer_of(m: "LanguageModel", flag: str) -> "Tokenizer":
-    """Of a model that must have one; `flag` is what asks for it."""
+    """The tokenizer of a model that must have one, because of `flag`."""
     if m.tokenizer is None:
         raise UserError(f"{flag}: the checkpoint has no tokenizer.json, which this needs")
     return m.tokenizer
@@ -78,7 +89,7 @@ def chat_of(system: str | None, user: str) -> list[dict[str, str]]:
 
 
 def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Path | None) -> "list[str] | np.ndarray":
-    """What is to be continued: texts, or int32 [B, T]."""
+    """The prompts to be continued: texts, or int32 [B, T]."""
     texts = [*(prompt or []), *(read_text(path, "--prompt-file") for path in files or [])]
     if token_ids is not None and texts:
         raise UserError("--token-ids: cannot be combined with --prompt or --prompt-file")
@@ -92,7 +103,7 @@ def prompts_of(prompt: list[str] | None, files: list[Path] | None, token_ids: Pa
 
 
 def read_text(path: Path, flag: str) -> str:
-    """Of a UTF-8 file that is not empty; errors name the flag."""
+    """The text of a UTF-8 file that is not empty; errors name the flag."""
     try:
         text = decoded(path.read_bytes())
     except OSError as error:
@@ -115,16 +126,16 @@ def read_token_ids(path: Path) -> "np.ndarray":
     except (ValueError, EOFError) as error:
         raise UserError(f"--token-ids {path}: not an .npy file of int32 [B, T]") from error
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 2:
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an .npz archive"
-        raise UserError(f"--token-ids {path}: is {found}; must be int32 [B, T]")
+        content = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an .npz archive"
+        raise UserError(f"--token-ids {path}: is {content}; must be int32 [B, T]")
     return ids
 
 
 @contextlib.contextmanager
 def replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
-    """A file beside `path` to write; it becomes `path` when all went well and is removed otherwise.
+    """A file beside `path` to write; it becomes `path` if the block ends well, and is removed otherwise.
 
-    It is made at once, so that a wrong target shows before the model runs.
+    It is created at once, so that a wrong target shows before the model runs.
     """
     if path is None:
         yield None
@@ -140,7 +151,7 @@ def replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
 
 
 def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None:
-    """As int32, .npy."""
+    """Writes token ids as int32, .npy."""
     import numpy as np
 
     with path.open("wb") as file:  # np.save would add .npy to a name without it
@@ -148,12 +159,12 @@ def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None
 
 
 def say(line: str) -> None:
-    """On stderr: standard output has results alone."""
+    """Prints a line on stderr; standard output has only results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_json(**fields: Any) -> None:
-    """One object on a line."""
+    """Prints one object on a line."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

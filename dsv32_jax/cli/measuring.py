@@ -78,8 +78,10 @@ def fidelity(
         raise UserError(str(error)) from error
     short = sum(row["tokens"] <= chosen for row in comparisons)
     if short:
-        which = "no sequence is" if short == len(comparisons) else f"{short} of {len(comparisons)} sequences are not"
-        say(f"note: {which} longer than index_topk = {chosen}: their tokens see all before them, so recall is 1")
+        sequences = (
+            "no sequence is" if short == len(comparisons) else f"{short} of {len(comparisons)} sequences are not"
+        )
+        say(f"note: {sequences} longer than index_topk = {chosen}: their tokens see all before them, so recall is 1")
     if as_json:
         print_json(rows=[row | {"all_visible_chosen": row["tokens"] <= chosen} for row in comparisons])
         return
@@ -91,7 +93,7 @@ def fidelity(
 
 
 def _check_comparable(first: str, config: "ModelConfig", second: str) -> None:
-    """Refuses a second model that cannot be compared before the first, of this config, runs: that can take long."""
+    """Refuses a second model that cannot be compared with the first, of this config, before that runs for long."""
     from dsv32_jax.config import ModelConfig
     from dsv32_jax.fidelity import EQUAL_FIELDS
     from dsv32_jax.generate import loading

@@ -80,7 +80,11 @@ def score(
         if logits_file is not None:
             shape = (len(rows), width, m.config.vocab_size)
             out = np.lib.format.open_memmap(logits_file, mode="w+", dtype=np.float32, shape=shape)
-        result = score_windows(m, rows[0], windows, out) if text is not None else m.score(ids, out=out)
+        if text is not None:
+            result = score_windows(m, rows[0], windows, out)
+        else:
+            assert ids is not None
+            result = m.score(ids, out=out)
         if out is not None:
             out.flush()
     bits = None
@@ -92,7 +96,7 @@ def score(
     if as_json:
         pairs = zip(result.log_likelihoods, rows, strict=True)
         summary |= reading if text is not None else {}
-        print_json(**summary, log_likelihoods=[found[: len(row) - 1].tolist() for found, row in pairs])
+        print_json(**summary, log_likelihoods=[values[: len(row) - 1].tolist() for values, row in pairs])
         return
     for name, value in summary.items():
         if value is not None:
@@ -100,17 +104,17 @@ def score(
 
 
 def _unscored_bytes(tokenizer: "Tokenizer", text: str, first: int) -> int:
-    """How many bytes of a text its first token takes, which is not scored; 0 where that was put in front of it."""
+    """The bytes of a text in its first token, which is not scored; 0 where that token was put in front of it."""
     if first not in tokenizer.special_ids:
         return len(tokenizer.token_bytes(first))
-    written = tokenizer.token_text(first) or ""
-    return len(written.encode()) if text.startswith(written) else 0
+    first_text = tokenizer.token_text(first) or ""
+    return len(first_text.encode()) if text.startswith(first_text) else 0
 
 
 def _windows(
     m: Any, text: str, window: int | None, stride: int | None
 ) -> tuple[list[int], Sequence[Any], dict[str, int]]:
-    """(ids of a text, its windows, what they are); says so where there are several."""
+    """(ids of a text, its windows, their number and sizes); prints a note where there are several."""
     from dsv32_jax.generate.windows import check_windows, windows_of
 
     longest = m.config.max_position_embeddings

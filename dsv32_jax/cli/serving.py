@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, sampling_of
+from dsv32_jax.cli.inputs import check_sampling, loaded, name_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -107,12 +107,12 @@ def serve(
         raise UserError(f"{error} (it is that of $DSV32_API_KEY)" if from_environment else str(error)) from error
     if metrics_log is not None:
         check_writable(metrics_log)
-    place = bind(host, port)
-    if settings.api_key is None and not place.getsockname()[0].startswith(("127.", "::1")):
+    bound = bind(host, port)
+    if settings.api_key is None and not bound.getsockname()[0].startswith(("127.", "::1")):
         typer.echo(f"warning: --host {host}: others can reach it, and no key is asked for; see --api-key", err=True)
     m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
-    defaults = sampling_of(m, temperature, top_p, 0, False)
-    settings = dataclasses.replace(settings, temperature=defaults["temperature"], top_p=defaults["top_p"])
+    temperature, top_p = m.sampling(temperature, top_p, 0)
+    settings = dataclasses.replace(settings, temperature=temperature, top_p=top_p)
     engine = Engine(
         m,
         cache_tokens=cache_tokens,
@@ -121,4 +121,4 @@ def serve(
         max_tokens=max_step_tokens,
         max_sequences=max_sequences,
     )
-    sys.exit(run(engine, settings, place, say=typer.echo))
+    sys.exit(run(engine, settings, bound, say=typer.echo))

@@ -1,5 +1,6 @@
 """`dsv32 generate`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,13 +76,20 @@ def generate(
         if isinstance(prompts, list) and (system is not None or thinking):
             tokenizer = tokenizer_of(m, "--system" if system is not None else "--thinking")
             prompts = [tokenizer.encode_chat(chat_of(system, text), thinking=thinking) for text in prompts]
-        settings = sampling_of(m, temperature, top_p, seed, ignore_eos)
+        sampling = sampling_of(m, temperature, top_p, seed, ignore_eos)
         rows = m.rows(prompts)
         room = m.new_tokens(rows, max_new_tokens)
         m.warmup([len(row) for row in rows], room)
         if len(prompts) == 1 and m.tokenizer is not None and not as_json:
             tokens: list[list[int]] = [[]]
-            for piece in m.stream(prompts, room, **settings):
+            for piece in m.stream(
+                prompts,
+                room,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                ignore_eos=sampling.ignore_eos,
+            ):
                 tokens[0].append(piece.token)
                 typer.echo(piece.text, nl=False)
                 sys.stdout.flush()
@@ -89,7 +97,14 @@ def generate(
             if tokens_file is not None:
                 save_ids(tokens_file, [tokens[0] + [-1] * (room - len(tokens[0]))])
             return
-        result = m.generate(prompts, room, **settings)
+        result = m.generate(
+            prompts,
+            room,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            ignore_eos=sampling.ignore_eos,
+        )
         if tokens_file is not None:
             save_ids(tokens_file, result.tokens)
         tokens = [[token for token in row if token >= 0] for row in result.tokens.tolist()]
@@ -99,7 +114,7 @@ def generate(
                 texts=result.texts,
                 finish_reasons=result.finish_reasons,
                 prompt_tokens=[len(row) for row in rows],
-                **settings,
+                **dataclasses.asdict(sampling),
             )
             return
         for row, ids in enumerate(tokens):

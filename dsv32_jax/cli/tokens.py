@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dsv32_jax.generate.tokenizer import Tokenizer
 
 LONGEST_ID = 10
-"""Digits of an id: no tokenizer counts further than 2**32."""
+"""Digits of an id: no tokenizer has more than 2**32 tokens."""
 SHOWN = 40
 """Characters of a word that a message shows."""
 

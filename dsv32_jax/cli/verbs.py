@@ -1,4 +1,4 @@
-"""The verbs, and what all of them refuse."""
+"""The list of verbs, and the checks that all of them share."""
 
 import os
 from collections.abc import Sequence
@@ -21,27 +21,27 @@ that Python itself opens may have any name."""
 
 
 class Verb(TyperCommand):
-    """A verb whose texts are text (an argument may be any bytes), on a platform that JAX can start on."""
+    """A verb. Before it runs, its arguments, which may be any bytes, must be text, and JAX must be able to start."""
 
     def invoke(self, ctx: Any) -> Any:
         for parameter in self.params:
             value = ctx.params.get(parameter.name or "")
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(one, str) or (one is not None and parameter.name in CHECKPOINTS):
-                    refuse_other_bytes(str(one), flag_of(parameter))
+            for argument in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(argument, str) or (argument is not None and parameter.name in CHECKPOINTS):
+                    refuse_other_bytes(str(argument), flag_of(parameter))
         check_platform()
         return super().invoke(ctx)
 
 
 def flag_of(parameter: Any) -> str:
-    """As one writes it: `--prompt`, `SRC`."""
+    """The name of a parameter as a user writes it: `--prompt`, `SRC`."""
     if parameter.param_type_name == "option":
         return max(parameter.opts, key=len)
     return (parameter.metavar or parameter.name).strip("[].")
 
 
 def refuse_other_bytes(value: str, name: str) -> None:
-    """Raises UserError where Python has put surrogates for bytes that are not UTF-8."""
+    """Raises UserError where the value has surrogates, which Python puts for bytes that are not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -51,8 +51,8 @@ def refuse_other_bytes(value: str, name: str) -> None:
 def check_platform() -> None:
     """Raises UserError where JAX cannot start as the environment asks: before anything is written."""
     for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
-        wanted = os.environ.get(name)
-        if not wanted or wanted == "cpu":
+        platform = os.environ.get(name)
+        if not platform or platform == "cpu":
             continue
         try:
             import jax
@@ -60,7 +60,7 @@ def check_platform() -> None:
             jax.devices()
         except Exception as error:  # JAX has many types for this, one of them an empty AssertionError
             reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "JAX has no such device"
-            raise UserError(f"{name}={wanted}: {reason}; unset it, or set {name}=cpu") from error
+            raise UserError(f"{name}={platform}: {reason}; unset it, or set {name}=cpu") from error
 
 
 app = typer.Typer(
@@ -96,7 +96,7 @@ def root(
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs a command; exceptions of all kinds come out as they are."""
+    """Runs a command; passes on all exceptions unchanged."""
     # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
     command = get_command(app)
     with progress.shown(), command.make_context("dsv32", list(argv)) as context:

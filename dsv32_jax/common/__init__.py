@@ -1,1 +1,1 @@
-"""What every room uses: arguments that are checked, files, progress."""
+"""Helpers that every room uses: checks of arguments and fields, files, progress, units."""

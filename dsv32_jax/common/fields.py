@@ -9,36 +9,36 @@ from typing import Any
 from dsv32_jax.errors import UserError
 
 _SHOWN = 60
-"""Characters of a value that a message shows."""
+"""The most characters of a value that a message shows."""
 
 # Below this similarity two names are taken to be different words (`n_group` for `num_group` scores 0.88).
 _NEAR_MISS = 0.86
 
 
 def near_miss(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be, if any."""
-    plain = {k.lower().replace("_", "").replace("-", ""): k for k in known}
-    short = name.lower().replace("_", "").replace("-", "")
-    if short in plain:
-        return plain[short]
+    """The known name that `name` is probably a slip of, if any."""
+    by_letters = {k.lower().replace("_", "").replace("-", ""): k for k in known}
+    letters = name.lower().replace("_", "").replace("-", "")
+    if letters in by_letters:
+        return by_letters[letters]
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=_NEAR_MISS)
     return close[0] if close else None
 
 
 def number(name: str, value: object) -> None:
-    """Refuses what is not a finite number above 0."""
+    """Refuses a value that is not a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
 def integer(name: str, value: object, least: int) -> None:
-    """Refuses what is not an integer, or less than `least`."""
+    """Refuses a value that is not an integer, or less than `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
 def only(name: str, value: object, *supported: object) -> None:
-    """Refuses what is none of the supported values."""
+    """Refuses a value that is none of the supported ones."""
     # Types are compared too: JSON's 1 is not true, and 0.0 is not false.
     if not any(type(value) is type(s) and value == s for s in supported):
         words = " or ".join("absent" if s is None else json.dumps(s) for s in supported)
@@ -55,9 +55,9 @@ def same(value: object, other: object) -> bool:
 
 
 def neutral(name: str, value: object, accepted: Iterable[object], reason: str) -> None:
-    """Refuses what is neither null nor one of the values under which nothing else is computed."""
+    """Refuses a value that is neither null nor one of the accepted values, under which the result is the same."""
     accepted = tuple(accepted)
-    if value is not None and not any(same(value, one) for one in accepted):
+    if value is not None and not any(same(value, neutral_value) for neutral_value in accepted):
         right = " or ".join([*map(shown, accepted), "absent"])
         raise UserError(f"{name} is {shown(value)}; it must be {right}: {reason}")
 
@@ -68,15 +68,22 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def check_keys(where: str, raw: object, known: frozenset[str], required: frozenset[str]) -> Mapping[str, Any]:
-    """Refuse a nested block with a field that is missing or that nobody reads: it would change the arithmetic."""
+def check_keys(path: str, raw: object, known: frozenset[str], required: frozenset[str]) -> Mapping[str, Any]:
+    """Refuses a nested block without a required field, or with an unknown one, which could change the arithmetic.
+
+    Args:
+      path: of the block in the config, for errors.
+      raw: the block.
+      known: names of all its fields.
+      required: those that it must have.
+    """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where} is {raw!r}; it must be an object or absent")
+        raise UserError(f"{path} is {raw!r}; it must be an object or absent")
     for name in raw:
         if name not in known:
             meant = near_miss(name, known)
-            hint = f"did you mean {where}.{meant}?" if meant else f"supported fields: {', '.join(sorted(known))}"
-            raise UserError(f"{where}.{name} is not a field this model knows; {hint}")
+            hint = f"did you mean {path}.{meant}?" if meant else f"supported fields: {', '.join(sorted(known))}"
+            raise UserError(f"{path}.{name} is not a field this model knows; {hint}")
     if missing := sorted(required - raw.keys()):
-        raise UserError(f"{where}.{missing[0]} is missing; the config must give it")
+        raise UserError(f"{path}.{missing[0]} is missing; the config must give it")
     return raw

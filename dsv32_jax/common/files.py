@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, that one writer at a time makes, and where the user's own are."""
+"""Writes files and directories that are either whole or absent, by one writer at a time; finds the home directory."""
 
 import contextlib
 import errno
@@ -14,12 +14,13 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from dsv32_jax.errors import UserError
 
 TRIES = 100
-"""Looks, 10 ms apart, for the process id of a holder that has not written it yet."""
+"""Attempts, 10 ms apart, to read the process id of a holder that has not written it yet."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its ending; it becomes `path` if the block ends well, else it is removed.
+    """Yields a temporary name beside `path`, with its ending; the file becomes `path` if the block ends well, and is
+    removed otherwise.
 
     Each call has a name of its own: of several writers, in whatever process or thread, the last one's file stays.
     """
@@ -28,14 +29,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # gone, or never to be made: that error is on its way already
+        with contextlib.suppress(OSError):  # it has been renamed, or could not be made, which has raised already
             temporary.unlink()
 
 
 def replace_directory(fresh: Path, directory: Path) -> None:
-    """Gives a whole directory the name of another, which is then removed; the caller has locked that name."""
+    """Replaces `directory` by a whole one, `fresh`; the caller has locked its name."""
     old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of an interrupted call
+    shutil.rmtree(old, ignore_errors=True)  # left by an interrupted call
     if directory.exists():
         directory.rename(old)
     fresh.rename(directory)
@@ -43,7 +44,7 @@ def replace_directory(fresh: Path, directory: Path) -> None:
 
 
 class LockedPath(os.PathLike[str]):
-    """A path that `locked` has made its caller's alone; it stands for the path where one is to be written."""
+    """A path that `locked` has locked for its caller, to be passed to functions that write it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -54,17 +55,17 @@ class LockedPath(os.PathLike[str]):
 
 @contextlib.contextmanager
 def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
-    """Makes a file or directory that is to be written its caller's alone, against other processes and threads.
+    """Locks a file or directory that is to be written, against other processes and threads.
 
     The lock is the operating system's, on the file `.<name>.lock` beside the target: it ends with the process that
     holds it, in whatever way that ends. The file holds the process id and is removed at the end.
 
     Args:
-      target: what is to be written; its parent directory is made. A `LockedPath` is handed on as it is: what a caller
-        has locked, the functions that it calls may write.
+      target: to be written; its parent directory is made. A `LockedPath` is yielded as it is, so that functions may
+        write what their caller has locked.
 
     Raises:
-      UserError: somebody else is writing it; the message names the process.
+      UserError: another process or thread is writing it; the message names the process.
       OSError: the lock's file cannot be written.
     """
     if isinstance(target, LockedPath):
@@ -83,18 +84,19 @@ def locked(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
     finally:
         try:
             if lock.is_locked and is_native(lock):
-                file.unlink(missing_ok=True)  # before the release: who has it open sees that it is no longer the lock
+                # Before the release: a process that has it open sees then that it is no longer the lock.
+                file.unlink(missing_ok=True)
         finally:
             lock.release()
 
 
 def is_native(lock: BaseFileLock) -> bool:
-    """Whether the lock is the system's. Where there is none, a file's existence is it, which filelock looks after."""
+    """Whether the lock is the system's. Where the system has none, filelock takes a file's existence for the lock."""
     return not isinstance(lock, SoftFileLock)
 
 
 def acquire(lock: BaseFileLock, file: Path) -> int | None:
-    """Takes the lock; or returns the process that has it, 0 where that does not say so."""
+    """Acquires the lock, and returns None; or returns the id of the process that holds it, 0 where that is unknown."""
     holder = None
     for _ in range(TRIES):
         try:
@@ -129,12 +131,12 @@ def is_running(process: int | None) -> bool:
 
 
 def home_directory() -> Path:
-    """The user's. Raises OSError where there is none."""
+    """The user's home directory. Raises OSError where there is none."""
     try:
         home = Path.home()
     except RuntimeError as error:  # no $HOME, and no entry for the user's id
         raise FileNotFoundError(errno.ENOENT, "no home directory is known", "~") from error
-    # Python takes an empty $HOME for the root directory. And to make a home is not ours.
+    # Python takes an empty $HOME for the root directory. A home that does not exist is not created here.
     if os.environ.get("HOME") == "" or not home.is_absolute() or not home.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a home directory", str(home))
     return home

@@ -1,6 +1,6 @@
-"""Progress of what takes long, on stderr: a bar on a terminal, elsewhere a line now and then.
+"""Shows the progress of long tasks on stderr: as a bar on a terminal, elsewhere as a line now and then.
 
-The command line shows it. Anywhere else nothing is shown unless one asks: `with progress.shown(): ...`, or
+The command line shows it. Anywhere else it is shown only on request: by `with progress.shown(): ...`, or by
 `progress.show()` once in a notebook.
 """
 
@@ -16,49 +16,49 @@ from dsv32_jax.common.units import human
 __all__ = ["progress_bar", "show", "shown", "tracked"]
 
 FIRST_SECONDS = 2.0
-"""What is over sooner is not shown."""
+"""Tasks that end sooner are not shown."""
 LINE_SECONDS = 10.0
-"""Between two lines."""
+"""The time between two lines."""
 REFRESH_SECONDS = 0.1
-"""Between two states of a bar."""
+"""The time between two updates of a bar."""
 
 Advance = Callable[[int], None]
 
-_wanted = False
+_enabled = False
 _running = threading.Lock()
-"""Held by the bar on the screen: what runs inside a longer task is silent."""
+"""Held by the task that is shown: a task inside a longer one is not shown."""
 
 
-def show(wanted: bool = True) -> None:
-    """From now on progress is shown, or not, in the whole process."""
-    global _wanted
-    _wanted = wanted
+def show(enabled: bool = True) -> None:
+    """Shows progress from now on, or hides it, in the whole process."""
+    global _enabled
+    _enabled = enabled
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Within it progress is shown, in every thread."""
-    before = _wanted
+    """Within it, progress is shown, in every thread."""
+    previous = _enabled
     show()
     try:
         yield
     finally:
-        show(before)
+        show(previous)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
-    """Progress of one task, from its beginning to 100 % where the block ends well.
+    """Shows the progress of one task, from its beginning to 100 % where the block ends well.
 
     Args:
-      title: what is done, such as "loading demo".
-      total: how many there are to do.
-      unit: what is counted; "bytes" are written as kB, MB, ...
+      title: of the task, such as "loading demo".
+      total: the number of units in the task.
+      unit: that is counted; "bytes" are shown as kB, MB, ...
 
     Yields:
       `advance(count)`, which any thread may call.
     """
-    if not _wanted or not _running.acquire(blocking=False):
+    if not _enabled or not _running.acquire(blocking=False):
         yield lambda count: None
         return
     task = _Task(title, total, unit)
@@ -72,7 +72,7 @@ def progress_bar(title: str, total: int, unit: str = "bytes") -> Iterator[Advanc
 
 
 def tracked[Item](items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
-    """The items one by one, each done when the next is asked for."""
+    """Yields the items one by one; each counts as done when the next is asked for."""
     with progress_bar(title, len(items), unit) as advance:
         for item in items:
             yield item
@@ -80,7 +80,7 @@ def tracked[Item](items: Sequence[Item], title: str, unit: str) -> Iterator[Item
 
 
 class _Task:
-    """Counts, and shows the count from a thread of its own: the caller may be busy in one long call."""
+    """Counts, and shows the count from its own thread, since the caller may be busy in one long call."""
 
     def __init__(self, title: str, total: int, unit: str):
         self.title, self.total, self.unit = title, total, unit
@@ -91,7 +91,7 @@ class _Task:
         self._display: _Bar | _Lines | None = None
 
     def start(self) -> None:
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         self._thread.start()
 
     def advance(self, count: int = 1) -> None:
@@ -99,7 +99,7 @@ class _Task:
             self.done = min(self.done + count, self.total)
 
     def end(self, complete: bool) -> None:
-        """Takes the bar away, where that has not been done."""
+        """Closes the display, unless that has been done."""
         self._ended.set()
         self._thread.join()
         if self._display is not None:
@@ -112,7 +112,7 @@ class _Task:
     def _run(self) -> None:
         if self._ended.wait(FIRST_SECONDS):
             return
-        # A stream that nobody reads any more is no reason to end the task.
+        # A closed stream must not end the task.
         with contextlib.suppress(OSError, ValueError):
             self._display = _Bar(self) if sys.stderr.isatty() else _Lines()
             self._display.update(self)
@@ -121,7 +121,7 @@ class _Task:
 
 
 class _Lines:
-    """`loading demo: 12.0 MB of 20.3 MB, 14 s`."""
+    """Lines such as `loading demo: 12.0 MB of 20.3 MB, 14 s`."""
 
     interval = LINE_SECONDS
 
@@ -131,14 +131,14 @@ class _Lines:
         else:
             count = f"{task.done} of {task.total} {task.unit}"
         with contextlib.suppress(OSError, ValueError):
-            print(f"{task.title}: {count}, {time.monotonic() - task.begun:.0f} s", file=sys.stderr, flush=True)
+            print(f"{task.title}: {count}, {time.monotonic() - task.started:.0f} s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass
 
 
 class _Bar:
-    """A bar of `rich`, which leaves the screen as it was."""
+    """A bar of `rich`, which disappears from the screen at its end."""
 
     interval = REFRESH_SECONDS
 
@@ -163,7 +163,7 @@ class _Bar:
         self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
         self._progress.start()
         self._id = self._progress.add_task(task.title, total=task.total)
-        self._progress.tasks[self._id].start_time = task.begun
+        self._progress.tasks[self._id].start_time = task.started
 
     def update(self, task: _Task) -> None:
         self._progress.update(self._id, completed=task.done, refresh=True)

@@ -1,4 +1,4 @@
-"""Text and JSON files as they are found in checkpoints: errors that name the file, and no surprises of Python's."""
+"""Reads text and JSON files of checkpoints, with errors that name the file."""
 
 import json
 from collections.abc import Iterable
@@ -8,15 +8,15 @@ from typing import Any
 from dsv32_jax.errors import UserError
 
 DEEPEST = 64
-"""Levels of a JSON file that are read; Python itself fails at some hundreds, in whatever function walks them."""
+"""The most levels of a JSON file; Python itself fails at some hundreds, in whatever function walks them."""
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def present(path: Path) -> bool:
-    """Whether a file is there.
+    """Whether a file exists.
 
     Raises:
-      UserError: a symbolic link that leads nowhere has that name: a file was meant to be there.
+      UserError: it is a symbolic link whose target is missing.
     """
     if path.exists():
         return True
@@ -26,12 +26,12 @@ def present(path: Path) -> bool:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 without a byte order mark at its beginning, which editors leave there. Raises UnicodeDecodeError."""
+    """Decodes UTF-8, without the byte order mark that some editors write. Raises UnicodeDecodeError."""
     return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
 
 
 def surrogate_in(text: str) -> int | None:
-    """Where a text has half of a UTF-16 pair, which JSON can write and which is no character; None: nowhere."""
+    """The index of half a UTF-16 pair in a text, which JSON can express and which is no character; None for none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -40,7 +40,7 @@ def surrogate_in(text: str) -> int | None:
 
 
 def parsed_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, also where it is nested too deeply to be handled."""
+    """Parses a JSON text. Raises ValueError, also where it is nested too deeply."""
     too_deep = f"it is nested more than {DEEPEST} levels deep"
     try:
         value = json.loads(text)
@@ -59,7 +59,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file (of a directory: its config.json), or a UserError that names the file."""
+    """Reads the JSON object in a file, or in the config.json of a directory. Raises a UserError that names the file."""
     if path.is_dir():
         path = path / "config.json"
     try:

@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Sizes in units for people."""
 
 
 def human(size: float) -> str:

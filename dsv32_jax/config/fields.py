@@ -1,8 +1,8 @@
-"""Fields of config.json that are no attribute of `ModelConfig`: what each may say, and why.
+"""Checks fields of config.json that are no attribute of `ModelConfig`: the values that each may have, and why.
 
 Every field that a released config of this family has, or that transformers' classes for `deepseek_v32` and
-`glm_moe_dsa` define, is an attribute of `ModelConfig` (and computed or checked there) or stands here. A value that
-would change the result is refused; null is the same as absent. What stands nowhere is named in one warning.
+`glm_moe_dsa` define, is an attribute of `ModelConfig` (and computed or checked there) or listed here. A value that
+would change the result is refused; null is the same as absent. Unknown fields are named in one warning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OFF = (False, 0)
 _ONE = (1,)
 
-# One entry a layer: what it may be in a layer, and the reason.
+# Lists with one entry a layer: the values that a layer's entry may have, and the reason.
 PER_LAYER: dict[str, tuple[Callable[[ModelConfig, int], tuple[str, ...]], str]] = {
     "mlp_layer_types": (
         lambda config, layer: ("sparse",) if config.is_moe(layer) else ("dense",),
@@ -37,11 +37,11 @@ PER_LAYER: dict[str, tuple[Callable[[ModelConfig, int], tuple[str, ...]], str]] 
 
 
 def _of_yarn(name: str, without: Any) -> Callable[[ModelConfig], Any]:
-    """What `rope_scaling` says, or what stands for it in a config that has none."""
+    """An attribute of `rope_scaling`, or `without` in a config that has none."""
     return lambda config: getattr(config.rope_scaling, name) if config.rope_scaling else without
 
 
-# Another name of something that an attribute, or several, already say; many are of DeepSeek's own inference code.
+# Other names of attributes, or values that follow from several; many are of DeepSeek's own inference code.
 RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "moe_num_experts"), lambda config: config.n_routed_experts),
     **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts"), lambda config: config.n_shared_experts),
@@ -104,7 +104,7 @@ RESTATED: dict[str, Callable[[ModelConfig], Any]] = {
 }
 
 Rules = dict[str, tuple[tuple[Any, ...], str]]
-"""By name: the values under which nothing else is computed (null is another), and the reason."""
+"""By name: the values besides null that leave the computation as it is, and the reason."""
 
 
 def _each(*groups: tuple[str, tuple[Any, ...], str]) -> Rules:
@@ -217,7 +217,7 @@ _PATTERNS = _each(
     ("*_bias bias add_bias* *bias_linear", _OFF, "no linear has a bias"),
     ("use_lora* lora_*", _OFF, "the model has no adapters"),
 )  # fmt: skip
-"""The same for fields that stand nowhere else, by shell patterns of their names."""
+"""The same for fields that are not listed by name, by shell patterns of their names."""
 
 WITHOUT_EFFECT: dict[str, str] = {
     name: reason
@@ -262,21 +262,21 @@ WITHOUT_EFFECT: dict[str, str] = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-"""By name: why a field changes nothing whatever it says."""
+"""By name: why a field has no effect, whatever its value."""
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _IMPORTANT = frozenset({*PER_LAYER, *FAMILY, *RESTATED, "rope_parameters"})
 """Names of which a typing slip is refused like one of an attribute's."""
 
 
-def check_beside(config: ModelConfig, fields: Mapping[str, Any]) -> None:
-    """Refuses fields beside the attributes of `config` that would change what is computed, by name and value."""
+def check_extra_fields(config: ModelConfig, fields: Mapping[str, Any]) -> None:
+    """Refuses fields beside the attributes of `config` whose values would change the computation."""
     for name, value in fields.items():
         check_field(config, name, value, fields)
 
 
 def check_field(config: ModelConfig, name: str, value: Any, fields: Mapping[str, Any]) -> None:
-    """The same of one field; `fields` are all that stand beside it."""
+    """The same for one field; `fields` are all fields beside the attributes."""
     if name in WITHOUT_EFFECT or value is None:
         return
     if name in _ROPE:
@@ -290,13 +290,13 @@ def check_field(config: ModelConfig, name: str, value: Any, fields: Mapping[str,
 
 
 def unknown(names: Iterable[str]) -> list[str]:
-    """Those that stand nowhere."""
+    """Those of the names that are not listed here."""
     known = {*WITHOUT_EFFECT, *PER_LAYER, *RESTATED, *_ROPE}
     return [name for name in names if name not in known and _rule(name) is None]
 
 
 def refuse_typing_slips(names: Iterable[str], attributes: frozenset[str]) -> None:
-    """Refuses a name that stands nowhere and is nearly one that matters: it would be passed over."""
+    """Refuses an unknown name that is nearly a name that matters; otherwise it would be ignored."""
     for name in unknown(names):
         if meant := near_miss(name, attributes | _IMPORTANT):
             raise UserError(f"{name} is not a field of this config; did you mean {meant}?")
@@ -315,7 +315,7 @@ def _switched_off(name: str, fields: Mapping[str, Any]) -> bool:
 
 
 def _shares_nothing(fields: Mapping[str, Any]) -> bool:
-    """Whether a schedule says outright that every layer has its own indexer; what it says is checked by itself."""
+    """Whether a field says that every layer has its own indexer; its value is checked by itself."""
     return any(fields.get(name) is not None for name in ("index_topk_freq", "index_topk_pattern", "indexer_types"))
 
 
@@ -327,7 +327,7 @@ def _check_layers(config: ModelConfig, name: str, value: Any) -> None:
             f"{name} is {shown(value)}; it must be absent or have one entry for each of the "
             f"num_hidden_layers {config.num_hidden_layers} layers"
         )
-    for layer, one in enumerate(value):
-        neutral(f"{name}[{layer}]", one, expected(config, layer), reason)
-        if one is None:
+    for layer, entry in enumerate(value):
+        neutral(f"{name}[{layer}]", entry, expected(config, layer), reason)
+        if entry is None:
             raise UserError(f"{name}[{layer}] is null; it must be {shown(expected(config, layer)[0])}: {reason}")

@@ -1,4 +1,4 @@
-"""`generation_config.json`: how a checkpoint wants to be sampled from."""
+"""Reads `generation_config.json`: a checkpoint's defaults for sampling."""
 
 import sys
 import warnings
@@ -14,14 +14,14 @@ from dsv32_jax.errors import CheckpointWarning, UserError
 def read_generation_config(directory: Path, vocab_size: int | None = None) -> dict[str, Any]:
     """The fields of `generation_config.json` that have a value; none where there is no file.
 
-    `do_sample`, `temperature`, `top_p`, `max_new_tokens` and `eos_token_id` are what this project reads. An empty list
-    of end-of-sentence tokens is left out as a null is, so that config.json's hold.
+    This project uses `do_sample`, `temperature`, `top_p`, `max_new_tokens` and `eos_token_id`. An empty list of
+    end-of-sentence tokens is left out as a null is, so that those of config.json hold.
 
     Raises:
-      UserError: the file is no JSON object, or one of those fields has a value that it cannot have; token ids are held
-        against `vocab_size` where it is given.
+      UserError: the file is not a JSON object, or one of those fields has a wrong value; token ids are checked against
+        `vocab_size` where it is given.
 
-    Warns (`CheckpointWarning`), once and by name, of fields that would change what is drawn and are not offered.
+    Warns (`CheckpointWarning`), once and by name, of fields that would change the sampled tokens and are not supported.
     """
     path = directory / "generation_config.json"
     if not present(path):
@@ -30,23 +30,23 @@ def read_generation_config(directory: Path, vocab_size: int | None = None) -> di
 
 
 def checked_generation_config(
-    raw: Mapping[str, Any], where: str = "generation_config", vocab_size: int | None = None
+    raw: Mapping[str, Any], source: str = "generation_config", vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """The same of fields that are there already; `where` names them in errors and warnings."""
+    """The same for fields that have been read; `source` names their file in errors and warnings."""
     fields = {name: value for name, value in raw.items() if value is not None}
     if fields.get("eos_token_id") == []:
         del fields["eos_token_id"]
     for name, (allowed, right) in _READ.items():
         if name in fields and not allowed(fields[name]):
-            raise UserError(f"{where}: {name} is {shown(fields[name])}; it must be {right} or null")
+            raise UserError(f"{source}: {name} is {shown(fields[name])}; it must be {right} or null")
     for name in ("eos_token_id", "bos_token_id"):
         ids = fields.get(name, [])
         for id in ids if isinstance(ids, list) else [ids]:
             if vocab_size is not None and id >= vocab_size:
-                raise UserError(f"{where}: {name} {id} is outside vocab_size {vocab_size}")
+                raise UserError(f"{source}: {name} {id} is outside vocab_size {vocab_size}")
     ignored = [name for name, value in fields.items() if not _changes_nothing(name, value)]
     if ignored:
-        message = f"{where}: fields that are not offered are passed over: {', '.join(sorted(ignored))}"
+        message = f"{source}: fields that are not offered are passed over: {', '.join(sorted(ignored))}"
         warnings.warn(message, CheckpointWarning, stacklevel=1)
     return fields
 
@@ -71,7 +71,7 @@ _READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eos_token_id": (_tokens, "a token id, a list of them"),
     "bos_token_id": (lambda value: _integer(value, 0), "a token id"),
 }
-"""What a field may hold besides null, and the same in words."""
+"""A check of each field's value other than null, and the same in words."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1,)),
@@ -85,7 +85,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("remove_invalid_values", "token_healing"), (False,)),
     **dict.fromkeys(("sequence_bias",), ({}, [])),
 }
-"""Values under which sampling is what it is here; other names that stand nowhere are passed over with a warning."""
+"""Values with which sampling is that of this project; other values and unknown names are ignored with a warning."""
 _WITHOUT_EFFECT = frozenset(
     """
     pad_token_id decoder_start_token_id transformers_version _from_model_config _commit_hash use_cache use_mtp
@@ -97,10 +97,10 @@ _WITHOUT_EFFECT = frozenset(
     assistant_ensemble_weight speculation_type
     """.split()
 )
-"""They ask for more outputs or for another way to the same tokens, or belong to beams."""
+"""Fields that ask for more outputs or for another way to the same tokens, or belong to beam search."""
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
     if name in _READ or name in _WITHOUT_EFFECT:
         return True
-    return any(same(value, one) for one in _NEUTRAL.get(name, ()))
+    return any(same(value, neutral) for neutral in _NEUTRAL.get(name, ()))

@@ -1,9 +1,8 @@
 """ModelConfig: the fields of a Hugging Face `config.json` of model type `deepseek_v32`, checked.
 
 Attribute names are the file's names and the defaults are the values of the 671B model. `dsv32_jax.config.fields` says
-what other fields may hold; all are kept and written back by `to_hf`. A field that nobody knows is named in a warning;
-one that is a typing slip away from a known one is refused, because passing over it would run another model than the
-one the file describes.
+what other fields may hold; all are kept and written back by `to_hf`. Unknown fields are named in a warning; one that is
+a typing slip away from a known one is refused, because ignoring it would run another model than the file describes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from dsv32_jax.common.fields import integer, number, only
 from dsv32_jax.common.reading import read_json
-from dsv32_jax.config.fields import check_beside, check_field, refuse_typing_slips, unknown
+from dsv32_jax.config.fields import check_extra_fields, check_field, refuse_typing_slips, unknown
 from dsv32_jax.config.quantization_config import CompressedTensors, QuantizationConfig, read_quantization_config
 from dsv32_jax.config.rope_scaling import NeutralFields, RopeScaling, read_rope, write_rope
 from dsv32_jax.errors import CheckpointWarning, UserError
@@ -43,8 +42,8 @@ _INTERNAL = frozenset({"unknown", "rope_in_parameters", "rope_neutral"})
 _NULL_IS_ABSENT = (
     "attention_bias", "hidden_act", "moe_layer_freq", "scoring_func", "tie_word_embeddings", "topk_method",
 )  # fmt: skip
-# Attributes that nothing but training reads; any plain value will do.
-_PASSED_OVER = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
+# Attributes that only training reads; any plain value will do.
+_UNUSED = ("attention_dropout", "ep_size", "initializer_range", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,8 @@ class ModelConfig:
     torch_dtype: str | None = "bfloat16"
     transformers_version: str | None = "4.44.2"
     use_cache: bool = True
-    # Kept to be written back: (name, JSON text) of the fields of `dsv32_jax.config.fields` and of those that nobody
-    # knows; whether the rope fields are nested as in transformers 5, and what else is in their block.
+    # Kept to be written back: (name, JSON text) of the fields of `dsv32_jax.config.fields` and of unknown ones; whether
+    # the rope fields are nested as in transformers 5, and further fields of their block.
     unknown: NeutralFields = ()
     rope_in_parameters: bool = False
     rope_neutral: NeutralFields = ()
@@ -117,7 +116,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
-        check_beside(self, self.beside)
+        check_extra_fields(self, self.extra_fields)
 
     def _check_values(self) -> None:
         only("model_type", self.model_type, "deepseek_v32")
@@ -146,7 +145,7 @@ class ModelConfig:
                 f"quantization_config is {self.quantization_config!r}; it must be a QuantizationConfig, "
                 "CompressedTensors or None"
             )
-        for name in _PASSED_OVER:
+        for name in _UNUSED:
             if not isinstance(getattr(self, name), str | int | float | None):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be a text, a number, true, false or null")
         for name in ("bos_token_id", "eos_token_id"):
@@ -213,7 +212,7 @@ class ModelConfig:
                 )
 
     @property
-    def beside(self) -> dict[str, Any]:
+    def extra_fields(self) -> dict[str, Any]:
         """Fields of the file that are no attribute, by name as they were read."""
         return {name: json.loads(text) for name, text in self.unknown}
 
@@ -250,20 +249,20 @@ class ModelConfig:
         """Read a `config.json`, a directory that holds one, or its parsed content.
 
         Raises `UserError` for a file that is missing or not JSON, for a size that is missing, for a name that is nearly
-        a known one, and for everything the constructor refuses. Warns (`CheckpointWarning`) once, by name, of fields
-        that nobody knows.
+        a known one, and for everything the constructor refuses. Warns (`CheckpointWarning`) once, by name, of unknown
+        fields.
         """
-        where = "config"
+        file = "config"
         if not isinstance(source, Mapping):
             path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-            source, where = read_json(path), str(path)
+            source, file = read_json(path), str(path)
         raw = dict(source)
-        if "model_type" in raw:  # first: of another model's config nothing else is worth reporting
+        if "model_type" in raw:  # first: in another model's config no other error matters
             only("model_type", raw["model_type"], "deepseek_v32")
         known = frozenset(f.name for f in dataclasses.fields(cls)) - _INTERNAL
-        rope, beside = read_rope(raw)
-        beside |= {name: raw.pop(name) for name in [name for name in raw if name not in known]}
-        refuse_typing_slips(beside, known)
+        rope, extra_fields = read_rope(raw)
+        extra_fields |= {name: raw.pop(name) for name in [name for name in raw if name not in known]}
+        refuse_typing_slips(extra_fields, known)
         if missing := sorted(_REQUIRED - raw.keys()):
             raise UserError(f"{missing[0]} is missing from the config; it has no default")
         if raw.setdefault("quantization_config", None) is not None:
@@ -274,13 +273,14 @@ class ModelConfig:
         for name, value in raw.items():
             if isinstance(value, list):
                 raw[name] = tuple(value)
-        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in extra_fields.items())
         config = cls(**raw, **rope, unknown=texts)
-        if nobody_knows := unknown(name for name, value in beside.items() if value is not None):
+        if unknown_names := unknown(name for name, value in extra_fields.items() if value is not None):
             message = (
-                f"{where}: fields that this model does not know are passed over: {', '.join(sorted(nobody_knows))}"
+                f"{file}: fields that this model does not know are passed over: {', '.join(sorted(unknown_names))}"
             )
-            warnings.warn(message, CheckpointWarning, stacklevel=1)  # of here: a file that is read twice warns once
+            # Attributed to this line, so that a file that is read twice warns once.
+            warnings.warn(message, CheckpointWarning, stacklevel=1)
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -292,13 +292,13 @@ class ModelConfig:
             del out["quantization_config"]
         else:
             out["quantization_config"] = self.quantization_config.to_hf()
-        return dict(sorted((out | write_rope(self) | self.beside).items()))
+        return dict(sorted((out | write_rope(self) | self.extra_fields).items()))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with other values, checked again.
 
-        Of the fields beside the attributes (`mlp_layer_types`, `num_experts`, ...), those that no longer agree are left
-        out, for they only said again what has changed.
+        Fields beside the attributes (`mlp_layer_types`, `num_experts`, ...) that no longer agree with them are left
+        out, since they only restate what has changed.
         """
         if changes.keys() & {"rope_scaling", "rope_theta"}:
             changes = {"rope_neutral": ()} | changes
@@ -312,7 +312,7 @@ class ModelConfig:
     def _agrees(self, name: str, other: ModelConfig) -> bool:
         """Whether a field beside the attributes of another config fits this one."""
         try:
-            check_field(self, name, other.beside[name], other.beside)
+            check_field(self, name, other.extra_fields[name], other.extra_fields)
         except UserError:
             return False
         return True

@@ -1,4 +1,4 @@
-"""How a checkpoint's linears are stored: the `quantization_config` of its config.json."""
+"""Reads the `quantization_config` of a config.json: how a checkpoint's linears are stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "run_compressed": ((True,), _KEPT),
     "use_optimized_inference": ((True, False), _KEPT),
 }
-"""Options of transformers' loader, which it writes into a config."""
+"""Options of transformers' loader, which writes them into a config."""
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "dequantize": _OF_LOADING["dequantize"],
     "modules_to_convert": (([],), "nothing but linears is stored in FP8"),
@@ -33,7 +33,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields of the released form that are kept and written back: accepted values beside null, and the reason."""
 _PLAIN_MODULES = ("modules_to_not_convert", "ignored_layers")
-"""Lists of modules that are not quantised, for other readers; here the tensors themselves tell."""
+"""Lists of modules that are not quantised, for other readers; this one sees it from the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,10 @@ class QuantizationConfig:
     """The released checkpoint's own form: every linear in e4m3 values with one scale for each 128x128 block.
 
     Attributes:
-      fmt: of the values; None where the file does not say, which means the same.
-      scale_fmt: of the scales of activations: "ue8m0", powers of two, or None or transformers' "float", any float32.
-      beside: fields that change nothing here, written back as they were read.
+      fmt: format of the values; None where the file does not say, which means the same.
+      scale_fmt: format of the scales of activations: "ue8m0", powers of two, or None or transformers' "float", any
+        float32.
+      extra_fields: fields that have no effect here, written back as they were read.
     """
 
     quant_method: str = "fp8"
@@ -51,7 +52,7 @@ class QuantizationConfig:
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] = (128, 128)
     scale_fmt: str | None = "ue8m0"
-    beside: NeutralFields = ()
+    extra_fields: NeutralFields = ()
 
     def __post_init__(self) -> None:
         only("quantization_config.quant_method", self.quant_method, "fp8")
@@ -64,7 +65,7 @@ class QuantizationConfig:
             raise UserError(
                 f"quantization_config.weight_block_size is {shown!r}; the only supported value is [128, 128]"
             )
-        for name, text in self.beside:
+        for name, text in self.extra_fields:
             value = json.loads(text)
             if name in _NEUTRAL:
                 neutral(f"quantization_config.{name}", value, *_NEUTRAL[name])
@@ -73,32 +74,37 @@ class QuantizationConfig:
 
     @classmethod
     def from_hf(cls, raw: object) -> QuantizationConfig:
-        where = "quantization_config"
-        attributes = frozenset(f.name for f in dataclasses.fields(cls)) - {"beside"}
+        path = "quantization_config"
+        attributes = frozenset(f.name for f in dataclasses.fields(cls)) - {"extra_fields"}
         known = attributes | _NEUTRAL.keys() | set(_PLAIN_MODULES)
-        block = dict(check_keys(where, raw, known, frozenset({"quant_method", "weight_block_size"})))
+        block = dict(check_keys(path, raw, known, frozenset({"quant_method", "weight_block_size"})))
         # A null means the same as an absent field, and "float" the same as an absent format of scales.
-        kept = {name: value for name, value in block.items() if name not in attributes or value is None}
+        neutral_fields = {name: value for name, value in block.items() if name not in attributes or value is None}
         if block.get("scale_fmt") == "float":
-            kept["scale_fmt"] = "float"
-        block = {name: value for name, value in block.items() if name not in kept}
+            neutral_fields["scale_fmt"] = "float"
+        block = {name: value for name, value in block.items() if name not in neutral_fields}
         if isinstance(block.get("weight_block_size"), list):
             block["weight_block_size"] = tuple(block["weight_block_size"])
         if "weight_block_size" not in block:
-            only(f"{where}.weight_block_size", None, [128, 128])
+            only(f"{path}.weight_block_size", None, [128, 128])
         if "quant_method" not in block:
-            only(f"{where}.quant_method", None, "fp8")
-        beside = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in kept.items())
-        return cls(**{"scale_fmt": None, "fmt": None} | block, beside=beside)
+            only(f"{path}.quant_method", None, "fp8")
+        extra_fields = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in neutral_fields.items())
+        return cls(**{"scale_fmt": None, "fmt": None} | block, extra_fields=extra_fields)
 
     def to_hf(self) -> dict[str, Any]:
-        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "beside"}
+        block = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra_fields"}
         block["weight_block_size"] = list(self.weight_block_size)
-        beside = {name: json.loads(text) for name, text in self.beside}
-        return dict(sorted((beside | {name: value for name, value in block.items() if value is not None}).items()))
+        extra_fields = {name: json.loads(text) for name, text in self.extra_fields}
+        present = {name: value for name, value in block.items() if value is not None}
+        return dict(sorted((extra_fields | present).items()))
 
     def with_all_quantized(self, modules: Iterable[str]) -> QuantizationConfig:
-        """The same without what lists these modules as not quantised; experts have "{expert}" in place of a number."""
+        """The same without the entries that list these modules as not quantised.
+
+        Args:
+          modules: names; experts have "{expert}" in place of a number.
+        """
         parts_of = [module.split(".") for module in modules]
         names = {
             ".".join(parts[begin:end])
@@ -110,12 +116,12 @@ class QuantizationConfig:
         def listed(entry: str) -> bool:
             return entry.startswith("re:") or re.sub(r"experts\.\d+", "experts.{expert}", entry.strip(".")) in names
 
-        beside = {name: json.loads(text) for name, text in self.beside}
+        extra_fields = {name: json.loads(text) for name, text in self.extra_fields}
         for name in _PLAIN_MODULES:
-            if beside.get(name):
-                beside[name] = [entry for entry in beside[name] if not listed(entry)]
-        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in beside.items())
-        return dataclasses.replace(self, beside=texts)
+            if extra_fields.get(name):
+                extra_fields[name] = [entry for entry in extra_fields[name] if not listed(entry)]
+        texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in extra_fields.items())
+        return dataclasses.replace(self, extra_fields=texts)
 
 
 _ROW_SCALES = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
@@ -141,12 +147,12 @@ _DEFAULTS = {
     "block_structure": None,
 }  # fmt: skip
 _WITHOUT_EFFECT = {"actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
-"""Fields of a group's weights that say how scales were found, or that the files' tensors say themselves."""
+"""Fields of a group's weights that say how scales were computed, or that the files' tensors tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Linears that are stored alike.
+    """Linears that are stored in one scheme.
 
     Attributes:
       scheme: of `pallas_kernels.matmul.SCHEMES`.
@@ -163,8 +169,8 @@ class CompressedTensors:
     """The compressed-tensors format (github.com/vllm-project/compressed-tensors): groups of linears, each in a scheme.
 
     Attributes:
-      groups: the first whose targets match a module is its.
-      ignore: module names or "re:..." that no group has.
+      groups: a module belongs to the first group whose targets match it.
+      ignore: module names or "re:..." of linears that belong to no group.
     """
 
     groups: tuple[Group, ...]
@@ -172,10 +178,10 @@ class CompressedTensors:
 
     quant_method: ClassVar[str] = "compressed-tensors"
     scale_fmt: ClassVar[str] = "ue8m0"
-    """Of activations in FP8, as the official code has it."""
+    """Format of the scales of FP8 activations, as in the official code."""
 
     def scheme(self, module: str) -> str | None:
-        """The scheme of a linear by its module's name in the checkpoint; None: it is not quantised."""
+        """The scheme of a linear by its module's name in the checkpoint; None if it is not quantised."""
         if any(_matches(target, module) for target in self.ignore):
             return None
         for group in self.groups:
@@ -185,26 +191,26 @@ class CompressedTensors:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> CompressedTensors:
-        where = "quantization_config"
+        path = "quantization_config"
         optional = {
             "format", "ignore", "quantization_status", "kv_cache_scheme", "global_compression_ratio", "version",
             "sparsity_config", "transform_config", *_OF_LOADING,
         }  # fmt: skip
         needed = {"quant_method", "config_groups"}
-        block = check_keys(where, raw, frozenset(optional | needed), frozenset(needed))
-        only(f"{where}.quantization_status", block.get("quantization_status"), "compressed", None)
+        block = check_keys(path, raw, frozenset(optional | needed), frozenset(needed))
+        only(f"{path}.quantization_status", block.get("quantization_status"), "compressed", None)
         for name, (accepted, reason) in _OF_LOADING.items():
-            neutral(f"{where}.{name}", block.get(name), accepted, reason)
+            neutral(f"{path}.{name}", block.get(name), accepted, reason)
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             dense = isinstance(block.get(name), Mapping) and block[name].get("format") == "dense"
             if block.get(name) and not (name == "sparsity_config" and dense):
-                raise UserError(f"{where}.{name} is {block[name]!r}; it must be absent or null")
+                raise UserError(f"{path}.{name} is {block[name]!r}; it must be absent or null")
         groups = block["config_groups"]
         if not isinstance(groups, Mapping) or not groups:
-            raise UserError(f"{where}.config_groups is {groups!r}; it must be an object of groups")
+            raise UserError(f"{path}.config_groups is {groups!r}; it must be an object of groups")
         return cls(
-            groups=tuple(_group(f"{where}.config_groups.{name}", group) for name, group in groups.items()),
-            ignore=_strings(f"{where}.ignore", block.get("ignore") or []),
+            groups=tuple(_group(f"{path}.config_groups.{name}", group) for name, group in groups.items()),
+            ignore=_strings(f"{path}.ignore", block.get("ignore") or []),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -226,47 +232,47 @@ def _matches(target: str, module: str) -> bool:
     return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
 
 
-def _strings(where: str, raw: object) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not all(isinstance(one, str) for one in raw):
-        raise UserError(f"{where} is {raw!r}; it must be a list of strings")
-    for one in raw:
+def _strings(path: str, raw: object) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not all(isinstance(entry, str) for entry in raw):
+        raise UserError(f"{path} is {raw!r}; it must be a list of strings")
+    for entry in raw:
         try:
-            re.compile(one[3:] if one.startswith("re:") else "")
+            re.compile(entry[3:] if entry.startswith("re:") else "")
         except re.error as error:
-            raise UserError(f"{where}: {one!r} is no regular expression ({error})") from None
+            raise UserError(f"{path}: {entry!r} is no regular expression ({error})") from None
     return tuple(raw)
 
 
-def _group(where: str, raw: object) -> Group:
+def _group(path: str, raw: object) -> Group:
     known = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
-    block = check_keys(where, raw, known, frozenset({"targets", "weights"}))
+    block = check_keys(path, raw, known, frozenset({"targets", "weights"}))
     if block.get("output_activations"):
-        raise UserError(f"{where}.output_activations is {block['output_activations']!r}; it must be absent or null")
-    weights = _settings(f"{where}.weights", block["weights"])
+        raise UserError(f"{path}.output_activations is {block['output_activations']!r}; it must be absent or null")
+    weights = _settings(f"{path}.weights", block["weights"])
     scheme = next((scheme for scheme, form in FORMS.items() if weights == _DEFAULTS | form["weights"]), None)
     if scheme is None:
         known_weights = "; ".join(f"{scheme}: {json.dumps(form['weights'])}" for scheme, form in FORMS.items())
-        raise UserError(f"{where}.weights is {json.dumps(block['weights'])}; supported are {known_weights}")
+        raise UserError(f"{path}.weights is {json.dumps(block['weights'])}; supported are {known_weights}")
     form, inputs = FORMS[scheme], block.get("input_activations")
-    if (inputs and _settings(f"{where}.input_activations", inputs)) != (
+    if (inputs and _settings(f"{path}.input_activations", inputs)) != (
         form["input_activations"] and _DEFAULTS | form["input_activations"]
     ):
         right = json.dumps(form["input_activations"])
-        raise UserError(f"{where}.input_activations is {json.dumps(inputs)}; with these weights it must be {right}")
-    only(f"{where}.format", block.get("format"), form["format"], None)
-    return Group(scheme=scheme, targets=_strings(f"{where}.targets", block["targets"]))
+        raise UserError(f"{path}.input_activations is {json.dumps(inputs)}; with these weights it must be {right}")
+    only(f"{path}.format", block.get("format"), form["format"], None)
+    return Group(scheme=scheme, targets=_strings(f"{path}.targets", block["targets"]))
 
 
-def _settings(where: str, raw: object) -> dict[str, Any]:
-    """What matters of a group's weights or inputs, with the format's defaults for what is absent."""
+def _settings(path: str, raw: object) -> dict[str, Any]:
+    """The fields of a group's weights or inputs that have an effect, with the format's defaults for absent ones."""
     known = frozenset(_DEFAULTS) | _WITHOUT_EFFECT
-    block = check_keys(where, raw, known, frozenset())
-    neutral(f"{where}.actorder", block.get("actorder"), ("static", "weight", False), "columns lie in their own order")
+    block = check_keys(path, raw, known, frozenset())
+    neutral(f"{path}.actorder", block.get("actorder"), ("static", "weight", False), "columns lie in their own order")
     return _DEFAULTS | {name: value for name, value in block.items() if name not in _WITHOUT_EFFECT}
 
 
 def read_quantization_config(raw: object) -> QuantizationConfig | CompressedTensors:
-    """From the parsed `quantization_config`, by its `quant_method`."""
+    """Reads a parsed `quantization_config` by its `quant_method`."""
     if isinstance(raw, Mapping) and raw.get("quant_method") == CompressedTensors.quant_method:
         return CompressedTensors.from_hf(raw)
     if isinstance(raw, Mapping) and "quant_method" in raw:

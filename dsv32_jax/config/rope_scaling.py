@@ -1,7 +1,7 @@
-"""How positions are rotated, as config.json says it: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+"""Reads how positions are rotated: the fields `rope_theta` and `rope_scaling`, or `rope_parameters`, of config.json.
 
-transformers 5 nests in `rope_parameters` what older files have as two fields. Both are read, also where both are there
-and agree.
+transformers 5 nests in `rope_parameters` what older files have as two fields. Both forms are read, also from a file
+that has both, if they agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields that are kept and written back: accepted values beside null, and the reason why others are refused."""
 
 NeutralFields = tuple[tuple[str, str], ...]
-"""Name and JSON text of fields that are read, found to change nothing, and written back."""
+"""Name and JSON text of fields that have no effect, and are written back as they were read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,15 @@ class RopeScaling:
             )
 
     @classmethod
-    def from_hf(cls, raw: object, where: str = "rope_scaling") -> RopeScaling:
+    def from_hf(cls, raw: object, path: str = "rope_scaling") -> RopeScaling:
         names = frozenset(f.name for f in dataclasses.fields(cls)) - {"type", "type_keys"}
-        block = dict(check_keys(where, raw, names | set(_TYPES), names))
+        block = dict(check_keys(path, raw, names | set(_TYPES), names))
         spelled = tuple(key for key in _TYPES if key in block)
         kinds = [block.pop(key) for key in spelled]
         if not kinds:
-            raise UserError(f"{where}.type is missing; the only supported value is 'yarn'")
+            raise UserError(f"{path}.type is missing; the only supported value is 'yarn'")
         for key, kind in zip(spelled, kinds, strict=True):
-            only(f"{where}.{key}", kind, "yarn")
+            only(f"{path}.{key}", kind, "yarn")
         return cls(type="yarn", type_keys=spelled, **block)
 
     def to_hf(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Takes the rope fields out of a parsed config.json.
 
     Returns:
-      Attributes of `ModelConfig`, and the fields that say the same once more, by name as they were read.
+      Attributes of `ModelConfig`, and the fields that restate them, by name as they were read.
 
     Raises:
       UserError: a block with a field that is missing, unknown or of a value that is not computed; two spellings that
@@ -99,9 +99,9 @@ def read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     names = ("rope_scaling", "rope_parameters", "rope_theta")
     top: dict[str, Any] = {name: raw.pop(name) for name in names if name in raw}
     nested = not _empty(top.get("rope_parameters"))
-    where = "rope_parameters" if nested else "rope_scaling"
-    scaling, theta, kept = _read_block(where, top.get(where))
-    attributes: dict[str, Any] = {"rope_scaling": scaling, "rope_in_parameters": nested, "rope_neutral": kept}
+    name_read = "rope_parameters" if nested else "rope_scaling"
+    scaling, theta, neutral_fields = _read_block(name_read, top.get(name_read))
+    attributes: dict[str, Any] = {"rope_scaling": scaling, "rope_in_parameters": nested, "rope_neutral": neutral_fields}
     stated = top.get("rope_theta")
     if theta is not None and not nested and stated is not None and not same(stated, theta):
         raise UserError(f"rope_theta {stated!r} and rope_scaling.rope_theta {theta!r} disagree; keep one")
@@ -111,12 +111,12 @@ def read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         attributes["rope_theta"] = stated
     elif nested:
         raise UserError("rope_parameters.rope_theta is missing; the config must give it")
-    again = {name: value for name, value in top.items() if name != where and (nested or name != "rope_theta")}
-    return attributes, again
+    restated = {name: value for name, value in top.items() if name != name_read and (nested or name != "rope_theta")}
+    return attributes, restated
 
 
 def write_rope(config: Any) -> dict[str, Any]:
-    """The inverse of `read_rope`, but for what is said once more."""
+    """The inverse of `read_rope`, but for the restating fields."""
     block = {name: json.loads(text) for name, text in config.rope_neutral}
     if config.rope_scaling is not None:
         block |= config.rope_scaling.to_hf()
@@ -149,25 +149,26 @@ def _plain(scaling: RopeScaling | None) -> RopeScaling | None:
     return scaling and dataclasses.replace(scaling, type_keys=())
 
 
-def _read_block(where: str, raw: object) -> tuple[RopeScaling | None, Any, NeutralFields]:
-    """What a block says: the scaling, the base of the frequencies where it has one, and what to write back."""
+def _read_block(path: str, raw: object) -> tuple[RopeScaling | None, Any, NeutralFields]:
+    """The scaling of a block, the base of the frequencies where it has one, and fields to be written back."""
     if _empty(raw):
         return None, None, ()
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where} is {raw!r}; it must be an object or absent")
+        raise UserError(f"{path} is {raw!r}; it must be an object or absent")
     block = dict(raw)
-    kept: dict[str, Any] = {name: block.pop(name) for name in raw if name in NEUTRAL}
-    for name, value in kept.items():
-        neutral(f"{where}.{name}", value, *NEUTRAL[name])
+    neutral_fields: dict[str, Any] = {name: block.pop(name) for name in raw if name in NEUTRAL}
+    for name, value in neutral_fields.items():
+        neutral(f"{path}.{name}", value, *NEUTRAL[name])
     theta = block.pop("rope_theta", None)
-    if "rope_theta" in raw and where == "rope_scaling":
-        kept["rope_theta"] = theta
+    if "rope_theta" in raw and path == "rope_scaling":
+        neutral_fields["rope_theta"] = theta
     kinds = {key: block.pop(key) for key in _TYPES if key in block}
     scaling = None
     if all(kind in (None, "default") for kind in kinds.values()) and (kinds or not block):
         for name, value in block.items():
-            neutral(f"{where}.{name}", value, (), "without a type that has it, it would be passed over")
-        kept |= kinds | block
+            neutral(f"{path}.{name}", value, (), "without a type that has it, it would be passed over")
+        neutral_fields |= kinds | block
     else:
-        scaling = RopeScaling.from_hf(block | kinds, where)
-    return scaling, theta, tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in kept.items())
+        scaling = RopeScaling.from_hf(block | kinds, path)
+    texts = tuple((name, json.dumps(value, ensure_ascii=False)) for name, value in neutral_fields.items())
+    return scaling, theta, texts

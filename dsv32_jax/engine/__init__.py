@@ -1,1 +1,1 @@
-"""Many requests at a time: what a step runs, blocks, the loop."""
+"""Continuous batching of many requests over one model: the engine, its scheduler, blocks and device programs."""

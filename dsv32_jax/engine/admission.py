@@ -1,4 +1,4 @@
-"""What is checked and made of a request before an engine queues it."""
+"""Checks a prompt and its parameters, and makes the request that an engine queues."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Set
@@ -15,27 +15,27 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.prompts import BYTES
 
-__all__ = ["Admitted", "admitted", "resolved", "rows_of"]
+__all__ = ["Admitted", "admit", "resolve", "rows_of"]
 
 Admitted = tuple[Request, list[Sequence]]
-"""A request, and the sequence of each of its completions; the first has the others as siblings."""
+"""A request, and the sequence of each of its completions; the others are siblings of the first."""
 
 
-def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams:
-    """Checked against a model: with the checkpoint's temperature and top_p where there are none, and with the ids of
-    special tokens whose texts are stop strings.
+def resolve(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams:
+    """Checks parameters against a model, and completes them: with the checkpoint's temperature and top_p where they are
+    None, and with the ids of special tokens whose texts are stop strings.
     """
     params = instance("params", SamplingParams() if params is None else params, SamplingParams, "SamplingParams")
     temperature, top_p = lm.sampling(params.temperature, params.top_p, params.seed)
     ids, vocabulary = list(params.stop_token_ids), lm.config.vocab_size
-    if wrong := [id for id in ids if id >= vocabulary]:
-        raise UserError(f"stop_token_ids: {wrong[0]}; must be in 0..{vocabulary - 1}")
+    if outside := [id for id in ids if id >= vocabulary]:
+        raise UserError(f"stop_token_ids: {outside[0]}; must be in 0..{vocabulary - 1}")
     for stop in params.stop:
         if lm.tokenizer is None:
             raise UserError("stop: the checkpoint has no tokenizer.json; give stop_token_ids")
-        written = lm.tokenizer.encode(stop)
-        special = [id for id in written if id in lm.tokenizer.special_ids]
-        if special and len(written) > 1:
+        encoded = lm.tokenizer.encode(stop)
+        special = [id for id in encoded if id in lm.tokenizer.special_ids]
+        if special and len(encoded) > 1:
             raise UserError(f"stop: {stop!r} has a special token beside other text; the token must be alone")
         ids += special
     return dataclasses.replace(
@@ -47,7 +47,7 @@ def resolved(lm: LanguageModel, params: SamplingParams | None) -> SamplingParams
 
 
 def rows_of(lm: LanguageModel, prompts: Iterable[Any]) -> list[list[int]]:
-    """Ids of several prompts, of one text, or of none."""
+    """Token ids of prompts: of several, of one text, or of none."""
     if not isinstance(prompts, str | np.ndarray | Array):
         if isinstance(prompts, (*BYTES, Mapping, Set)):
             raise UserError(f"prompts: {type(prompts).__name__}; must be texts or lists of token ids, in an order")
@@ -57,7 +57,7 @@ def rows_of(lm: LanguageModel, prompts: Iterable[Any]) -> list[list[int]]:
     return lm.rows(prompts)
 
 
-def admitted(
+def admit(
     lm: LanguageModel,
     scheduler: Scheduler,
     ids: list[int],
@@ -66,30 +66,33 @@ def admitted(
     *,
     prompt: int | None = None,
 ) -> Admitted:
-    """A request that can run.
+    """Makes a request that can run.
 
     Args:
       lm: the model.
       scheduler: that will run it.
       ids: the prompt.
-      params: `resolved`.
+      params: as `resolve` returns them.
       salt: see `BlockTable`.
       prompt: its number among several, for errors.
+
+    Raises:
+      UserError: the prompt could never run.
     """
-    named = "prompt" if prompt is None else f"prompt {prompt}"
+    name = "prompt" if prompt is None else f"prompt {prompt}"
     try:
-        new = lm.new_tokens([ids], params.max_new_tokens)
+        new_tokens = lm.new_tokens([ids], params.max_new_tokens)
     except UserError as error:
-        raise UserError(str(error) if prompt is None else f"{named}: {error}") from error
+        raise UserError(str(error) if prompt is None else f"{name}: {error}") from error
     if params.max_new_tokens is None:
-        new = max(1, min(new, scheduler.pool.num_blocks * BLOCK_SIZE - len(ids) + 1))
-        params = dataclasses.replace(params, max_new_tokens=new)
+        new_tokens = max(1, min(new_tokens, scheduler.pool.num_blocks * BLOCK_SIZE - len(ids) + 1))
+        params = dataclasses.replace(params, max_new_tokens=new_tokens)
     instance("salt", salt, bytes, "bytes")
-    sequences = [Sequence(list(ids), new, salt) for _ in range(params.n)]
+    sequences = [Sequence(list(ids), new_tokens, salt) for _ in range(params.n)]
     sequences[0].siblings = sequences[1:]
     try:
         scheduler.check(sequences[0])
     except ValueError as error:
-        raise UserError(f"{named}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     completions = [Completion(lm.tokenizer.stream_decoder() if lm.tokenizer else None) for _ in sequences]
     return Request(-1, ids, params, completions), sequences

@@ -1,9 +1,9 @@
-"""Which blocks of the cache belong to whom: allocation, shared prefixes, eviction. On the host, without JAX.
+"""The blocks of the cache: allocation to sequences, shared prefixes, eviction. On the host, without JAX.
 
 A block is 64 tokens of all layers; here it is a number. A sequence has a `BlockTable`, and several may hold the same
 block. A full block has an identity: SHA-256 of its tokens and of the identity of the block before it. Equal identities
-therefore mean equal tokens from the start on, and so equal values in the cache. A block that nobody holds any more
-keeps its identity until its memory is needed: the one that was released longest ago goes first.
+therefore mean equal tokens from the start on, and so equal values in the cache. A block that no sequence holds any more
+keeps its identity until its memory is needed: the least recently released one is evicted first.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from pallas_kernels.paging import BLOCK_SIZE
 
-__all__ = ["BlockPool", "BlockTable", "OutOfBlocks", "Statistics"]
+__all__ = ["BlockPool", "BlockTable", "OutOfBlocks", "PoolStatistics"]
 
 
 class OutOfBlocks(Exception):
-    """More blocks were asked for than are free or cached; nothing was taken."""
+    """Raised where more blocks are needed than are free or cached; none is taken."""
 
     def __init__(self, needed: int, available: int):
         super().__init__(f"{needed} blocks are needed, {available} are available")
@@ -33,7 +33,7 @@ class BlockTable:
       blocks: numbers of the blocks, int32, so that NumPy takes them as they are; the last one may be partly filled.
       length: tokens that have a place.
       digests: identities of the first full blocks whose values are computed.
-      salt: what separates this sequence from others with the same tokens: only equal salts share.
+      salt: separates this sequence from others with the same tokens: only sequences with equal salts share blocks.
     """
 
     blocks: array[int] = dataclasses.field(default_factory=lambda: array("i"))
@@ -43,19 +43,19 @@ class BlockTable:
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """A pool at one moment.
+class PoolStatistics:
+    """A pool's counts at one moment.
 
     Attributes:
       in_use: blocks that a sequence holds.
-      cached: blocks that nobody holds, but that still have an identity to be found by.
-      free: the others.
+      cached: blocks that no sequence holds, but that still have an identity by which they can be found.
+      free: the other blocks.
       shared: blocks that more than one sequence holds.
-      tokens_asked, tokens_found: of all that was opened so far: its length, and how much of it was cached.
-      evictions: identities given up for memory so far.
+      tokens_asked, tokens_found: tokens of all prompts that were opened so far, and those of them that were cached.
+      evictions: cached blocks that were given up for memory so far.
       internal_fragmentation: share of the slots of blocks in use that hold no token.
-      external_fragmentation: share of the available blocks that no request could get. Always 0: a block is as good as
-        any other.
+      external_fragmentation: share of the available blocks that no request could get. It is always 0, since all blocks
+        have one size.
     """
 
     in_use: int
@@ -70,18 +70,18 @@ class Statistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of all opened tokens that was found in the cache."""
+        """The share of all prompts' tokens that was found in the cache."""
         return self.tokens_found / self.tokens_asked if self.tokens_asked else 0.0
 
 
 class BlockPool:
     """All blocks of a cache.
 
-    Every operation takes time by the blocks that it touches, never by those that there are.
+    The time of an operation depends on the blocks that it touches, never on the size of the pool.
 
     Args:
       num_blocks: blocks of the cache.
-      sharing: find cached prefixes again; without it each sequence has blocks of its own (forks still share).
+      sharing: whether cached prefixes are found; without it only forks share blocks.
     """
 
     def __init__(self, num_blocks: int, *, sharing: bool = True):
@@ -89,34 +89,36 @@ class BlockPool:
             raise ValueError(f"num_blocks: {num_blocks}; must be at least 1")
         self.num_blocks = num_blocks
         self.sharing = sharing
-        self._asked = self._found = self._evictions = 0
+        self._tokens_asked = self._tokens_found = self._evictions = 0
         self.reset()
 
     def reset(self) -> None:
-        """All blocks are free and without identity, whatever was under way; tables from before are worth nothing."""
+        """Makes all blocks free and without identity, in whatever state they are; earlier tables become invalid."""
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._references = [0] * self.num_blocks
         self._filled = [0] * self.num_blocks  # tokens of each block in use
         self._digest: list[bytes | None] = [None] * self.num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody, the oldest first
+        self._unused: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # cached blocks that no sequence holds, the least recently released first
         self._shared = self._slots_filled = 0
 
     @property
     def available(self) -> int:
-        """Blocks that can be had now: free ones, and cached ones that nobody holds."""
+        """Blocks that can be allocated now: free ones, and cached ones that no sequence holds."""
         return len(self._free) + len(self._unused)
 
-    def statistics(self) -> Statistics:
-        """The pool now."""
+    def statistics(self) -> PoolStatistics:
+        """The pool's counts now."""
         in_use = self.num_blocks - self.available
-        return Statistics(
+        return PoolStatistics(
             in_use=in_use,
             cached=len(self._unused),
             free=len(self._free),
             shared=self._shared,
-            tokens_asked=self._asked,
-            tokens_found=self._found,
+            tokens_asked=self._tokens_asked,
+            tokens_found=self._tokens_found,
             evictions=self._evictions,
             internal_fragmentation=1 - self._slots_filled / (in_use * BLOCK_SIZE) if in_use else 0.0,
         )
@@ -124,14 +126,14 @@ class BlockPool:
     # ---- sequences ----
 
     def open(self, tokens: Sequence[int], salt: bytes = b"", *, room: int = 0) -> BlockTable:
-        """A table that begins with the longest cached prefix of a prompt; its `length` says how long that is.
+        """A table of the longest cached prefix of a prompt, whose tokens its `length` counts.
 
-        The prompt's last token is never among what is found: its logits are wanted, so it must be computed.
+        The prefix never includes the prompt's last token, which must be computed for its logits.
 
         Args:
           tokens: ids of the prompt.
           salt: see `BlockTable`.
-          room: tokens for which `extend` must be able to give places next, if nothing else happens in between.
+          room: tokens for which the next call of `extend` must be able to give places, if no other call comes between.
 
         Raises:
           OutOfBlocks: there is no such room; nothing has changed.
@@ -151,48 +153,48 @@ class BlockPool:
         for block in table.blocks:
             self._hold(block)
         table.length = len(table.blocks) * BLOCK_SIZE
-        self._asked += len(tokens)
-        self._found += table.length
+        self._tokens_asked += len(tokens)
+        self._tokens_found += table.length
         return table
 
     def extend(self, table: BlockTable, length: int) -> list[tuple[int, int]]:
-        """Gives a sequence places for `length` tokens, all of them its own from the present length on.
+        """Gives a sequence places for `length` tokens; those behind the present length are in blocks of its own.
 
         Args:
           table: of the sequence.
           length: tokens that shall have a place; at least the present length.
 
         Returns:
-          (source, target) blocks that must be copied before the sequence writes: its last block, partly filled, if
-          another sequence holds that too.
+          (source, target) blocks that must be copied before the sequence writes: its last block, if that is partly
+          filled and another sequence holds it too.
 
         Raises:
-          OutOfBlocks: there are not enough; nothing has changed.
+          OutOfBlocks: there are not enough blocks; nothing has changed.
         """
         if length < table.length:
             raise ValueError(f"length: {length}; the sequence has {table.length} tokens already")
         if length == table.length:
             return []
-        new = -(-length // BLOCK_SIZE) - len(table.blocks)
-        last = table.blocks[-1] if table.length % BLOCK_SIZE else None
-        copy = last is not None and self._references[last] > 1
-        if new + copy > self.available:
-            raise OutOfBlocks(new + copy, self.available)
+        new_blocks = -(-length // BLOCK_SIZE) - len(table.blocks)
+        last_block = table.blocks[-1] if table.length % BLOCK_SIZE else None
+        copy = last_block is not None and self._references[last_block] > 1
+        if new_blocks + copy > self.available:
+            raise OutOfBlocks(new_blocks + copy, self.available)
         copies = []
-        if last is not None and copy:
-            target = self._take(self._filled[last])
-            self._release(last)
+        if last_block is not None and copy:
+            target = self._take(self._filled[last_block])
+            self._release(last_block)
             table.blocks[-1] = target
-            copies.append((last, target))
-        if last is not None:
+            copies.append((last_block, target))
+        if last_block is not None:
             self._fill(table.blocks[-1], min(length - (len(table.blocks) - 1) * BLOCK_SIZE, BLOCK_SIZE))
-        for _ in range(new):
+        for _ in range(new_blocks):
             table.blocks.append(self._take(min(length - len(table.blocks) * BLOCK_SIZE, BLOCK_SIZE)))
         table.length = length
         return copies
 
     def fork(self, table: BlockTable) -> BlockTable:
-        """Another sequence with the same tokens so far, in the same blocks."""
+        """A table for another sequence with the same tokens so far, in the same blocks."""
         for block in table.blocks:
             self._hold(block)
         return dataclasses.replace(table, blocks=table.blocks[:], digests=list(table.digests))
@@ -203,8 +205,8 @@ class BlockPool:
         Args:
           table: of the sequence.
           tokens: its ids from the start, at least `computed`.
-          computed: tokens whose values are in the cache, or are written by a step that has been started: later steps
-            read them after that.
+          computed: tokens whose values are in the cache, or are written by a step that has been started, after which
+            later steps read them.
         """
         if not 0 <= computed <= min(table.length, len(tokens)):
             raise ValueError(
@@ -215,20 +217,20 @@ class BlockPool:
         for index in range(len(table.digests), computed // BLOCK_SIZE):
             digest, block = self._identity(table, tokens, index), table.blocks[index]
             table.digests.append(digest)
-            # Two sequences may have computed the same at the same time: the first one's block is found, the other's
-            # has no identity. A fork's block is known already.
+            # Two sequences may have computed the same block at the same time: the first one's gets the identity, the
+            # other's none. The block of a fork has its identity already.
             if digest not in self._block_of:
                 self._block_of[digest] = block
                 self._digest[block] = digest
 
     def close(self, table: BlockTable) -> None:
-        """Releases a sequence's blocks, its last first: of a prefix, the end is given up before the start."""
+        """Releases a sequence's blocks, the last first, so that the end of a prefix is evicted before its start."""
         for block in reversed(table.blocks):
             self._release(block)
         table.blocks, table.digests, table.length = array("i"), [], 0
 
     def forget(self) -> None:
-        """Gives up the identity of every cached block that nobody holds, as if each had been evicted."""
+        """Evicts every cached block that no sequence holds."""
         while self._unused:
             self._free.append(self._evict())
 
@@ -236,20 +238,20 @@ class BlockPool:
 
     @staticmethod
     def _identity(table: BlockTable, tokens: Sequence[int], index: int) -> bytes:
-        """Of a sequence's full block, whose predecessors' are in the table."""
-        before = table.digests[index - 1] if index else hashlib.sha256(table.salt).digest()
-        own = array("i", tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
-        return hashlib.sha256(before + own.tobytes()).digest()
+        """The identity of a sequence's full block; those of its predecessors are in the table."""
+        previous = table.digests[index - 1] if index else hashlib.sha256(table.salt).digest()
+        block_tokens = array("i", tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+        return hashlib.sha256(previous + block_tokens.tobytes()).digest()
 
     def _take(self, filled: int) -> int:
-        """A block for one sequence, with so many tokens."""
+        """Allocates a block for one sequence, with `filled` tokens."""
         block = self._free.pop() if self._free else self._evict()
         self._references[block] = 1
         self._fill(block, filled)
         return block
 
     def _evict(self) -> int:
-        """The cached block that was released longest ago, without its identity."""
+        """Takes the least recently released cached block, and removes its identity."""
         block, _ = self._unused.popitem(last=False)
         digest = self._digest[block]
         assert digest is not None
@@ -259,7 +261,7 @@ class BlockPool:
         return block
 
     def _hold(self, block: int) -> None:
-        """One more sequence has it."""
+        """Counts one more sequence that has a block."""
         if self._references[block] == 0:
             del self._unused[block]
             self._fill(block, BLOCK_SIZE)
@@ -267,7 +269,7 @@ class BlockPool:
         self._shared += self._references[block] == 2
 
     def _release(self, block: int) -> None:
-        """One sequence fewer."""
+        """Counts one sequence fewer that has a block."""
         self._references[block] -= 1
         self._shared -= self._references[block] == 1
         if self._references[block]:
@@ -279,6 +281,6 @@ class BlockPool:
             self._unused[block] = None
 
     def _fill(self, block: int, tokens: int) -> None:
-        """Sets how many tokens a block in use has."""
+        """Sets how many tokens of a block are in use."""
         self._slots_filled += tokens - self._filled[block]
         self._filled[block] = tokens

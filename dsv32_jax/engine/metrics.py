@@ -1,4 +1,4 @@
-"""What an engine did: counts and latencies."""
+"""Counts and latencies of an engine."""
 
 import dataclasses
 import time
@@ -8,38 +8,38 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.engine.blocks import Statistics
+from dsv32_jax.engine.blocks import PoolStatistics
 from dsv32_jax.engine.request import Request
 
 __all__ = ["Metrics", "percentiles"]
 
-KEPT = 100_000
-"""Latencies of each kind that are kept, the latest."""
+LATEST = 100_000
+"""Latencies of each kind over which percentiles are taken."""
 
 
 @dataclasses.dataclass
 class Latencies:
-    """Of one kind, in seconds.
+    """Latencies of one kind, in seconds.
 
     Attributes:
-      count, total: how many since the start, and their sum.
-      latest: the latest `KEPT` of them.
+      count, total: their number since the start, and their sum.
+      latest: the latest `LATEST` of them.
     """
 
     count: int = 0
     total: float = 0.0
-    latest: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT))
+    latest: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=LATEST))
 
     def extend(self, seconds: Sequence[float]) -> None:
-        """Some more."""
+        """Adds some more."""
         self.count += len(seconds)
         self.total += sum(seconds)
         self.latest.extend(seconds)
 
     def summary(self) -> dict[str, float] | None:
-        """`percentiles` of the latest, and `count` and `sum` of all; None of nothing."""
-        found = percentiles(self.latest)
-        return found and found | {"count": self.count, "sum": self.total}
+        """`percentiles` of the latest, and `count` and `sum` of all; None where there are none."""
+        latest = percentiles(self.latest)
+        return latest and latest | {"count": self.count, "sum": self.total}
 
 
 @dataclasses.dataclass
@@ -47,14 +47,14 @@ class Metrics:
     """Counts since the start, and latencies.
 
     Attributes:
-      steps, step_tokens: of the model so far; what they computed.
-      prompt_tokens, cached_tokens: of prompts that have begun; those of them that were found in the cache.
-      generated_tokens: handed out.
+      steps, step_tokens: the model's steps so far, and the tokens that they computed.
+      prompt_tokens, cached_tokens: tokens of prompts that have begun, and those of them that were found in the cache.
+      generated_tokens: tokens that were handed out.
       preemptions: times that a sequence had to give back its blocks.
-      drafted_tokens, accepted_tokens: of an engine that speculates: those that were tried, and were right.
+      drafted_tokens, accepted_tokens: drafts that were tried, and those that were right, of an engine that speculates.
       finished: completions by `finish_reason`.
-      queued: from a request's coming to its first step.
-      first_token: from its coming to its first token.
+      queued: from a request's arrival to its first step.
+      first_token: from its arrival to its first token.
       between_tokens: from one token of a completion to the next.
       started: `time.monotonic()` of the start.
     """
@@ -73,14 +73,18 @@ class Metrics:
     between_tokens: Latencies = dataclasses.field(default_factory=Latencies)
     started: float = dataclasses.field(default_factory=time.monotonic)
 
-    def begin(self, request: Request, cached: int) -> None:
-        """A request's prompt goes into its first step."""
+    def prompt_started(self, request: Request, cached: int) -> None:
+        """Counts a request whose prompt goes into its first step."""
         self.prompt_tokens += len(request.prompt)
         self.cached_tokens += cached
-        self.queued.extend([time.monotonic() - request.came])
+        self.queued.extend([time.monotonic() - request.arrived])
 
-    def tokens(self, completions: list[list[float]]) -> None:
-        """Each of these completions has got one more token: when theirs came, in seconds after their requests."""
+    def tokens_generated(self, completions: list[list[float]]) -> None:
+        """Counts one more token of each of these completions.
+
+        Args:
+          completions: when the tokens of each came, in seconds after its request, the new one's last.
+        """
         self.generated_tokens += len(completions)
         self.first_token.extend([times[0] for times in completions if len(times) == 1])
         self.between_tokens.extend([times[-1] - times[-2] for times in completions if len(times) > 1])
@@ -90,12 +94,12 @@ class Metrics:
         """Share of the drafts that were right."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
-    def summary(self, cache: Statistics, running: int, waiting: int) -> dict[str, Any]:
+    def summary(self, cache: PoolStatistics, running: int, waiting: int) -> dict[str, Any]:
         """Everything as plain numbers.
 
         Args:
-          cache: of the pool, now.
-          running, waiting: sequences, now.
+          cache: the pool's statistics now.
+          running, waiting: the number of such sequences now.
         """
         seconds = time.monotonic() - self.started
         return {
@@ -121,9 +125,9 @@ class Metrics:
 
 
 def percentiles(values: Any) -> dict[str, float] | None:
-    """p50, p90 and p99 by linear interpolation, and the mean; None of nothing."""
+    """p50, p90 and p99 by linear interpolation, and the mean; None where there are no values."""
     if not len(values):
         return None
     array = np.fromiter(values, float)
-    found = np.percentile(array, (50, 90, 99))
-    return {"p50": float(found[0]), "p90": float(found[1]), "p99": float(found[2]), "mean": float(array.mean())}
+    p50, p90, p99 = np.percentile(array, (50, 90, 99)).tolist()
+    return {"p50": p50, "p90": p90, "p99": p99, "mean": float(array.mean())}

@@ -1,4 +1,4 @@
-"""Who gets which event: those who stream a request, or else who calls `Engine.step`."""
+"""Hands each event of a request to its streams, or else to the caller of `Engine.step`."""
 
 import contextlib
 import threading
@@ -11,11 +11,11 @@ __all__ = ["Outbox", "Stream"]
 
 
 class Outbox:
-    """Hands events out, each once.
+    """Hands out events, each once.
 
-    Those of a request with readers wait for them, on the request. Others go to whoever calls `Engine.step`; where they
-    come in a step that a reader made, it is the next call that returns them. They wait on their requests too, and are
-    gone with those.
+    Events of a request with readers wait on the request until these read them. `Engine.step` returns the others; those
+    of a step that a reader made wait on their requests too, and the next call returns them unless the request has been
+    collected.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Outbox:
         self._caller = threading.local()
 
     def for_readers(self, step: Callable[[], object]) -> None:
-        """Makes a step that returns no events."""
+        """Makes a step that returns no events, for a stream or `Engine.generate`."""
         self._caller.silent = True  # not an argument: `Engine.step` may be wrapped
         try:
             step()
@@ -32,33 +32,33 @@ class Outbox:
 
     @property
     def silent(self) -> bool:
-        """Of the step that begins: a reader makes it; asked once."""
+        """Whether a reader makes the step that begins; true once."""
         return self._caller.__dict__.pop("silent", False)
 
     def put(self, request: Request, completion: int, token: int, text: str) -> None:
-        """A token has come whose event the step does not return: somebody reads the request, or made the step."""
+        """Keeps an event that the step does not return, since the request has a reader, or a reader made the step."""
         request.unread.append((completion, token, text))
         if not request.readers:
             self._waiting.add(request)
 
-    def rest(self) -> list[Event]:
-        """What a step returns before its own events."""
+    def pop_waiting(self) -> list[Event]:
+        """Events without a reader from steps that readers made; a step returns them before its own."""
         if not self._waiting:
             return []
         requests = [request for request in self._waiting if not request.readers]
         self._waiting.clear()
-        return [Event(one, *one.unread.popleft()) for one in requests for _ in range(len(one.unread))]
+        return [Event(request, *request.unread.popleft()) for request in requests for _ in range(len(request.unread))]
 
 
 class Stream(Iterator[Event]):
     """A request's events, each once and in order, those from before the stream began included; it makes the steps.
 
-    When the last stream of a request is closed, collected by Python, or left by an exception out of `next`, what still
-    runs of the request is cancelled. So a loop over `engine.stream(request)` cancels when it is left; a loop over a
-    stream that a variable holds can be left and taken up again.
+    When the last stream of a request is closed, collected by Python, or ended by an exception out of `next`, the
+    completions that still run are cancelled. So leaving a loop over `engine.stream(request)` cancels the request; a
+    loop over a stream that a variable holds can be left and resumed.
 
     Args:
-      request: whose.
+      request: to read.
       step: makes a step, without returning its events.
       cancel: ends the request.
     """
@@ -74,14 +74,14 @@ class Stream(Iterator[Event]):
     def __next__(self) -> Event:
         try:
             while self._open:
-                finished = self.request.finished  # asked first: then nothing comes any more
+                finished = self.request.finished  # read before the events: then none can follow them
                 with contextlib.suppress(IndexError):
                     return Event(self.request, *self.request.unread.popleft())
                 if finished:
                     break
                 try:
                     self._step()
-                except StopIteration as error:  # which would pass for the end of the stream
+                except StopIteration as error:  # it would be taken for the end of the stream
                     raise RuntimeError("a step ended with StopIteration") from error
         except BaseException:
             self.close()
@@ -90,7 +90,7 @@ class Stream(Iterator[Event]):
         raise StopIteration
 
     def close(self) -> None:
-        """Nobody reads on here."""
+        """Ends the stream, and cancels the request if no other reads it."""
         if self._open:
             self._open = False
             self.request.readers -= 1

@@ -18,7 +18,7 @@ from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.config.generation_config import checked_generation_config
 from dsv32_jax.errors import UserError
-from dsv32_jax.fidelity import Trace
+from dsv32_jax.fidelity import OF_LAYER, TAPS, Trace
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.memory import describe
 from dsv32_jax.generate.messages import checked_messages
@@ -31,8 +31,10 @@ from dsv32_jax.generate.tokenizer import Message, Tokenizer
 from dsv32_jax.generate.weights import check_edited, dequantized, shapes_of, with_weights
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.checks import shown_as_user_errors
-from dsv32_jax.model.model import Batch, DeepseekV32, Options, prepared, run_layer, step, step_with_trace
+from dsv32_jax.model.model import Batch, DeepseekV32, Options, step, tapped_layer, tapped_step
 from dsv32_jax.model.params import named_parameters
+from dsv32_jax.model.prepared import prepared
+from dsv32_jax.model.taps import Reduction, Taps
 from pallas_kernels.backend import BackendError
 from pallas_kernels.paging import slots_of
 
@@ -45,6 +47,8 @@ piece of 2048 tokens takes twice the time of one of 512. References would need m
 CONFIG_OF_TEXT = frozenset({"bos_token_id", "eos_token_id", "max_position_embeddings"})
 """Fields in which the config of a `LanguageModel` may differ from its model's: no step reads them."""
 DEFAULT_NEW_TOKENS = 256
+ALL = Taps.of({"*": None})
+OF_LAYER_TAPS = Taps.of(dict.fromkeys(OF_LAYER))
 
 
 class LanguageModel:
@@ -98,7 +102,7 @@ class LanguageModel:
         def run(batch: Batch, cache: KVCache) -> tuple[Array, KVCache]:
             with _user_error():
                 out = _flat_step(*flat, batch, cache, options)
-                return jax.block_until_ready(out) if options.debug else out
+                return jax.block_until_ready(out) if options.check else out
 
         return run
 
@@ -157,18 +161,31 @@ class LanguageModel:
         """Every parameter by its path ("layers.3.attn.q_a"), to be read: an array, or a `QTensor`."""
         return MappingProxyType(named_parameters(self.model))
 
-    def with_parts(self, *, weights: Mapping[str, Any] | None = None) -> "LanguageModel":
+    def with_parts(
+        self, *, weights: Mapping[str, Any] | None = None, check: bool | None = None, **functions: Callable[..., Any]
+    ) -> "LanguageModel":
         """This model with other parts; it shares the rest, and stays as it is.
 
         Args:
           weights: by path, as in `weights`: arrays of the parameter's shape in float32, bfloat16 or float16, or a
             `QTensor` in place of a linear. The MTP layer has its own embedding and head, `mtp.embed` and `mtp.head`.
+          check: check in each step the values that replaced parts give, not only their shapes and dtypes; slow, for
+            tests and notebooks. As before where None.
+          functions: by the name of the part, see `dsv32_jax.model.parts.Parts`: `with_parts(index_select=f)`. A
+            function is called with the positional arguments of the public op whose place it takes, and those of its
+            keyword arguments that the function names. The same function again compiles nothing anew.
 
         Raises:
-          UserError: a path that the model has not, or an array of another shape or dtype.
+          UserError: a path or a part that does not exist; an array of another shape or dtype; a function that cannot be
+            called as its part is, or that nothing would call. A result of another shape or dtype is refused when a
+            step is compiled.
         """
         model = with_weights(self.model, weights or {})
-        return LanguageModel(model, self.config, self.tokenizer, self.options, self.generation_config)
+        changes: dict[str, Any] = {"parts": self.options.parts.with_parts(functions)}
+        if check is not None:
+            changes["check"] = boolean("check", check)
+        options = dataclasses.replace(self.options, **changes)
+        return LanguageModel(model, self.config, self.tokenizer, options, self.generation_config)
 
     def dequantized(self, dtype: str = "float32", *, memory_check: bool = True) -> "LanguageModel":
         """This model with plain weights instead of quantised ones, and unquantised activations: it has gradients.
@@ -254,19 +271,58 @@ class LanguageModel:
 
         The whole sequence is one step: memory grows with its square.
         """
+        (row,) = self._sequence("trace", ids)
+        experts = any(self.config.is_moe(layer) for layer in range(self.config.num_hidden_layers))
+        names = [name for name in TAPS if experts or not name.startswith("layers.*.ffn.")]
+        logits, values = self._tapped(row, Taps.of(dict.fromkeys(names)), _padded(len(row), SMALLEST_CHUNK))
+        return Trace.from_taps(logits, values, len(row))
+
+    def probe(self, ids: Prompts, taps: Mapping[str, Reduction]) -> dict[str, Any]:
+        """Values inside a step, for one sequence; the whole sequence is one step.
+
+        Args:
+          ids: [T] integers, or a text.
+          taps: by name ("layers.3.attn.topk"; see `tap_names`) or pattern ("layers.*.ffn.input"): None for the value
+            itself, or a function of it that runs on the device and returns arrays. A function may name what belongs to
+            a value (`dsv32_jax.model.taps.DETAILS`). The same function again compiles nothing anew.
+
+        Returns:
+          By name, NumPy arrays: what the functions gave, or the values, whose first axis is the tokens'; axes of
+          positions are as long as the cache, a multiple of 64.
+
+        Raises:
+          UserError: a name or pattern that no value has, or two that ask for different things of one.
+        """
+        (row,) = self._sequence("probe", ids)
+        instance("taps", taps, Mapping, "a mapping from names to functions or None")
+        return jax.tree.map(np.asarray, self._tapped(row, Taps.of(taps), len(row))[1])
+
+    def tap_names(self) -> dict[str, str]:
+        """The names that `probe` takes, each with the dtype and shape of its value for 8 tokens."""
+        batch, cache = self._one_step([0] * 8, 8)
+        run = functools.partial(_flat_tapped_step, structure=self.flat_model()[1], options=self.options, taps=ALL)
+        values = jax.eval_shape(run, self.flat_model()[0], batch=batch, cache=cache)[2]
+        return {name: f"{value.dtype} {list(value.shape)}" for name, value in values.items()}
+
+    def _sequence(self, call: str, ids: Prompts) -> list[list[int]]:
         rows = self.rows(ids)
         if len(rows) != 1:
-            raise UserError(f"trace: {len(rows)} sequences; give one")
-        self.check_model()
-        (row,) = rows
-        size = _padded(len(row), SMALLEST_CHUNK)
-        tables = self._block_tables(1, len(row))
-        cache = KVCache.create(self.config, tables.size, self.options)
-        batch = _prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
+            raise UserError(f"{call}: {len(rows)} sequences; give one")
+        return rows
+
+    def _one_step(self, row: list[int], size: int) -> tuple[Batch, KVCache]:
+        """One sequence as one step of `size` tokens with all its logits, and a cache for it."""
+        table = self._block_tables(1, len(row))[0]
+        batch = _prompt_batch(row, 0, len(row), size, table, np.arange(size, dtype=np.int32))
+        return batch, KVCache.create(self.config, table.size, self.options)
+
+    def _tapped(self, row: list[int], taps: Taps, size: int) -> tuple[Array, dict[str, Any]]:
+        """Logits [size, V] of a sequence, and what the taps ask for."""
+        batch, cache = self._one_step(row, size)
         with _user_error():
-            stepped = step_with_trace(self.model, batch, cache, self.options)
-            logits, _, recorded = jax.block_until_ready(stepped)
-        return Trace.from_step(logits, recorded, len(row))
+            stepped = _flat_tapped_step(*self.flat_model(), batch, cache, self.options, taps)
+            logits, _, values = jax.block_until_ready(stepped)
+        return logits, values
 
     def run_layer(self, layer: int, hidden: np.ndarray | Array) -> dict[str, np.ndarray]:
         """One layer alone, on a residual stream of one's own.
@@ -289,18 +345,17 @@ class LanguageModel:
             raise UserError(f"hidden: {list(hidden.shape)}; must be [T, {width}], T in 1..{longest}")
         if not jnp.issubdtype(hidden.dtype, jnp.floating):
             raise UserError(f"hidden: {hidden.dtype}; must be floats")
-        self.check_model()
         tokens = len(hidden)
-        table = self._block_tables(1, tokens)[0]
-        cache = KVCache.create(self.config, table.size, self.options)
-        batch = _prompt_batch([0] * tokens, 0, tokens, tokens, table, np.arange(tokens, dtype=np.int32))
+        batch, cache = self._one_step([0] * tokens, tokens)
         with _user_error():
-            ran = run_layer(self.model, layer, jnp.asarray(hidden), batch, cache, self.options)
-            record = jax.block_until_ready(ran)[2]
-        seen = {name: np.asarray(value) for name, value in record.items()}
-        return {
-            name: value[:, :tokens] if name in ("index_scores", "attention") else value for name, value in seen.items()
-        }
+            values = _flat_tapped_layer(
+                *self.flat_model(), layer, jnp.asarray(hidden), batch, cache, self.options, OF_LAYER_TAPS
+            )
+            values = jax.block_until_ready(values)
+        arrays = {name.rpartition(".")[2]: np.asarray(value) for name, value in values.items()}
+        for name in ("index_scores", "attention"):
+            arrays[name] = arrays[name][:, :tokens]
+        return arrays
 
     # ---- generation ----
 
@@ -576,6 +631,27 @@ def _flat_step(
     leaves: list[Any], structure: Any, batch: Batch, cache: KVCache, options: Options
 ) -> tuple[Array, KVCache]:
     return step(jax.tree.unflatten(structure, leaves), batch, cache, options)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "options", "taps"), donate_argnames=("cache",))
+def _flat_tapped_step(
+    leaves: list[Any], structure: Any, batch: Batch, cache: KVCache, options: Options, taps: Taps
+) -> tuple[Array, KVCache, dict[str, Any]]:
+    return tapped_step(jax.tree.unflatten(structure, leaves), batch, cache, options, taps)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "layer", "options", "taps"), donate_argnames=("cache",))
+def _flat_tapped_layer(
+    leaves: list[Any],
+    structure: Any,
+    layer: int,
+    hidden: Array,
+    batch: Batch,
+    cache: KVCache,
+    options: Options,
+    taps: Taps,
+) -> dict[str, Any]:
+    return tapped_layer(jax.tree.unflatten(structure, leaves), layer, hidden, batch, cache, options, taps)
 
 
 @jax.jit

@@ -34,7 +34,7 @@ def load(
     index_topk: int | None = None,
     backend: str = "auto",
     dequantize: str | None = None,
-    debug: bool = False,
+    check: bool = False,
     mtp: bool = True,
     memory_check: bool = True,
 ) -> LanguageModel:
@@ -53,14 +53,14 @@ def load(
         are not quantised unless `act_quant` says so. Gradients need it. "bfloat16" is exact for FP8 whose scales are
         powers of two.
       mtp: False leaves out the multi-token prediction layer, also where config.json announces one that the files lack.
-      debug: check in each step what parts of the model give one another; slow, for a notebook in which one is changed.
+      check: check in each step the values that replaced parts give (`m.with_parts`); slow, for tests and notebooks.
       memory_check: refuse a checkpoint that takes more than the free memory.
 
     Raises:
       UserError: naming the file, field or argument that is wrong.
     """
     instance("name_or_path", name_or_path, (str, os.PathLike), "a directory or a name")
-    for name, value in {"debug": debug, "mtp": mtp, "memory_check": memory_check}.items():
+    for name, value in {"check": check, "mtp": mtp, "memory_check": memory_check}.items():
         boolean(name, value)
     directory = find(name_or_path)
     config = ModelConfig.from_hf(directory / "config.json")
@@ -75,7 +75,7 @@ def load(
         attention=attention,
         index_topk=index_topk,
         backend=backend,
-        debug=debug,
+        check=check,
     )
     tokenizer = read_tokenizer(directory)
     generation_config = read_generation_config(directory, config.vocab_size)

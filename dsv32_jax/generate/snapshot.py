@@ -14,9 +14,14 @@ __all__ = ["Snapshot"]
 class Computed(Protocol):
     """What decides what steps compute: a `LanguageModel`."""
 
-    model: nnx.Pytree
-    options: Options
-    config: ModelConfig
+    @property
+    def model(self) -> nnx.Pytree: ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
 
 
 class Snapshot:

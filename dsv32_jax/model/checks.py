@@ -1,12 +1,13 @@
-"""What one part of the model may expect of another, checked where it comes in.
+"""What the model expects of a replaced part, checked where its result comes in.
 
-Shapes and dtypes are checked always, while a step is traced. Values are checked with `Options(debug=True)`: only the
-device knows them, so each layer of a step sends the host a few numbers, which costs more than a small step itself.
+Shapes and dtypes are checked always, while a step is traced. Values are checked with `Options(check=True)`: only the
+device knows them, so each check of a step sends the host a few numbers, which costs more than a small step itself.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,70 @@ import numpy as np
 from jax.experimental import io_callback
 
 from dsv32_jax.errors import UserError
+from pallas_kernels.moe_dispatch import RoutingPlan
 
-__all__ = ["check_selection", "shown_as_user_errors"]
+__all__ = ["check_contract", "check_experts", "check_result", "check_selection", "shown_as_user_errors"]
+
+ANY_WIDTH = ("index_select", "top_k")
+"""Parts that may give any number of positions."""
+
+
+def check_result(label: str, result: Any, default: Callable[[], Any], part: str) -> None:
+    """Holds the result of a replaced part against that of the op.
+
+    Args:
+      label: names the part and its place in errors.
+      result: what it gave.
+      default: gives what the op would; only its shapes are computed.
+      part: its name.
+
+    Raises:
+      UserError: another structure, shape or dtype.
+    """
+    expected = jax.eval_shape(default)
+    if part == "make_plan":  # its tiles may have any size
+        if not isinstance(result, RoutingPlan) or _described(result.token_row) != _described(expected.token_row):
+            raise UserError(f"{label}: gave {_described(result)}; must be a RoutingPlan of {_described(expected)}")
+        return
+    if part in ANY_WIDTH:
+        rows = len(expected)
+        if not isinstance(result, jax.Array) or result.ndim != 2 or len(result) != rows or not result.shape[1]:
+            raise UserError(f"{label}: gave {_described(result)}; must be int32 [{rows}, K]")
+        expected = jax.ShapeDtypeStruct(result.shape, jnp.int32)
+    if _described(result) != _described(expected):
+        raise UserError(f"{label}: gave {_described(result)}; must be {_described(expected)}")
+
+
+def _described(value: Any) -> str:
+    """Arrays by dtype and shape, tuples of them alike, anything else by its type."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, RoutingPlan):
+        return f"token_row {_described(value.token_row)}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
+def check_contract(label: str, part: str, result: Any, arrays: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    """Checks the values that a replaced part gives, where there is a contract on them.
+
+    Args:
+      label: names the part and its place in errors.
+      part: its name.
+      result: what it gave.
+      arrays, keywords: what its op gets.
+
+    Raises:
+      JaxRuntimeError where the results of the step are fetched, see `shown_as_user_errors`.
+    """
+    if part == "index_select":
+        check_selection(label, result, arrays[6])
+    elif part == "top_k":
+        check_selection(label, result, keywords["lengths"] - 1)
+    elif part == "route":
+        check_experts(label, result[0], arrays[0].shape[1])
+
 
 SELECTION = {
     "is below -1, which stands for none": lambda chosen, positions: chosen < -1,
@@ -26,36 +89,44 @@ SELECTION = {
 """What must hold of no chosen position: bool [T, K] of each."""
 
 
-def check_selection(chosen: jax.Array, positions: jax.Array, layer: int, debug: bool) -> None:
-    """Checks what `MLA.select` returns.
+def check_selection(label: str, chosen: jax.Array, positions: jax.Array) -> None:
+    """Checks the positions that tokens attend to.
 
     Args:
-      chosen: int32 [T, K], positions that each token attends to: none after its own, none twice, -1 for none, last.
+      label: names the part and its place in errors.
+      chosen: int32 [T, K]: none after the token's own position, none twice, -1 for none, last.
       positions: int32 [T], of the tokens; of padding (-1) nothing is checked.
-      layer: named in errors.
-      debug: check values too, not only shape and dtype.
 
     Raises:
-      UserError: another shape or dtype. Wrong values raise JAX's `JaxRuntimeError` where the results of the step are
-        fetched, of which the calls of a `LanguageModel` make a `UserError`.
+      JaxRuntimeError where the results of the step are fetched, of which the calls of a `LanguageModel` make a
+      `UserError`.
     """
-    if chosen.ndim != 2 or len(chosen) != len(positions) or not chosen.shape[1] or chosen.dtype != jnp.int32:
-        raise UserError(
-            f"MLA.select, layer {layer}: {chosen.dtype} {list(chosen.shape)}; must be int32 [{len(positions)}, K]"
-        )
-    if not debug:
-        return
     wrong = jnp.stack([rule(chosen, positions) for rule in SELECTION.values()]) & (positions >= 0)[:, None]
     first = jnp.argmax(wrong.reshape(len(SELECTION), -1), axis=-1)
     which = jnp.stack([first // chosen.shape[1], chosen.reshape(-1)[first]], axis=-1)
-    io_callback(functools.partial(_refuse_selection, layer=layer), None, wrong.any((1, 2)), which, positions)
+    io_callback(functools.partial(_refuse_selection, label=label), None, wrong.any((1, 2)), which, positions)
 
 
-def _refuse_selection(wrong: np.ndarray, which: np.ndarray, positions: np.ndarray, layer: int) -> None:
+def _refuse_selection(wrong: np.ndarray, which: np.ndarray, positions: np.ndarray, label: str) -> None:
     for rule, is_wrong, (token, chosen) in zip(SELECTION, np.asarray(wrong), np.asarray(which), strict=True):
         if is_wrong:
             at = np.asarray(positions)[token]
-            raise UserError(f"MLA.select, layer {layer}: of the token at position {at}, the chosen {chosen} {rule}")
+            raise UserError(f"{label}: of the token at position {at}, the chosen {chosen} {rule}")
+
+
+def check_experts(label: str, experts: jax.Array, count: int) -> None:
+    """Checks that experts int32 [T, K] are among so many, and none twice for a token; raises as `check_selection`."""
+    outside = (experts < 0) | (experts >= count)
+    io_callback(
+        functools.partial(_refuse_experts, label=label, count=count), None, outside, _repeated(experts), experts
+    )
+
+
+def _refuse_experts(outside: np.ndarray, again: np.ndarray, experts: np.ndarray, label: str, count: int) -> None:
+    for wrong, rule in ((outside, f"is not in 0..{count - 1}"), (again, "stands there twice")):
+        if np.asarray(wrong).any():
+            token, choice = np.argwhere(np.asarray(wrong))[0]
+            raise UserError(f"{label}: of row {token}, the expert {np.asarray(experts)[token, choice]} {rule}")
 
 
 def _behind_none(chosen: jax.Array) -> jax.Array:

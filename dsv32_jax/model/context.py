@@ -1,4 +1,4 @@
-"""What one step of the model is told: how to compute, and on which tokens."""
+"""What a step of the model gets: how to compute, and on which tokens."""
 
 import dataclasses
 from functools import cached_property, partial
@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.common.arguments import boolean, integer
+from dsv32_jax.common.arguments import boolean, instance, integer
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.cache import FORMS
 from dsv32_jax.model.numerics import Numerics
+from dsv32_jax.model.parts import MODEL_PARTS, Parts
 from dsv32_jax.model.rope import rope_angles
+from dsv32_jax.model.seams import Seams
+from dsv32_jax.model.taps import Taps
 from pallas_kernels.backend import BACKENDS, KERNEL, resolve
 from pallas_kernels.paging import BLOCK_SIZE
 
@@ -29,7 +32,8 @@ class Options:
       backend: of every op, see `pallas_kernels`.
       absorb: attention in the latent space; False expands every head's keys and values (slow: the specification).
       cache_dtype: form of the cache's latent rows, "float32", "bfloat16" or "fp8"; the compute dtype where None.
-      debug: check what parts that may be somebody else's give (see `checks`); slow, for tests and notebooks.
+      parts: the functions that a step calls, see `Parts`.
+      check: check what replaced parts give (see `checks`); slow, for tests and notebooks.
     """
 
     compute_dtype: str = "float32"
@@ -39,7 +43,8 @@ class Options:
     backend: str = "auto"
     absorb: bool = True
     cache_dtype: str | None = None
-    debug: bool = False
+    parts: Parts = MODEL_PARTS
+    check: bool = False
 
     def __post_init__(self):
         for field, allowed in {
@@ -52,8 +57,9 @@ class Options:
                 raise UserError(
                     f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}"
                 )
-        for field in ("act_quant", "absorb", "debug"):
+        for field in ("act_quant", "absorb", "check"):
             boolean(field, getattr(self, field))
+        instance("parts", self.parts, Parts, "a Parts")
         if self.index_topk is not None:
             integer("index_topk", self.index_topk, 1)
 
@@ -70,6 +76,10 @@ class Options:
             "act_quant": config.quantization_config is not None,
         }
         return Options(**{**defaults, **{name: value for name, value in chosen.items() if value is not None}})
+
+    def seams(self, taps: Taps | None = None) -> Seams:
+        """The parts and the taps of one step that is to be traced."""
+        return Seams(self.parts, taps, self.check)
 
     @property
     def cache_form(self) -> str:
@@ -105,11 +115,19 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What every layer of a step needs to know."""
+    """What every layer of a step needs to know.
+
+    Attributes:
+      config: the model's.
+      options: of the run.
+      batch: the step's tokens.
+      seams: the step's parts and taps, see `Options.seams`.
+    """
 
     config: ModelConfig
     options: Options
     batch: Batch
+    seams: Seams
 
     @cached_property
     def angles(self) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +139,7 @@ class StepContext:
         """How products are computed."""
         quantization = self.config.quantization_config
         scale_fmt = quantization.scale_fmt if quantization else "ue8m0"
-        return Numerics(self.options.act_quant, scale_fmt, self.options.backend)
+        return Numerics(self.options.act_quant, scale_fmt, self.options.backend, self.seams)
 
     @property
     def dtype(self) -> jnp.dtype:

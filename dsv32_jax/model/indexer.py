@@ -4,8 +4,9 @@ import jax
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model.numerics import Numerics, float32_matmul
+from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
+from dsv32_jax.model.products import float32_matmul
 from pallas_kernels import rowwise
 from pallas_kernels.cache_write import index_keys
 from pallas_kernels.quantize import quantize
@@ -46,8 +47,8 @@ class Indexer(nnx.Module):
           the query side: heads^-0.5, dim^-0.5 and the queries' FP8 scales. YaRN's factor has no place here.
         """
         heads, dim = config.index_n_heads, config.index_head_dim
-        q = numerics.matmul(q_latent, self.q_b).reshape(-1, heads, dim)
-        q = rowwise.hadamard(rowwise.rope_leading(q, *angles))
+        q = numerics.matmul(q_latent, self.q_b, "q_b").reshape(-1, heads, dim)
+        q = rowwise.hadamard(rowwise.rope_leading(q, *angles, numerics.index_rope))
         weights = float32_matmul(x, self.head_weights) * (heads**-0.5 * dim**-0.5)
         if not numerics.act_quant:
             return q, weights
@@ -56,5 +57,9 @@ class Indexer(nnx.Module):
 
     def keys(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], numerics: Numerics) -> jax.Array:
         """Index keys [T, dim], one for all heads, before the cache quantises them."""
-        projected = numerics.matmul(x, self.k)
-        return index_keys(projected, self.k_norm_weight, self.k_norm_bias, LAYER_NORM_EPS, angles)
+        return self.rotated(numerics.matmul(x, self.k, "k"), angles, numerics)
+
+    def rotated(self, index_key: jax.Array, angles: tuple[jax.Array, jax.Array], numerics: Numerics) -> jax.Array:
+        """Index keys [T, dim] from x by `k`: normalised, rotated, and transformed."""
+        norm = (self.k_norm_weight, self.k_norm_bias, LAYER_NORM_EPS)
+        return index_keys(index_key, *norm, angles, rope=numerics.index_rope)

@@ -1,5 +1,6 @@
 """Multi-head latent attention over the keys that the indexer chose (DSA), or over all of them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,19 +9,14 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.cache import KVCache
-from dsv32_jax.model.checks import check_selection
 from dsv32_jax.model.context import StepContext
 from dsv32_jax.model.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
-from pallas_kernels import rowwise
-from pallas_kernels.cache_write import KeyNorms, cache_write, latents, read_latents
+from pallas_kernels.cache_write import KeyNorms, latents, read_latents, scatter
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
-from pallas_kernels.index_select import index_select
-from pallas_kernels.indexer_logits import indexer_logits
-from pallas_kernels.matmul import Weight, concatenated, dense
+from pallas_kernels.matmul import dense
 from pallas_kernels.paging import physical_slots
-from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.sparse_mla.reference import attend
 
 
@@ -54,25 +50,8 @@ class MLA(nnx.Module):
         self.kv_b = init.linear(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
         self.o = init.linear(config.hidden_size, heads * config.v_head_dim)
         self.indexer = Indexer(config, init)
-        self.joined: Weight | None = nnx.data(None)
-        """q_a, the indexer's k and kv_a in one, which then are None: see `prepare`."""
 
-    def prepare(self, config: ModelConfig, dtype: jax.typing.DTypeLike) -> None:
-        """Rearranges weights for many steps in the absorbed form; results stay the same, bit for bit.
-
-        `kv_b` becomes two plain arrays of `dtype`: a step would make those anew, quantised or not, in more time than
-        its products with them take. The three small products with x become one: alone, none has work for more than a
-        third of the multiprocessors.
-        """
-        self.kv_b = nnx.data(self.head_maps(config, dtype))
-        joined = concatenated(self.q_a, self.indexer.k, self.kv_a)
-        if joined is not None:
-            self.joined = nnx.data(joined)
-            self.q_a = self.kv_a = self.indexer.k = nnx.data(None)
-
-    def __call__(
-        self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None = None
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> tuple[jax.Array, KVCache]:
         """Attention of the step's tokens, whose own keys enter the cache first.
 
         Args:
@@ -80,29 +59,33 @@ class MLA(nnx.Module):
           layer: index into the cache.
           cache: the block cache.
           ctx: batch, angles and options of the step.
-          record: where a trace is wanted, takes `topk` and what `fidelity` needs.
 
         Returns:
           [T, D] and the cache.
         """
-        q_a, kv_a, index_key = self.project(x, ctx.config, ctx.numerics)
+        q_a, kv_a, index_key = self.project(x, ctx)
         q_latent, q_nope, q_rope = self.queries(q_a, ctx.angles, ctx.config, ctx.numerics)
         cache = self.write(kv_a, index_key, layer, cache, ctx)
-        chosen = self.select(x, q_latent, layer, cache, ctx, record)
-        if chosen is not None:
-            check_selection(chosen, ctx.batch.positions, layer, ctx.options.debug)
-        attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
-        out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx, record)
-        return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o), cache
 
-    def project(self, x: jax.Array, config: ModelConfig, numerics: Numerics) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def weights() -> jax.Array:
+            queries = self.absorbed_queries(q_nope, q_rope, ctx)
+            return self.attend_to_all(queries, layer, cache, ctx, mean_probabilities=True)
+
+        def select() -> jax.Array:
+            return self.select(x, q_latent, weights, layer, cache, ctx)
+
+        chosen = select() if ctx.options.attention == "sparse" else None
+        ctx.seams.tap("topk", lambda: select() if chosen is None else chosen)
+        ctx.seams.tap("attention", weights)
+        attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
+        out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx)
+        return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o, "o"), cache
+
+    def project(self, x: jax.Array, ctx: StepContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [T, D], normalised, by q_a [T, q_lora_rank], by kv_a [T, latent + rope], by the indexer's k [T, dim]."""
-        if self.joined is None:
-            q_a, kv_a, index_key = (numerics.matmul(x, weight) for weight in (self.q_a, self.kv_a, self.indexer.k))
-            return q_a, kv_a, index_key
-        rank = config.q_lora_rank
-        q_a, index_key, kv_a = jnp.split(numerics.matmul(x, self.joined), [rank, rank + config.index_head_dim], axis=-1)
-        return q_a, kv_a, index_key
+        numerics = ctx.numerics
+        q_a, kv_a = numerics.matmul(x, self.q_a, "q_a"), numerics.matmul(x, self.kv_a, "kv_a")
+        return q_a, kv_a, numerics.matmul(x, self.indexer.k, "indexer.k")
 
     def queries(
         self, q_a: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
@@ -115,26 +98,33 @@ class MLA(nnx.Module):
           config: the model's.
           numerics: of the products.
         """
-        latent = rowwise.rms_norm(q_a, self.q_a_norm, config.rms_norm_eps)
-        q = numerics.matmul(latent, self.q_b).reshape(-1, config.num_attention_heads, config.qk_head_dim)
+        latent = numerics.rms_norm(q_a, self.q_a_norm, config.rms_norm_eps)
+        q = numerics.matmul(latent, self.q_b, "q_b").reshape(-1, config.num_attention_heads, config.qk_head_dim)
         nope, rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-        return latent, nope, rowwise.rope_interleaved(rope, *angles)
+        return latent, nope, numerics.rope(rope, *angles)
 
     def latents(
         self, kv_a: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
         """What the cache holds of kv_a [T, latent + R]: latent, normalised, and rotated rope key [T, R]."""
-        eps = config.rms_norm_eps
-        return latents(kv_a, self.kv_a_norm, eps, angles, numerics.act_quant, numerics.scale_fmt)
+        rounding = (numerics.act_quant, numerics.scale_fmt)
+        functions = {"norm": numerics.rms_norm, "rope": numerics.rope}
+        return latents(kv_a, self.kv_a_norm, config.rms_norm_eps, angles, *rounding, **functions)
 
     def write(self, kv_a: jax.Array, index_key: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
         """Latents, rope keys and index keys of the step's tokens, into their slots; arguments are `project`'s."""
-        numerics, indexer = ctx.numerics, self.indexer
-        kv, index = cache_write(
+        numerics, indexer, slots = ctx.numerics, self.indexer, ctx.batch.slots
+        if ctx.seams.composes("cache_write"):
+            index_key = indexer.rotated(index_key, ctx.angles, numerics)
+            latent, rope_key = self.latents(kv_a, ctx.angles, ctx.config, numerics)
+            arrays = (cache.kv, cache.index, layer, slots, latent, rope_key, index_key)
+            return KVCache(*scatter(*arrays, scale_fmt=numerics.scale_fmt))
+        kv, index = ctx.seams.call(
+            "cache_write",
             cache.kv,
             cache.index,
             layer,
-            ctx.batch.slots,
+            slots,
             kv_a,
             index_key,
             KeyNorms(
@@ -148,51 +138,83 @@ class MLA(nnx.Module):
         return KVCache(kv, index)
 
     def select(
-        self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: StepContext, record: dict | None
-    ) -> jax.Array | None:
-        """Logical positions int32 [T, K] that each token attends to; None for dense attention.
+        self,
+        x: jax.Array,
+        q_latent: jax.Array,
+        weights: Callable[[], jax.Array],
+        layer: int,
+        cache: KVCache,
+        ctx: StepContext,
+    ) -> jax.Array:
+        """Logical positions int32 [T, K] that each token attends to.
 
         In any order, but each at most once, none after the token's own, and -1 for none only behind all others: the
-        first -1 ends a row. `Options(debug=True)` checks that, see `checks.check_selection`.
+        first -1 ends a row. `Options(check=True)` checks that of a replaced part, see `checks.check_selection`.
         """
-        if ctx.options.attention == "dense" and record is None:
-            return None
-        batch, numerics = ctx.batch, ctx.numerics
-        queries, weights = self.indexer.queries(x, q_latent, ctx.angles, ctx.config, numerics)
-        where = (queries, weights, cache.index, layer, batch.block_tables, batch.sequence, batch.positions)
+        batch, seams, backend = ctx.batch, ctx.seams, ctx.numerics.backend
+        with seams.scope("indexer"):
+            queries, head_weights = self.indexer.queries(x, q_latent, ctx.angles, ctx.config, ctx.numerics)
+        arrays = (queries, head_weights, cache.index, layer, batch.block_tables, batch.sequence, batch.positions)
         k = min(ctx.options.index_topk or ctx.config.index_topk, ctx.context_length)
-        chosen = index_select(*where, k=k, backend=numerics.backend)
-        if record is not None:
-            record["topk"] = chosen
-            record["index_scores"] = indexer_logits(*where, backend=numerics.backend)
-        return chosen if ctx.options.attention == "sparse" else None
 
-    def absorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:
+        def scores() -> jax.Array:
+            return seams.call("indexer_logits", *arrays, backend=backend)
+
+        seams.tap("index_scores", scores)
+        if seams.composes("index_select"):
+            return seams.call("top_k", scores(), k, lengths=batch.positions + 1, backend=backend)
+        extras = {"x": lambda: x, "attention": weights}
+        return seams.call("index_select", *arrays, k=k, backend=backend, extras=extras)
+
+    def absorbed_queries(self, q_nope: jax.Array, q_rope: jax.Array, ctx: StepContext) -> jax.Array:
+        """Queries in the latent space, [T, H, latent + rope], for which the cache's rows are keys and values."""
+        to_latent, _ = self.head_maps(ctx.config, q_nope.dtype)
+        return jnp.concatenate([ctx.einsum("thn,hnc->thc", q_nope, to_latent), q_rope], axis=-1)
+
+    def attend_to_all(
+        self, queries: jax.Array, layer: int, cache: KVCache, ctx: StepContext, mean_probabilities: bool = False
+    ) -> jax.Array:
+        """[T, H, latent] of absorbed queries over their whole sequences; or the probabilities' mean, float32 [T, L]."""
+        config = ctx.config
+        return ctx.seams.call(
+            "dense_mla",
+            queries,
+            *self.context(layer, cache, ctx),
+            scale=config.softmax_scale,
+            rope_dim=config.qk_rope_head_dim,
+            chunk_bytes=CHUNK_BYTES,
+            mean_probabilities=mean_probabilities,
+        )
+
+    def absorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext) -> jax.Array:
         """Attention in the latent space: [T, H, v_head_dim]."""
         config, batch = ctx.config, ctx.batch
-        to_latent, to_value = self.head_maps(config, q_nope.dtype)
-        q_latent = ctx.einsum("thn,hnc->thc", q_nope, to_latent)
-        queries = jnp.concatenate([q_latent, q_rope], axis=-1)
-        how = {"scale": config.softmax_scale, "rope_dim": config.qk_rope_head_dim}
-        if record is not None:
-            record["attention"] = dense_mla(
-                queries, *self.context(layer, cache, ctx), **how, chunk_bytes=CHUNK_BYTES, mean_probabilities=True
-            )
+        queries = self.absorbed_queries(q_nope, q_rope, ctx)
         if chosen is None:
-            out = dense_mla(queries, *self.context(layer, cache, ctx), **how, chunk_bytes=CHUNK_BYTES)
+            out = self.attend_to_all(queries, layer, cache, ctx)
         else:
             slots = physical_slots(chosen, batch.sequence, batch.block_tables)
-            present = (slots >= 0).sum(-1, dtype=jnp.int32)  # those come first, by the contract of `select`
-            out, _ = sparse_mla(queries, cache.kv, layer, slots, **how, lengths=present, backend=ctx.numerics.backend)
+            out, _ = ctx.seams.call(
+                "sparse_mla",
+                queries,
+                cache.kv,
+                layer,
+                slots,
+                scale=config.softmax_scale,
+                rope_dim=config.qk_rope_head_dim,
+                lengths=(slots >= 0).sum(-1, dtype=jnp.int32),  # those come first, by the contract of `select`
+                backend=ctx.numerics.backend,
+            )
+        _, to_value = self.head_maps(config, q_nope.dtype)
         return ctx.einsum("thc,hvc->thv", out, to_value)
 
-    def unabsorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext, record) -> jax.Array:
+    def unabsorbed(self, q_nope, q_rope, chosen, layer: int, cache: KVCache, ctx: StepContext) -> jax.Array:
         """Attention with every head's own keys and values, expanded from the latents: [T, H, v_head_dim]."""
         config = ctx.config
         rows, sequence, positions = self.context(layer, cache, ctx)
         latent, rope_key = jnp.split(rows, [config.kv_lora_rank], axis=-1)
         heads, length = config.num_attention_heads, rows.shape[1]
-        expanded = ctx.numerics.matmul(latent.reshape(-1, config.kv_lora_rank), self.kv_b)
+        expanded = ctx.numerics.matmul(latent.reshape(-1, config.kv_lora_rank), self.kv_b, "kv_b")
         expanded = expanded.reshape(-1, length, heads, config.qk_nope_head_dim + config.v_head_dim)
         k_nope, values = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
         rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], rope_key.shape[-1]))
@@ -216,8 +238,6 @@ class MLA(nnx.Module):
 
     def head_maps(self, config: ModelConfig, dtype: jax.typing.DTypeLike) -> HeadMaps:
         """`kv_b` by heads, in `dtype`."""
-        if isinstance(self.kv_b, HeadMaps):
-            return self.kv_b
         kv_b = dense(self.kv_b, dtype).reshape(config.num_attention_heads, -1, config.kv_lora_rank)
         return HeadMaps(kv_b[:, : config.qk_nope_head_dim], kv_b[:, config.qk_nope_head_dim :])
 

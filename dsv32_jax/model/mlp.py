@@ -17,4 +17,4 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """[T, D] -> [T, D]."""
-        return numerics.matmul(numerics.swiglu(x, self.gate, self.up), self.down)
+        return numerics.matmul(numerics.swiglu(x, self.gate, self.up), self.down, "down")

@@ -18,9 +18,10 @@ from dsv32_jax.model.mla import MLA
 from dsv32_jax.model.mlp import MLP
 from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.mtp import MTP
-from dsv32_jax.model.norm import add_rms_norm
-from dsv32_jax.model.numerics import float32_matmul
 from dsv32_jax.model.params import Init
+from dsv32_jax.model.products import float32_matmul
+from dsv32_jax.model.seams import Seams
+from dsv32_jax.model.taps import Taps
 
 __all__ = [
     "Batch",
@@ -29,10 +30,9 @@ __all__ = [
     "Options",
     "StepContext",
     "abstract_model",
-    "prepared",
-    "run_layer",
     "step",
-    "step_with_trace",
+    "tapped_layer",
+    "tapped_step",
 ]
 
 
@@ -46,13 +46,7 @@ class DecoderLayer(nnx.Module):
         self.ffn = MoE(config, init) if moe else MLP(config.hidden_size, config.intermediate_size, init)
 
     def __call__(
-        self,
-        residual: jax.Array,
-        update: jax.Array | None,
-        layer: int,
-        cache: KVCache,
-        ctx: StepContext,
-        record: dict | None = None,
+        self, residual: jax.Array, update: jax.Array | None, layer: int, cache: KVCache, ctx: StepContext
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """One layer over the residual stream.
 
@@ -62,18 +56,24 @@ class DecoderLayer(nnx.Module):
           layer: index into the cache.
           cache: the block cache.
           ctx: of the step.
-          record: takes what a trace holds of this layer.
 
         Returns:
           residual [T, D], this layer's own update [T, D], and the cache.
         """
-        eps = ctx.config.rms_norm_eps
-        residual, x = add_rms_norm(residual, update, self.attn_norm, eps)
-        update, cache = self.attn(x, layer, cache, ctx, record)
-        residual, x = add_rms_norm(residual, update, self.ffn_norm, eps)
-        if isinstance(self.ffn, MoE):
-            return residual, self.ffn(x, ctx.batch.positions >= 0, ctx.config, ctx.numerics, record), cache
-        return residual, self.ffn(x, ctx.numerics), cache
+        numerics, seams, eps = ctx.numerics, ctx.seams, ctx.config.rms_norm_eps
+        residual, x = numerics.add_rms_norm(residual, update, self.attn_norm, eps)
+        seams.tap("attn.input", x)
+        with seams.scope("attn"):
+            update, cache = self.attn(x, layer, cache, ctx)
+        residual, x = numerics.add_rms_norm(residual, update, self.ffn_norm, eps)
+        seams.tap("ffn.input", x)
+        with seams.scope("ffn"):
+            if isinstance(self.ffn, MoE):
+                update = self.ffn(x, ctx.batch.positions, ctx.config, numerics)
+            else:
+                update = self.ffn(x, numerics)
+        seams.tap("hidden", lambda: residual + update)
+        return residual, update, cache
 
 
 class DeepseekV32(nnx.Module):
@@ -94,27 +94,36 @@ class DeepseekV32(nnx.Module):
         self.mtp = MTP(config, init, DecoderLayer(config, init, moe=True)) if config.has_mtp else nnx.data(None)
 
     def __call__(
-        self, batch: Batch, cache: KVCache, options: Options, trace: dict | None = None
+        self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """Logits float32 [R, V] of `batch.logit_rows`, and the cache. `trace` takes a list of records, one a layer."""
-        states, cache = self.states(batch, cache, options, trace)
+        """Logits float32 [R, V] of `batch.logit_rows`, and the cache; arguments are those of `states`."""
+        states, cache = self.states(batch, cache, options, seams)
         return self.logits(states, batch.logit_rows), cache
 
     def states(
-        self, batch: Batch, cache: KVCache, options: Options, trace: dict | None = None
+        self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """[T, D] of all tokens after the final norm, from which logits come and MTP goes on; and the cache."""
-        ctx = StepContext(self.config, options, batch)
+        """[T, D] of all tokens after the final norm, from which logits come and MTP goes on; and the cache.
+
+        Args:
+          batch: the step's tokens.
+          cache: of all layers.
+          options: of the run.
+          seams: parts of the options, and taps; without taps where None.
+
+        Raises:
+          UserError: a replaced part gives what it must not, or is not called.
+        """
+        ctx = StepContext(self.config, options, batch, seams or options.seams())
         residual, update = self.embed[batch.ids].astype(ctx.dtype), None
-        records = []
+        ctx.seams.tap("embedded", residual)
         for index, layer in enumerate(self.layers):
-            record: dict | None = None if trace is None else {}
-            residual, update, cache = layer(residual, update, index, cache, ctx, record)
-            if record is not None:
-                records.append(record | {"hidden": residual + update})
-        if trace is not None:
-            trace.update(embedded=self.embed[batch.ids].astype(ctx.dtype), layers=records)
-        return add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)[1], cache
+            with ctx.seams.scope(f"layers.{index}"):
+                residual, update, cache = layer(residual, update, index, cache, ctx)
+        _, states = ctx.numerics.add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
+        ctx.seams.tap("states", states)
+        ctx.seams.check_all_called()
+        return states, cache
 
     def logits(self, states: jax.Array, rows: jax.Array) -> jax.Array:
         """Logits float32 [R, V] of rows int32 [R] of `states`; -1 gives a row of zeros."""
@@ -124,20 +133,6 @@ class DeepseekV32(nnx.Module):
 def abstract_model(config: ModelConfig) -> DeepseekV32:
     """The model with `jax.ShapeDtypeStruct`s for parameters, in the checkpoint's storage types; takes no memory."""
     return jax.eval_shape(lambda: DeepseekV32(config, nnx.Rngs(0)))
-
-
-def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
-    """The model as many steps with these options take it: with kernels, after `MLA.prepare`; else as it is.
-
-    The price is memory for what is rearranged: `kv_b` in the compute dtype, and another copy of three small weights.
-    """
-    if not (options.absorb and options.runs_kernels):
-        return model
-    model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # other modules, the same arrays
-    layers: list[Any] = [*model.layers, *([model.mtp.layer] if model.mtp else [])]
-    for layer in layers:
-        layer.attn.prepare(model.config, options.compute_dtype)
-    return model
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="cache")
@@ -150,22 +145,22 @@ def step(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> 
     return model(batch, cache, options)
 
 
-@partial(jax.jit, static_argnames="options", donate_argnames="cache")
-def step_with_trace(
-    model: DeepseekV32, batch: Batch, cache: KVCache, options: Options
-) -> tuple[jax.Array, KVCache, dict]:
-    """`step` that also returns what every layer did: see `dsv32_jax.fidelity`."""
-    trace: dict = {}
-    logits, cache = model(batch, cache, options, trace)
-    return logits, cache, trace
+@partial(jax.jit, static_argnames=("options", "taps"), donate_argnames="cache")
+def tapped_step(
+    model: DeepseekV32, batch: Batch, cache: KVCache, options: Options, taps: Taps
+) -> tuple[jax.Array, KVCache, dict[str, Any]]:
+    """`step` that also returns what the taps ask for, by the values' names."""
+    seams = options.seams(taps)
+    logits, cache = model(batch, cache, options, seams)
+    taps.check_all_met(seams.names)
+    return logits, cache, seams.values
 
 
-@partial(jax.jit, static_argnames=("layer", "options"), donate_argnames="cache")
-def run_layer(
-    model: DeepseekV32, layer: int, hidden: jax.Array, batch: Batch, cache: KVCache, options: Options
-) -> tuple[jax.Array, KVCache, dict]:
-    """One layer alone, on a given residual stream [T, D]: the stream after it, the cache, the layer's record."""
-    ctx = StepContext(model.config, options, batch)
-    record: dict = {}
-    residual, update, cache = model.layers[layer](hidden.astype(ctx.dtype), None, layer, cache, ctx, record)
-    return residual + update, cache, record | {"hidden": residual + update}
+@partial(jax.jit, static_argnames=("layer", "options", "taps"), donate_argnames="cache")
+def tapped_layer(
+    model: DeepseekV32, layer: int, hidden: jax.Array, batch: Batch, cache: KVCache, options: Options, taps: Taps
+) -> dict[str, Any]:
+    """What the taps ask for of one layer alone, on a residual stream [T, D]; names are within the layer."""
+    ctx = StepContext(model.config, options, batch, options.seams(taps))
+    model.layers[layer](hidden.astype(ctx.dtype), None, layer, cache, ctx)
+    return ctx.seams.values

@@ -6,8 +6,9 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.mlp import MLP
-from dsv32_jax.model.numerics import Numerics, float32_matmul
+from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
+from dsv32_jax.model.products import float32_matmul, tile_rows
 from pallas_kernels import moe_dispatch
 from pallas_kernels.matmul import Weight
 
@@ -28,7 +29,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, plan: moe_dispatch.RoutingPlan, numerics: Numerics) -> jax.Array:
         """Tokens [T, D] -> rows [P, D] in the plan's order, each by its own expert."""
-        return numerics.experts(x, *self.weights, plan)
+        with numerics.seams.scope("experts"):
+            return numerics.experts(x, *self.weights, plan)
 
 
 class MoE(nnx.Module):
@@ -40,9 +42,12 @@ class MoE(nnx.Module):
         self.experts = Experts(config, init)
         self.shared = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, init)
 
-    def route(self, x: jax.Array, config: ModelConfig, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
-        """Chosen experts int32 [T, K] and their weights float32 [T, K] of x [T, D]."""
-        return moe_dispatch.route(
+    def route(
+        self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics
+    ) -> tuple[jax.Array, jax.Array]:
+        """Chosen experts int32 [T, K] and their weights float32 [T, K] of x [T, D] at int32 positions [T]."""
+        return numerics.seams.call(
+            "route",
             float32_matmul(x, self.router),
             self.router_bias.astype(jnp.float32),
             num_groups=config.n_group,
@@ -50,18 +55,20 @@ class MoE(nnx.Module):
             experts_per_token=config.num_experts_per_tok,
             normalize=config.norm_topk_prob,
             scaling_factor=config.routed_scaling_factor,
-            backend=backend,
+            backend=numerics.backend,
+            extras={"x": lambda: x, "positions": lambda: positions},
         )
 
-    def __call__(
-        self, x: jax.Array, valid: jax.Array, config: ModelConfig, numerics: Numerics, record: dict | None = None
-    ) -> jax.Array:
-        """[T, D] -> [T, D]; tokens that are not `valid` (bool [T]) reach no routed expert."""
-        experts, weights = self.route(x, config, numerics.backend)
-        if record is not None:
-            record.update(experts=experts, expert_weights=weights)
-        tile = numerics.tile_rows(experts.size, *self.experts.weights)
-        plan = moe_dispatch.make_plan(experts, valid, config.n_routed_experts, tile, backend=numerics.backend)
+    def __call__(self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics) -> jax.Array:
+        """[T, D] -> [T, D]; padding, whose position (int32 [T]) is -1, reaches no routed expert."""
+        seams, backend = numerics.seams, numerics.backend
+        experts, weights = self.route(x, positions, config, numerics)
+        seams.tap("experts", experts)
+        seams.tap("expert_weights", weights)
+        tile = tile_rows(experts.size, *self.experts.weights, backend=backend)
+        plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile, backend=backend)
         rows = self.experts(x, plan, numerics)
-        routed = moe_dispatch.combine(rows, weights, plan, backend=numerics.backend)
-        return (routed + self.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
+        routed = seams.call("combine", rows, weights, plan, backend=backend)
+        with seams.scope("shared"):
+            shared = self.shared(x, numerics)
+        return (routed + shared.astype(jnp.float32)).astype(x.dtype)

@@ -7,10 +7,8 @@ from flax import nnx
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.context import StepContext
-from dsv32_jax.model.norm import add_rms_norm
-from dsv32_jax.model.numerics import float32_matmul
 from dsv32_jax.model.params import Init
-from pallas_kernels.rowwise import rms_norm
+from dsv32_jax.model.products import float32_matmul
 
 
 class MTP(nnx.Module):
@@ -43,11 +41,13 @@ class MTP(nnx.Module):
           ctx: of the step.
           rows: int32 [R], of those logits that are wanted; None for all.
         """
-        config = ctx.config
-        embedded = rms_norm(self.embed[next_ids].astype(ctx.dtype), self.enorm, config.rms_norm_eps)
-        state = rms_norm(hidden, self.hnorm, config.rms_norm_eps)
-        # The embedding's half comes first in the released eh_proj, whatever the report's formula says.
-        joined = ctx.numerics.matmul(jnp.concatenate([embedded, state], axis=-1), self.eh_proj)
-        residual, update, cache = self.layer(joined, None, config.num_hidden_layers, cache, ctx)
-        _, x = add_rms_norm(residual, update, self.norm, config.rms_norm_eps)
-        return float32_matmul(x if rows is None else x[rows], self.head), cache
+        numerics, eps = ctx.numerics, ctx.config.rms_norm_eps
+        with ctx.seams.scope("mtp"):
+            embedded = numerics.rms_norm(self.embed[next_ids].astype(ctx.dtype), self.enorm, eps)
+            state = numerics.rms_norm(hidden, self.hnorm, eps)
+            # The embedding's half comes first in the released eh_proj, whatever the report's formula says.
+            joined = numerics.matmul(jnp.concatenate([embedded, state], axis=-1), self.eh_proj, "eh_proj")
+            with ctx.seams.scope("layer"):
+                residual, update, cache = self.layer(joined, None, ctx.config.num_hidden_layers, cache, ctx)
+            _, x = numerics.add_rms_norm(residual, update, self.norm, eps)
+            return float32_matmul(x if rows is None else x[rows], self.head), cache

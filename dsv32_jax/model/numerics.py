@@ -1,115 +1,114 @@
-"""Products with weights, quantised or not: dense ones, and those of the experts."""
+"""How a step computes: its products and norms, through the parts that the step was given."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.model.observation import Observed, see, see_experts
-from pallas_kernels import matmul as products
-from pallas_kernels import moe_dispatch
-from pallas_kernels.backend import KERNEL, resolve
-from pallas_kernels.matmul import BLOCK, FP8_BLOCK, Weight, is_qtensor, scheme_of, silu_product
-from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, gather_rows_fp8
+from dsv32_jax.model import products
+from dsv32_jax.model.products import all_fp8
+from dsv32_jax.model.seams import Seams
+from pallas_kernels.matmul import Weight
+from pallas_kernels.moe_dispatch import RoutingPlan
+
+SWIGLU = ("matmul", "swiglu")
+"""What the fused product of a feed-forward block in FP8 has inside."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How products are computed.
+    """How a step computes.
 
     Attributes:
       act_quant: quantise the inputs of FP8 and INT8 linears, index queries and keys, and the latent. Without it weights
         alone are quantised; with INT4 that is always so.
       scale_fmt: format of those scales, from the checkpoint's quantization_config.
       backend: of every op.
+      seams: the step's parts and taps.
     """
 
     act_quant: bool
     scale_fmt: str | None
     backend: str
+    seams: Seams = dataclasses.field(default_factory=Seams, compare=False)
 
-    def matmul(self, x: jax.Array, weight: Weight) -> jax.Array:
-        """x [M, K] times weight [N, K] transposed: [M, N] in x's dtype, accumulated in float32."""
-        if isinstance(weight, Observed):
-            see(weight, x)
-            weight = weight.weight
-        return products.matmul(x, weight, **self.options)
+    def matmul(self, x: jax.Array, weight: Weight, *names: str) -> jax.Array:
+        """x [M, K] times a linear's weight [N, K] transposed: [M, N] in x's dtype; see `products.matmul`.
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every product takes."""
-        return {"quantize_input": self.act_quant, "scale_fmt": self.scale_fmt, "backend": self.backend}
+        Args:
+          x: [M, K].
+          weight: [N, K].
+          names: of the linear, for taps and profiles; several, where the weights of several lie in one.
+        """
+        for name in names:
+            self.seams.tap(f"{name}.input", x)
+        with self.seams.scope("+".join(names)):
+            return self.seams.call(
+                "matmul",
+                x,
+                weight,
+                quantize_input=self.act_quant,
+                scale_fmt=self.scale_fmt,
+                backend=self.backend,
+            )
 
     def swiglu(self, x: jax.Array, gate: Weight, up: Weight) -> jax.Array:
         """silu(x gate^T) * (x up^T) of x [M, K] and weights [W, K]: [M, W] in x's dtype."""
-        if isinstance(gate, Observed) or isinstance(up, Observed):
-            return silu_product(self.matmul(x, gate), self.matmul(x, up))
-        hidden: Any = products.swiglu(x, gate, up, **self.options)
-        return hidden
-
-    def tile_rows(self, choices: int, *weights: Weight) -> int | None:
-        """Rows of a routing plan's tiles for `experts` with weights [E, N, K], of so many choices.
-
-        No fewer than the kernels take of each weight: smaller tiles would go to a loop. None: the plan's own default.
-        """
-        if resolve(self.backend, "experts", KERNEL) == "reference":
-            return None
-        fewest = products.tile_rows(*(weight.weight if isinstance(weight, Observed) else weight for weight in weights))
-        return max(fewest, moe_dispatch.tile_rows(choices, weights[0].shape[0]))
+        if self.act_quant and all_fp8(gate, up) and not self.seams.parts.replace_any(SWIGLU):
+            for name in ("gate", "up"):
+                self.seams.tap(f"{name}.input", x)
+            with self.seams.scope("gate+up"):
+                return products.matmul_swiglu(x, gate, up, scale_fmt=self.scale_fmt, backend=self.backend)
+        return self.seams.call("swiglu", self.matmul(x, gate, "gate"), self.matmul(x, up, "up"))
 
     def experts(self, x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
-        """The chosen experts of every token.
+        """The chosen experts of every token x [T, D]: [P, D] in the plan's order; see `products.experts`.
+
+        Composed where a part inside is replaced, or where somebody looks at what goes into a product.
+        """
+        seams = self.seams
+        rounding = {"quantize_input": self.act_quant, "scale_fmt": self.scale_fmt, "backend": self.backend}
+        inputs = [f"{name}.input" for name in ("gate", "up", "down")]
+        if not seams.composes("experts") and not ("experts" not in seams.parts.replaced and seams.taps_any(*inputs)):
+            return seams.call("experts", x, gate, up, down, plan, **rounding)
+        rows = seams.call("gather_rows", x, plan, backend=self.backend)
+
+        def product(name: str, rows: jax.Array, weight: Weight) -> jax.Array:
+            of_plan = {"row_token": plan.row_token, "tile_expert": plan.tile_expert, "num_experts": gate.shape[0]}
+            seams.tap(f"{name}.input", rows, **of_plan)
+            with seams.scope(name):
+                tiles = {"used_tiles": plan.used_tiles, **rounding}
+                return seams.call("grouped_matmul", rows, weight, plan.tile_expert, **tiles)
+
+        hidden = seams.call("swiglu", product("gate", rows, gate), product("up", rows, up))
+        return product("down", hidden, down)
+
+    def rms_norm(
+        self, x: jax.Array, weight: jax.Array, eps: float, dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """x [..., D] by its root mean square, times weight [D], in `dtype` (x's own where None)."""
+        return self.seams.call("rms_norm", x, weight, eps, dtype=dtype)
+
+    def rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """The attention's rotation of x [T, ..., R] by angles [T, R / 2]."""
+        return self.seams.call("rope", x, cos, sin)
+
+    def index_rope(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """The indexer's rotation of x [T, ..., R] by angles [T, R / 2]."""
+        return self.seams.call("index_rope", x, cos, sin)
+
+    def add_rms_norm(
+        self, residual: jax.Array, update: jax.Array | None, weight: jax.Array, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """(residual + update, its norm). The norm sees the float32 sum, before the residual stream is rounded.
 
         Args:
-          x: [T, D].
-          gate, up, down: [E, W, D], [E, W, D] and [E, D, W].
-          plan: of the tokens.
-
-        Returns:
-          [P, D] in the plan's order, in x's dtype.
+          residual: [T, D], the residual stream.
+          update: [T, D], what the last block adds; None before the first.
+          weight: [D].
+          eps: added to the mean square.
         """
-        tiles = {"tile_expert": plan.tile_expert, "used_tiles": plan.used_tiles}
-        how: dict[str, Any] = {**tiles, **self.options}
-        if self.act_quant and all_fp8(gate, up, down):
-            return self.fp8_experts(x, gate, up, down, plan, how)
-        rows = gather_rows(x, plan, backend=self.backend)
-        if isinstance(gate, Observed) and isinstance(up, Observed) and isinstance(down, Observed):
-            where = (plan.row_token, plan.tile_expert)
-            see_experts(gate, rows, *where)
-            see_experts(up, rows, *where)
-            hidden: Any = products.grouped_swiglu(rows, gate.weight, up.weight, **how)
-            see_experts(down, hidden, *where)
-            return products.grouped_matmul(hidden, down.weight, **how)
-        if not any(map(is_qtensor, (gate, up, down))):
-            hidden = products.grouped_swiglu(rows, gate, up, **how)
-        else:
-            hidden = silu_product(*(products.grouped_matmul(rows, weight, **how) for weight in (gate, up)))
-        return products.grouped_matmul(hidden, down, **how)
-
-    def fp8_experts(self, x: jax.Array, gate: Any, up: Any, down: Any, plan: RoutingPlan, how: dict[str, Any]) -> Any:
-        """`experts` in FP8: a token is quantised once for all its experts, and each expert's hidden rows once."""
-        hidden: Any
-        if x.dtype != jnp.bfloat16:  # rows in FP8 say nothing of the dtype before
-            hidden = products.grouped_swiglu(gather_rows(x, plan, backend=self.backend), gate, up, **how)
-            return products.grouped_matmul(hidden, down, **how)
-        order = {"scales_by_group": plan.tile % BLOCK == 0}  # what the kernels for these tiles take
-        rows, row_scales = gather_rows_fp8(x, plan, self.scale_fmt, **order, backend=self.backend)
-        hidden, hidden_scales = products.grouped_swiglu(
-            rows, gate, up, row_scales=row_scales, quantize_result=True, **order, **how
-        )
-        return products.grouped_matmul(hidden, down, row_scales=hidden_scales, **order, **how)
-
-
-def all_fp8(*weights: Weight) -> bool:
-    """Whether each is a QTensor in the checkpoint's own scheme."""
-    return all(scheme_of(weight) == FP8_BLOCK for weight in weights)
-
-
-def float32_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [M, K] times weight [N, K] transposed in float32, [M, N]: head, router and the indexer's head weights.
-
-    Operands of one narrow type stay in it: their products are exact in the float32 accumulator.
-    """
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
-    return jnp.matmul(x.astype(dtype), weight.astype(dtype).T, precision="highest", preferred_element_type=jnp.float32)
+        if update is None:
+            return residual, self.rms_norm(residual, weight, eps)
+        total = residual.astype(jnp.float32) + update.astype(jnp.float32)
+        return total.astype(residual.dtype), self.rms_norm(total, weight, eps, residual.dtype)

@@ -7,30 +7,35 @@ other.
 """
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
+from dsv32_jax.model.context import Batch, Options, StepContext
 from dsv32_jax.model.mla import MLA
 from dsv32_jax.model.model import DecoderLayer, DeepseekV32
 from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.mtp import MTP
-from dsv32_jax.model.norm import add_rms_norm
 from dsv32_jax.model.numerics import Numerics
+from dsv32_jax.model.parts import MODEL_PARTS, Parts
 from dsv32_jax.model.rope import rope_angles
-from pallas_kernels.matmul import Weight, dense, silu_product
+from dsv32_jax.model.seams import Seams
+from pallas_kernels.matmul import dense
 from pallas_kernels.quantize import dequantize, quantize
-from pallas_kernels.rowwise import rms_norm
-
-SELECTIONS = ("dense", "indexer", "recent", "recent and first", "random", "oracle")
-"""dense: every visible position. The others keep k: the indexer's best, the last ones, the last ones and position 0 (on
-which attention rests that has nothing to look at; StreamingLLM, arXiv 2309.17453), random ones, or those that the
-attention itself weighs most (mean over heads; what an indexer could at best know)."""
 
 SELECTED = "selected"
+
+SELECTION = ("index_select", "indexer_logits", "top_k")
+ATTENTION = ("sparse_mla", "dense_mla", "cache_write")
+DISPATCH = ("experts", "make_plan", "gather_rows", "grouped_matmul", "combine")
+"""Parts that read the cache or the plan: where one of them is replaced, a layer's selection, attention or experts run
+as those of the step, over a cache of these sequences alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +43,39 @@ class Run:
     """How a forward pass is computed; hashable.
 
     Attributes:
-      selection: one of `SELECTIONS`.
+      attention: "sparse", or "dense": every visible position.
       index_topk: positions kept; the config's where None.
       compute_dtype: of activations.
       act_quant: FP8 activations, index keys and latents, as in `dsv32_jax.model.context.Options`.
+      parts: the functions that the pass calls, as in `Options`; values are not checked.
       index_quant: FP8 index queries and keys (and the inputs of the indexer's linears); as `act_quant` where None.
       index_loss: compute the indexer's loss (KL of its softmax from the attention) in every layer.
       remat: recompute each layer in the backward pass instead of keeping its scores.
     """
 
-    selection: str = "indexer"
+    attention: str = "sparse"
     index_topk: int | None = None
     compute_dtype: str = "float32"
     act_quant: bool = False
+    parts: Parts = MODEL_PARTS
     index_quant: bool | None = None
     index_loss: bool = False
     remat: bool = False
 
     def __post_init__(self):
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection {self.selection!r} is unknown; it is one of {', '.join(SELECTIONS)}")
+        if self.attention not in ("sparse", "dense"):
+            raise ValueError(f"attention {self.attention!r} is unknown; it is one of sparse, dense")
+        if self.index_loss and self.parts.replace_any(ATTENTION):
+            names = " or ".join(ATTENTION)
+            raise ValueError(f"index_loss needs the attention's probabilities, which a replaced {names} does not give")
+
+    @staticmethod
+    def of(options: Options, **changes: Any) -> "Run":
+        """What computes as a step with these options does; `changes` are other fields."""
+        shared = {field.name for field in dataclasses.fields(Run)} & {
+            field.name for field in dataclasses.fields(Options)
+        }
+        return Run(**{**{name: getattr(options, name) for name in shared}, **changes})
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["index_kl", "load", "balance"], meta_fields=[])
@@ -78,21 +96,49 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """What every layer needs to know of the batch."""
+    """What every layer needs to know of the batch: B sequences of T tokens."""
 
     config: ModelConfig
     run: Run
     batch: int
     length: int
-    seed: jax.Array
+
+    @cached_property
+    def seams(self) -> Seams:
+        """The parts of this pass."""
+        return Seams(self.run.parts)
+
+    @cached_property
+    def numerics(self) -> Numerics:
+        """Of the pass."""
+        return self.step(self.run.act_quant).numerics
 
     @property
-    def numerics(self) -> Numerics:
-        quantization = self.config.quantization_config
-        return Numerics(self.run.act_quant, quantization.scale_fmt if quantization else "ue8m0", "reference")
+    def index_quant(self) -> bool:
+        """Whether index queries and keys are in FP8."""
+        return self.run.act_quant if self.run.index_quant is None else self.run.index_quant
+
+    def step(self, act_quant: bool) -> StepContext:
+        """The sequences as one step has them, in blocks of a cache one after the other."""
+        numbers = jnp.arange(self.batch, dtype=jnp.int32)
+        blocks = -(-self.length // BLOCK_SIZE)
+        tables = numbers[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)
+        positions = jnp.tile(jnp.arange(self.length, dtype=jnp.int32), self.batch)
+        sequence = jnp.repeat(numbers, self.length)
+        slots = sequence * (blocks * BLOCK_SIZE) + positions
+        batch = Batch(jnp.zeros_like(positions), positions, slots, sequence, tables, numbers)
+        run = self.run
+        options = Options(run.compute_dtype, act_quant, run.attention, run.index_topk, "reference", parts=run.parts)
+        return StepContext(self.config, options, batch, self.seams)
+
+    def cache(self, layer: int, act_quant: bool) -> KVCache:
+        """An empty cache for them, which has no layer after this one."""
+        ctx = self.step(act_quant)
+        return KVCache.create(self.config, ctx.batch.block_tables.size, ctx.options, layers=layer + 1)
 
     @property
     def angles(self) -> tuple[jax.Array, jax.Array]:
+        """RoPE's, of every token."""
         return rope_angles(self.config, jnp.tile(jnp.arange(self.length), self.batch))
 
     @property
@@ -102,6 +148,7 @@ class Sequences:
 
     @property
     def k(self) -> int:
+        """Positions that a token attends to."""
         return self.run.index_topk or self.config.index_topk
 
     def split(self, x: jax.Array) -> jax.Array:
@@ -155,9 +202,8 @@ def top_k_mask(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
 
 def index_scores(attn: MLA, x: jax.Array, q_latent: jax.Array, seqs: Sequences) -> jax.Array:
     """The indexer's scores, float32 [B, T, T], of every pair (not masked)."""
-    indexer, config, numerics = attn.indexer, seqs.config, seqs.numerics
-    if seqs.run.index_quant is not None:
-        numerics = dataclasses.replace(numerics, act_quant=seqs.run.index_quant)
+    indexer, config = attn.indexer, seqs.config
+    numerics = dataclasses.replace(seqs.numerics, act_quant=seqs.index_quant)
     queries, weights = indexer.queries(x, q_latent, seqs.angles, config, numerics)
     keys = indexer.keys(x, seqs.angles, numerics)
     if numerics.act_quant:
@@ -173,32 +219,43 @@ def index_scores(attn: MLA, x: jax.Array, q_latent: jax.Array, seqs: Sequences) 
     return jax.lax.scan(jax.checkpoint(add_head), start, heads)[0]
 
 
-def selection_mask(
-    scores: jax.Array | None, probabilities: jax.Array | None, layer: int, seqs: Sequences
-) -> jax.Array | None:
-    """bool [B, T, T] of what each token may attend to; None for everything visible.
+def selection_mask(scores: jax.Array, seqs: Sequences) -> jax.Array | None:
+    """bool [B, T, T] of what each token may attend to by index scores [B, T, T]; None for everything visible."""
+    if seqs.run.attention == "dense" or seqs.k >= seqs.length:
+        return None
+    return kept(top_k_mask(scores, seqs.visible, seqs.k))
+
+
+def kept(mask: jax.Array) -> jax.Array:
+    """A selection, which has no gradient and is not computed again in the backward pass."""
+    return checkpoint_name(jax.lax.stop_gradient(mask), SELECTED)
+
+
+def replaced_selection(
+    attn: MLA, x: jax.Array, q_latent: jax.Array, weights: Callable[[], jax.Array], layer: int, seqs: Sequences
+) -> jax.Array:
+    """bool [B, T, T] of what replaced parts choose, through `MLA.select`.
 
     Args:
-      scores: index scores [B, T, T], for "indexer".
-      probabilities: dense attention, mean over heads [B, T, T], for "oracle".
-      layer: its number, for "random".
+      attn: the layer's attention.
+      x: [B * T, D], normalised.
+      q_latent: [B * T, q_lora_rank], normalised.
+      weights: computes the probabilities of dense attention, mean over heads [B, T, T].
+      layer: its number.
       seqs: of the batch.
     """
-    chosen = seqs.run.selection
-    if chosen == "dense" or seqs.k >= seqs.length:
-        return None
-    if chosen.startswith("recent"):
-        position = jnp.arange(seqs.length)
-        first = int(chosen == "recent and first")
-        kept = (position[:, None] - position < seqs.k - first) | (position < first)
-        return jnp.broadcast_to(kept & seqs.visible, (seqs.batch, seqs.length, seqs.length))
-    if chosen == "random":
-        key = jax.random.fold_in(jax.random.key(seqs.seed), layer)
-        scores = jax.random.uniform(key, (seqs.batch, seqs.length, seqs.length))
-    elif chosen == "oracle":
-        scores = probabilities
-    assert scores is not None
-    return checkpoint_name(jax.lax.stop_gradient(top_k_mask(scores, seqs.visible, seqs.k)), SELECTED)
+    ctx = seqs.step(seqs.index_quant)
+    width = ctx.context_length
+
+    def padded() -> jax.Array:
+        return jnp.pad(weights().reshape(-1, seqs.length), ((0, 0), (0, width - seqs.length)))
+
+    products = (ctx.numerics.matmul(x, weight) for weight in (attn.kv_a, attn.indexer.k))
+    cache = attn.write(*products, layer, seqs.cache(layer, seqs.index_quant), ctx)
+    chosen = attn.select(x, q_latent, padded, layer, cache, ctx)
+    rows = jnp.arange(len(chosen))[:, None]
+    mask = jnp.zeros((len(chosen), width), bool).at[rows, jnp.where(chosen < 0, width, chosen)].set(True, mode="drop")
+    return kept(seqs.split(mask)[..., : seqs.length] & seqs.visible)
 
 
 def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax.Array, jax.Array]:
@@ -215,30 +272,34 @@ def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax
       probabilities summed over heads and normalised (DeepSeek-V3.2-Exp report, section 2.1), mean over tokens.
     """
     config, numerics, run = seqs.config, seqs.numerics, seqs.run
-    q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a), seqs.angles, config, numerics)
-    latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a), seqs.angles, config, numerics)
-    expanded = numerics.matmul(latent, attn.kv_b).reshape(x.shape[0], config.num_attention_heads, -1)
+    if run.parts.replace_any(ATTENTION):
+        return attn(x, layer, seqs.cache(layer, run.act_quant), seqs.step(run.act_quant))[0], jnp.float32(0)
+    q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a, "q_a"), seqs.angles, config, numerics)
+    latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a, "kv_a"), seqs.angles, config, numerics)
+    expanded = numerics.matmul(latent, attn.kv_b, "kv_b").reshape(x.shape[0], config.num_attention_heads, -1)
     k_nope, values = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
     rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:2], rope_key.shape[-1]))
     queries = seqs.split(jnp.concatenate([q_nope, q_rope], axis=-1))
     keys, values = seqs.split(jnp.concatenate([k_nope, rope_key], axis=-1)), seqs.split(values)
-
-    scores = None
-    if run.index_loss or (run.selection == "indexer" and seqs.k < seqs.length):
-        # Detached: the indexer learns from its own loss alone, and the language loss never reaches it.
-        scores = index_scores(attn, jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent), seqs)
     products = product("bthd,bshd->bhts", queries, keys) * config.softmax_scale
 
     def softmax(mask: jax.Array) -> jax.Array:
         return jax.nn.softmax(jnp.where(mask[:, None], products, -jnp.inf), axis=-1)
 
     everything = jnp.broadcast_to(seqs.visible, (seqs.batch, seqs.length, seqs.length))
-    weighed = softmax(everything).mean(1) if run.selection == "oracle" else None
-    mask = selection_mask(scores, weighed, layer, seqs)
+    # Detached: the indexer learns from its own loss alone, and the language loss never reaches it.
+    inputs = (jax.lax.stop_gradient(x), jax.lax.stop_gradient(q_latent))
+    scores, mask = None, None
+    replaced = run.attention == "sparse" and run.parts.replace_any(SELECTION)
+    if run.index_loss or (run.attention == "sparse" and seqs.k < seqs.length and not replaced):
+        scores = index_scores(attn, *inputs, seqs)
+        mask = None if replaced else selection_mask(scores, seqs)
+    if replaced:
+        mask = replaced_selection(attn, *inputs, lambda: softmax(everything).mean(1), layer, seqs)
     mask = everything if mask is None else mask
     probabilities = softmax(mask)
     out = product("bhts,bshd->bthd", probabilities.astype(values.dtype), values).astype(values.dtype)
-    out = numerics.matmul(out.reshape(x.shape[0], -1), attn.o)
+    out = numerics.matmul(out.reshape(x.shape[0], -1), attn.o, "o")
     if not run.index_loss:
         return out, jnp.float32(0)
     assert scores is not None
@@ -258,27 +319,28 @@ def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Arr
       [B * T, D]; load [E]; the balance loss sum_e f_e P_e (V3 report, equations 17 to 20), mean over sequences.
     """
     config, numerics = seqs.config, seqs.numerics
-    chosen, weights = moe.route(x, config, "reference")
+    positions = seqs.step(seqs.run.act_quant).batch.positions
+    chosen, weights = moe.route(x, positions, config, numerics)
     picked = jax.nn.one_hot(chosen, config.n_routed_experts, dtype=jnp.float32)  # [N, K, E]
     per_expert = (picked * weights[..., None]).sum(1)
-
-    def stacked(weight: Weight) -> jax.Array:
-        return dense(weight, x.dtype)
+    gates, ups, downs = moe.experts.weights
 
     def one(total, expert):
         gate, up, down, weight = expert
-        rows = numerics.matmul(numerics.swiglu(x, gate, up), down)
+        rows = numerics.matmul(numerics.swiglu(x, gate, up), down, "down")
         return total + weight[:, None] * rows.astype(jnp.float32), None
 
-    own = moe.experts
-    if numerics.act_quant:  # the official arithmetic quantises each expert's own hidden rows: one expert at a time
+    if seqs.run.parts.replace_any(DISPATCH):
+        out = moe(x, positions, config, numerics)
+    elif numerics.act_quant:  # the official arithmetic quantises each expert's own hidden rows: one expert at a time
         start = jnp.zeros(x.shape, jnp.float32)
-        routed = jax.lax.scan(one, start, (own.gate, own.up, own.down, per_expert.T))[0]
+        routed = jax.lax.scan(one, start, (gates, ups, downs, per_expert.T))[0]
+        out = (routed + moe.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
     else:
-        gate, up = (jnp.einsum("nd,ewd->new", x, stacked(w), precision="highest") for w in (own.gate, own.up))
-        hidden = silu_product(gate, up).astype(jnp.float32) * per_expert[..., None]
-        routed = product("new,edw->nd", hidden.astype(x.dtype), stacked(own.down))
-    out = (routed + moe.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
+        gate, up = (jnp.einsum("nd,ewd->new", x, dense(w, x.dtype), precision="highest") for w in (gates, ups))
+        hidden = seqs.seams.call("swiglu", gate, up).astype(jnp.float32) * per_expert[..., None]
+        routed = product("new,edw->nd", hidden.astype(x.dtype), dense(downs, x.dtype))
+        out = (routed + moe.shared(x, numerics).astype(jnp.float32)).astype(x.dtype)
 
     chosen_share = seqs.split(picked.sum(1)).mean(1) / config.num_experts_per_tok  # [B, E]
     affinity = jax.nn.sigmoid(product("nd,ed->ne", x, moe.router.astype(x.dtype)))
@@ -291,14 +353,14 @@ def decoder_layer(
     layer: DecoderLayer, residual: jax.Array, update: jax.Array | None, number: int, seqs: Sequences
 ) -> tuple[jax.Array, jax.Array, LayerReport]:
     """`DecoderLayer.__call__` over whole sequences: residual and update [B * T, D], and the layer's report."""
-    eps = seqs.config.rms_norm_eps
-    residual, x = add_rms_norm(residual, update, layer.attn_norm, eps)
+    eps, numerics = seqs.config.rms_norm_eps, seqs.numerics
+    residual, x = numerics.add_rms_norm(residual, update, layer.attn_norm, eps)
     update, index_kl = attention(layer.attn, x, number, seqs)
-    residual, x = add_rms_norm(residual, update, layer.ffn_norm, eps)
+    residual, x = numerics.add_rms_norm(residual, update, layer.ffn_norm, eps)
     if isinstance(layer.ffn, MoE):
         update, load, balance = experts(layer.ffn, x, seqs)
     else:
-        update, load, balance = layer.ffn(x, seqs.numerics), jnp.zeros(0), jnp.float32(0)
+        update, load, balance = layer.ffn(x, numerics), jnp.zeros(0), jnp.float32(0)
     return residual, update, LayerReport(index_kl, load, balance)
 
 
@@ -306,25 +368,21 @@ def run_layer(layer: DecoderLayer, residual, update, number: int, seqs: Sequence
     """`decoder_layer`, recomputed in the backward pass where the run says so; what was selected is kept."""
     if not seqs.run.remat:
         return decoder_layer(layer, residual, update, number, seqs)
-    kept = None if seqs.run.selection == "dense" else jax.checkpoint_policies.save_only_these_names(SELECTED)
-    recomputed = jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs), policy=kept)
+    policy = None if seqs.run.attention == "dense" else jax.checkpoint_policies.save_only_these_names(SELECTED)
+    recomputed = jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs), policy=policy)
     return recomputed(layer, residual, update)
 
 
-def hidden_states(
-    model: DeepseekV32, ids: jax.Array, run: Run, seed: jax.Array | int = 0
-) -> tuple[jax.Array, list[LayerReport]]:
-    """The states after the final norm [B, T, D] of token ids int32 [B, T], and a report of every layer.
-
-    `seed` is that of the "random" selection.
-    """
-    seqs = Sequences(model.config, run, *ids.shape, jnp.asarray(seed))
+def hidden_states(model: DeepseekV32, ids: jax.Array, run: Run) -> tuple[jax.Array, list[LayerReport]]:
+    """The states after the final norm [B, T, D] of token ids int32 [B, T], and a report of every layer."""
+    seqs = Sequences(model.config, run, *ids.shape)
     residual, update = model.embed[ids.reshape(-1)].astype(run.compute_dtype), None
     reports = []
     for number, layer in enumerate(model.layers):
         residual, update, report = run_layer(layer, residual, update, number, seqs)
         reports.append(report)
-    _, x = add_rms_norm(residual, update, model.norm, model.config.rms_norm_eps)
+    _, x = seqs.numerics.add_rms_norm(residual, update, model.norm, model.config.rms_norm_eps)
+    seqs.seams.check_all_called()
     return seqs.split(x), reports
 
 
@@ -341,13 +399,13 @@ def mtp_states(
       next_ids: int32 [B, T], token t + 1.
       run: how.
     """
-    seqs = Sequences(config, run, *next_ids.shape, jnp.asarray(0))
-    eps = config.rms_norm_eps
-    embedded = rms_norm(embed[next_ids.reshape(-1)].astype(run.compute_dtype), mtp.enorm, eps)
-    state = rms_norm(states.reshape(embedded.shape), mtp.hnorm, eps)
-    joined = seqs.numerics.matmul(jnp.concatenate([embedded, state], axis=-1), mtp.eh_proj)
+    seqs = Sequences(config, run, *next_ids.shape)
+    numerics, eps = seqs.numerics, config.rms_norm_eps
+    embedded = numerics.rms_norm(embed[next_ids.reshape(-1)].astype(run.compute_dtype), mtp.enorm, eps)
+    state = numerics.rms_norm(states.reshape(embedded.shape), mtp.hnorm, eps)
+    joined = numerics.matmul(jnp.concatenate([embedded, state], axis=-1), mtp.eh_proj, "eh_proj")
     residual, update, report = run_layer(mtp.layer, joined, None, config.num_hidden_layers, seqs)
-    return seqs.split(add_rms_norm(residual, update, mtp.norm, eps)[1]), report
+    return seqs.split(numerics.add_rms_norm(residual, update, mtp.norm, eps)[1]), report
 
 
 def log_likelihoods(states: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """`dsv32 serve`: an OpenAI-compatible HTTP endpoint over `Engine`. Needs the extra `serve`.
 
-A request's way: `run` (socket, signals) → `protocol` (slow connections) → `app` (routes, key, sizes) → `ask` (fields)
-→ `worker` (the engine's thread) → `answer` and `wording` (JSON and server-sent events). `prometheus` is `/metrics`.
+A request passes `run` (socket, signals) → `protocol` (slow connections) → `app` (routes, key, sizes) → `api_request`
+(fields) → `worker` (the engine's thread) → `answer` and `response_json` (JSON and server-sent events). `prometheus`
+makes the text of `/metrics`.
 """
 
 from dsv32_jax.server.app import create_app

@@ -1,4 +1,4 @@
-"""Answering: a job's pieces as one JSON object or as server-sent events, for as long as the client is there."""
+"""Sends a job's pieces as one JSON object or as server-sent events, as long as the client is connected."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from dsv32_jax.server.errors import ApiError
-from dsv32_jax.server.wording import Wording
+from dsv32_jax.server.response_json import ResponseJson
 from dsv32_jax.server.worker import Accepted, Job, Piece, Usage, Worker
 
 __all__ = ["Answer"]
@@ -23,26 +23,26 @@ SSE_HEADERS = [
 
 
 class Answer:
-    """An ASGI response that submits its request, and gives it up when the client goes away.
+    """An ASGI response that submits its request, and cancels it when the client disconnects.
 
     Args:
-      worker: takes the request; `ApiError` 429 comes out of the call if it cannot.
-      wording: of the answer; its `ask` is what is submitted.
+      worker: takes the request; the call raises `ApiError` 429 if it cannot.
+      response_json: of the answer; its `request` is submitted.
     """
 
-    def __init__(self, worker: Worker, wording: Wording):
+    def __init__(self, worker: Worker, response_json: ResponseJson):
         self.worker = worker
-        self.wording = wording
+        self.response_json = response_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job = self.worker.submit(self.wording.ask)
-        send_all = self._stream if self.wording.ask.stream else self._whole
+        job = self.worker.submit(self.response_json.request)
+        send_all = self._stream if self.response_json.request.stream else self._whole
         sending = asyncio.create_task(send_all(job, scope, receive, send))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                sending.result()  # raises what it raised
+                sending.result()  # raises its exception
         finally:
             self.worker.cancel(job)
             for task in (sending, leaving):
@@ -56,21 +56,24 @@ class Answer:
                 pieces.append(item)
             elif isinstance(item, Usage):
                 # With log-probabilities these can be megabytes, which the event loop must not wait for.
-                whole = await asyncio.to_thread(lambda usage: JSONResponse(self.wording.whole(pieces, usage)), item)
-                await whole(scope, receive, send)
+                response = await asyncio.to_thread(self._whole_response, pieces, item)
+                await response(scope, receive, send)
+
+    def _whole_response(self, pieces: list[Piece], usage: Usage) -> JSONResponse:
+        return JSONResponse(self.response_json.whole(pieces, usage))
 
     async def _stream(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        """Status 200 is said when the engine has taken the job; an error after that is an event of its own."""
+        """Sends status 200 when the engine has taken the job; an error after that is sent as an event."""
         items = _items(job)
         await anext(items)
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         try:
-            for opening in self.wording.opening():
+            for opening in self.response_json.opening():
                 await _send_event(send, opening)
             async for item in items:
-                event = self.wording.chunk(item) if isinstance(item, Piece) else None
-                if isinstance(item, Usage) and self.wording.ask.include_usage:
-                    event = self.wording.usage(item)
+                event = self.response_json.chunk(item) if isinstance(item, Piece) else None
+                if isinstance(item, Usage) and self.response_json.request.include_usage:
+                    event = self.response_json.usage(item)
                 if event is not None:
                     await _send_event(send, event)
         except ApiError as error:
@@ -79,7 +82,7 @@ class Answer:
 
 
 async def _items(job: Job) -> AsyncIterator[Accepted | Piece | Usage]:
-    """A job's items to the last; raises the `ApiError` that ends it."""
+    """All items of a job; raises the `ApiError` that ends it."""
     while True:
         item = await job.items.get()
         if isinstance(item, ApiError):
@@ -96,7 +99,7 @@ async def _send_event(send: Send, content: dict[str, Any]) -> None:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has gone; the request's body has been read before."""
+    """Returns when the client has disconnected; the request's body has been read before."""
     with contextlib.suppress(asyncio.CancelledError):
         while (await receive())["type"] != "http.disconnect":
             pass

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the server as an ASGI application."""
 
 import asyncio
 import contextlib
@@ -13,37 +13,37 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.errors import UserError
 from dsv32_jax.server import body, prometheus
 from dsv32_jax.server.answer import Answer
-from dsv32_jax.server.ask import Ask, ask_chat, ask_completion
+from dsv32_jax.server.api_request import ApiRequest, read_chat_request, read_completion_request
 from dsv32_jax.server.errors import ApiError, failed
 from dsv32_jax.server.guard import Guard
 from dsv32_jax.server.metrics_log import regular_lines
+from dsv32_jax.server.response_json import ChatJson, CompletionJson, ResponseJson
 from dsv32_jax.server.settings import Settings
-from dsv32_jax.server.wording import ChatWording, CompletionWording, Wording
 from dsv32_jax.server.worker import Worker
 
 __all__ = ["Service", "create_app"]
 
-AskFunction = Callable[[Mapping[str, Any], Engine, Settings], Ask]
+ReadRequest = Callable[[Mapping[str, Any], Engine, Settings], ApiRequest]
 STOP_SECONDS = 10.0
-"""That the engine's thread gets for its last step."""
+"""How long the engine's thread may take for its last step."""
 
 
 class Service:
-    """What the routes share: `app.state.service`.
+    """The routes and the state that they share: `app.state.service`.
 
     Attributes:
       worker: owns the engine.
       settings: of the server.
-      draining: no request is taken any more.
+      draining: whether new requests are refused because the server shuts down.
       active: requests that are being answered.
       statuses: answers so far, by status.
-      stopped: the engine's thread has ended, as it was told to.
+      stopped: whether the engine's thread ended in time when the application stopped.
     """
 
     def __init__(self, worker: Worker, settings: Settings):
@@ -56,11 +56,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Takes requests."""
+        """Whether requests are taken."""
         return self.worker.ready and self.worker.alive and not self.draining
 
     async def drain(self) -> None:
-        """Takes no more requests, and returns when those that run have ended, by themselves or by force."""
+        """Refuses new requests; returns when those that run have ended, or after `drain_seconds` have been ended."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
@@ -71,24 +71,24 @@ class Service:
     # ---- routes ----
 
     async def completions(self, request: Request) -> ASGIApp:
-        return await self._answer(request, ask_completion, CompletionWording)
+        return await self._answer(request, read_completion_request, CompletionJson)
 
     async def chat_completions(self, request: Request) -> ASGIApp:
-        return await self._answer(request, ask_chat, ChatWording)
+        return await self._answer(request, read_chat_request, ChatJson)
 
-    async def _answer(self, request: Request, ask_of: AskFunction, wording: type[Wording]) -> ASGIApp:
+    async def _answer(self, request: Request, read_request: ReadRequest, response_json: type[ResponseJson]) -> ASGIApp:
         self._check_ready()
         content = await body.read(request, self.settings.max_body_bytes, self.settings.read_seconds)
-        self.worker.check_room(1)  # a full server does not even read what it is asked
+        self.worker.check_room(1)  # a full server does not even parse the request
 
-        def understand() -> Ask:
-            return ask_of(body.parse(content), self.worker.engine, self.settings)
+        def parse() -> ApiRequest:
+            return read_request(body.parse(content), self.worker.engine, self.settings)
 
-        ask = await asyncio.to_thread(understand)
+        api_request = await asyncio.to_thread(parse)
         self._check_ready()
         tokenizer = self.worker.engine.lm.tokenizer
         assert tokenizer is not None
-        return self._counted(Answer(self.worker, wording(self.settings.name, ask, tokenizer)))
+        return self._counted(Answer(self.worker, response_json(self.settings.name, api_request, tokenizer)))
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -97,10 +97,10 @@ class Service:
             raise ApiError(503, f"the server is {reason}", code="not_ready", headers=headers)
 
     def _counted(self, answer: Answer) -> ASGIApp:
-        async def app(*given: Any) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
             self.active += 1
             try:
-                await answer(*given)
+                await answer(scope, receive, send)
             finally:
                 self.active -= 1
 
@@ -139,12 +139,12 @@ class Service:
 
 
 def create_app(engine: Engine, settings: Settings, *, worker: Worker | None = None) -> Starlette:
-    """The server as an ASGI application, which starts the engine's thread with its lifespan.
+    """The server as an ASGI application; its lifespan starts and stops the engine's thread.
 
     Args:
-      engine: of a model with a tokenizer; the application alone uses it from now on.
+      engine: of a model with a tokenizer; nobody but the application may use it from now on.
       settings: limits and defaults.
-      worker: instead of the one that `settings` describes.
+      worker: used instead of one that is made from `settings`.
 
     Raises:
       UserError: the model has no tokenizer.
@@ -177,7 +177,7 @@ def create_app(engine: Engine, settings: Settings, *, worker: Worker | None = No
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
-            ClientDisconnect: _nobody,
+            ClientDisconnect: _disconnected,
             Exception: _any_error,
         },
         lifespan=lifespan,
@@ -193,16 +193,16 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such route, or not with this method."""
+    """Starlette's own errors: there is no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.scope['path'][:128]}"
-    message = f"Unknown request URL: {what}" if error.status_code == 404 else f"{error.detail}: {what}"
+    url = f"{request.method} {request.scope['path'][:128]}"
+    message = f"Unknown request URL: {url}" if error.status_code == 404 else f"{error.detail}: {url}"
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
     return ApiError(error.status_code, ascii(message)[1:-1], code=code, headers=error.headers).response()
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    """The client went away while its body was read; nobody sees this."""
+async def _disconnected(request: Request, error: Exception) -> Response:
+    """A response that nobody receives: the client disconnected while its body was read."""
     return Response(status_code=400)
 
 

@@ -1,4 +1,4 @@
-"""A request's body: bounded in size, time and depth before anything looks at it."""
+"""Reads and parses a request's body, with bounds on its size, time and depth."""
 
 import asyncio
 import json
@@ -12,19 +12,19 @@ from dsv32_jax.server.errors import ApiError
 __all__ = ["parse", "read"]
 
 DEEPEST = 16
-"""Lists and objects inside each other; the fields of the API need half of that."""
+"""The most levels of nested lists and objects; the fields of the API need half of that."""
 
 
 async def read(request: Request, limit: int, seconds: float) -> bytes:
-    """The body.
+    """Reads the body.
 
     Raises:
-      ApiError: 415, not JSON by its own word, so that no page in a browser can send it without asking; 413, larger than
-        `limit`, whether it says so or not; 408, it did not come in time.
-      ClientDisconnect: the client went away.
+      ApiError: 415, its content type is not JSON, so that no page in a browser can send it without a preflight request;
+        413, it is larger than `limit`, whether its header says so or not; 408, it did not come in time.
+      ClientDisconnect: the client disconnected.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
         raise ApiError(415, "content-type: must be application/json", code="unsupported_media_type")
     too_large = ApiError(
         413, f"body: larger than {limit} bytes", code="body_too_large", headers={"connection": "close"}
@@ -46,29 +46,29 @@ async def read(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The object that a body is.
+    """Parses a body as a JSON object.
 
     Raises:
       ApiError: 400, it is not UTF-8, not JSON (NaN and infinity are not, nor are numbers beyond float64), nested too
-        deeply, or no object.
+        deeply, or not an object.
     """
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
+        content = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
-        raise _wrong(f"not UTF-8 (byte {error.start})") from None
+        raise _invalid(f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise _wrong(f"nested more than {DEEPEST} deep") from None
+        raise _invalid(f"nested more than {DEEPEST} deep") from None
     except ValueError as error:  # also of an integer with thousands of digits
-        raise _wrong(f"not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise _wrong("must be a JSON object")
-    level: list[Any] = [found]
+        raise _invalid(f"not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise _invalid("must be a JSON object")
+    level: list[Any] = [content]
     for _ in range(DEEPEST):
-        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent)]
         level = [item for item in level if isinstance(item, dict | list)]
     if level:
-        raise _wrong(f"nested more than {DEEPEST} deep")
-    return found
+        raise _invalid(f"nested more than {DEEPEST} deep")
+    return content
 
 
 def _refuse(constant: str) -> float:
@@ -81,5 +81,5 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _wrong(what: str) -> ApiError:
-    return ApiError(400, f"body: {what}", code="invalid_json")
+def _invalid(reason: str) -> ApiError:
+    return ApiError(400, f"body: {reason}", code="invalid_json")

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors that a client gets, in the JSON of OpenAI's API."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ NO_RETRY = {"x-should-retry": "false"}
 
 
 class ApiError(Exception):
-    """What a client is told.
+    """An error that a client gets.
 
     Args:
       status: of HTTP.
-      message: one line for a person.
+      message: one line for people.
       param: the field that is wrong.
-      code: for a program.
+      code: for programs.
       headers: of the response.
     """
 
@@ -49,20 +49,20 @@ class ApiError(Exception):
 
 
 def from_user_error(error: UserError, names: Mapping[str, str]) -> ApiError:
-    """400 that names the client's own field.
+    """An error 400 that names the client's own field.
 
     Args:
       error: "field: what is wrong", where "prompt 0, position 3" is of the field prompt.
-      names: what the engine's fields are called in this request.
+      names: this request's names of the engine's fields.
     """
-    field, colon, rest = str(error).partition(":")
-    known, after, more = field.partition(" ")
-    known = known.rstrip(",")
-    if not colon or known not in names:
+    subject, colon, reason = str(error).partition(":")
+    field, space, position = subject.partition(" ")
+    field = field.rstrip(",")
+    if not colon or field not in names:
         return ApiError(400, str(error))
-    return ApiError(400, f"{names[known]}{after}{more}:{rest}", param=names[known])
+    return ApiError(400, f"{names[field]}{space}{position}:{reason}", param=names[field])
 
 
 def failed() -> ApiError:
-    """Of a request that could not be answered for no fault of its own; the log has the reason."""
+    """The error of a request that failed without a fault of its own; the log has the reason."""
     return ApiError(500, "the server failed while it ran this request", code="internal_error")

@@ -1,4 +1,4 @@
-"""Reading the fields of a JSON object, each with its type and range. null is the same as absent, as with OpenAI."""
+"""Reads the fields of a JSON object, each with its type and range. null is the same as absent, as with OpenAI."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,38 +9,45 @@ __all__ = ["Fields", "shown"]
 
 
 class Fields:
-    """A JSON object's fields. Every method raises `ApiError` 400 that names the field where the value is wrong."""
+    """A JSON object's fields. Where a value is wrong, every method raises `ApiError` 400, which names the field.
 
-    def __init__(self, values: Mapping[str, Any], inside: str = ""):
+    Args:
+      values: of the fields.
+      prefix: of the fields' names in errors, for an object inside another.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
         self._values = {name: value for name, value in values.items() if value is not None}
-        self._inside = inside
+        self._prefix = prefix
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def wrong(self, name: str, what: str) -> ApiError:
+    def error(self, name: str, reason: str) -> ApiError:
         """The error of a field."""
-        path = self._inside + name
-        return ApiError(400, f"{path}: {what}", param=path)
+        path = self._prefix + name
+        return ApiError(400, f"{path}: {reason}", param=path)
 
     def only(self, known: Collection[str], neutral: Mapping[str, Collection[Any]]) -> None:
-        """Refuses names that are not known, and values of `neutral` fields other than those that change nothing."""
+        """Refuses names that are not known, and values of `neutral` fields other than the listed ones, which change
+        nothing.
+        """
         for name, value in self._values.items():
             if name in neutral:
                 if value not in neutral[name]:
-                    raise self.wrong(name, "is not supported; leave it out")
+                    raise self.error(name, "is not supported; leave it out")
             elif name not in known:
-                path = self._inside + ascii(name)[1:-1][:64]
+                path = self._prefix + ascii(name)[1:-1][:64]
                 raise ApiError(400, f"Unrecognized request argument supplied: {path}", param=path)
 
     def value(self, name: str) -> Any:
-        """As it stands; None where absent."""
+        """The value of a field as it is; None where absent."""
         return self._values.get(name)
 
     def boolean(self, name: str, default: bool = False) -> bool:
         value = self._values.get(name, default)
         if not isinstance(value, bool):
-            raise self.wrong(name, f"{shown(value)} is not true or false")
+            raise self.error(name, f"{shown(value)} is not true or false")
         return value
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
@@ -48,44 +55,44 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(name, f"{shown(value)} is not an integer")
+            raise self.error(name, f"{shown(value)} is not an integer")
         if not low <= value <= high:
-            raise self.wrong(name, f"{shown(value)}; must be in {low}..{high}")
+            raise self.error(name, f"{shown(value)}; must be in {low}..{high}")
         return value
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
         value = self._values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(name, f"{shown(value)} is not a number")
+            raise self.error(name, f"{shown(value)} is not a number")
         if not low <= value <= high:
-            raise self.wrong(name, f"{shown(value)}; must be from {low:g} to {high:g}")
+            raise self.error(name, f"{shown(value)}; must be from {low:g} to {high:g}")
         return float(value)
 
     def text(self, name: str) -> str | None:
-        """A text that can be written as UTF-8."""
+        """A text that can be encoded as UTF-8; None where absent."""
         value = self._values.get(name)
         return None if value is None else self.as_text(name, value)
 
     def as_text(self, name: str, value: Any) -> str:
-        """`text`, of a value that has been found in the field."""
+        """A value of the field as `text` has it."""
         if not isinstance(value, str):
-            raise self.wrong(name, f"{shown(value)} is not a string")
+            raise self.error(name, f"{shown(value)} is not a string")
         try:
             value.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say
-            raise self.wrong(name, "has half of a surrogate pair; it must be text") from None
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express
+            raise self.error(name, "has half of a surrogate pair; it must be text") from None
         return value
 
     def object(self, name: str) -> "Fields":
-        """The fields of an object; none where absent."""
+        """The fields of a nested object; none where absent."""
         value = self._values.get(name, {})
         if not isinstance(value, dict):
-            raise self.wrong(name, f"{shown(value)} is not an object")
-        return Fields(value, f"{self._inside}{name}.")
+            raise self.error(name, f"{shown(value)} is not an object")
+        return Fields(value, f"{self._prefix}{name}.")
 
 
 def shown(value: Any) -> str:
-    """A client's value in a message: short, and ASCII."""
+    """A client's value as a message has it: short, and ASCII."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:

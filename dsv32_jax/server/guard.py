@@ -1,4 +1,4 @@
-"""In front of every route: the key, and a count of answers by status."""
+"""Checks the API key in front of every route, and counts answers by status."""
 
 import hashlib
 import hmac
@@ -15,9 +15,9 @@ class Guard:
     """ASGI middleware that lets no request through without the key, whatever its path is.
 
     Args:
-      app: behind it.
-      api_key: None: nobody is asked for one.
-      statuses: counts answers.
+      app: that it guards.
+      api_key: None if no key is required.
+      statuses: counts answers by status.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, statuses: Counter[int]):
@@ -49,10 +49,10 @@ class Guard:
         await self.app(scope, receive, counting)
 
     def _allowed(self, scope: Scope) -> bool:
-        """Compares digests, so that time tells neither the key's characters nor its length."""
+        """Whether the request has the key. Digests are compared, so that time tells neither characters nor length."""
         if self._digest is None:
             return True
-        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        same = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
-        return same and scheme.lower() == b"bearer"
+        values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        keys_equal = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        return keys_equal and scheme.lower() == b"bearer"

@@ -1,4 +1,4 @@
-"""The engine's summary in a file, one line of JSON each time."""
+"""Writes the engine's summary to a file, one line of JSON each time."""
 
 import asyncio
 import contextlib
@@ -25,9 +25,9 @@ def check_writable(path: Path) -> None:
 
 
 async def write_line(worker: Worker, path: Path) -> None:
-    """Adds the summary now; `time` is Unix time.
+    """Appends the summary; its `time` is Unix time.
 
-    A disk that is full must not end the server: such a line is lost, and the log says so.
+    A full disk must not end the server: the line is lost then, and the log says so.
     """
     line = json.dumps({"time": time.time(), **await worker.summary()}) + "\n"
     try:
@@ -38,7 +38,7 @@ async def write_line(worker: Worker, path: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def regular_lines(worker: Worker, path: Path | None, seconds: float) -> AsyncIterator[None]:
-    """A line at the beginning, at the end, and every so many seconds in between; without a path nothing."""
+    """Writes a line at the beginning, at the end, and every so many seconds in between; without a path none."""
 
     async def write() -> None:
         while path is not None:

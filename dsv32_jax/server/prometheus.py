@@ -32,7 +32,7 @@ LATENCIES = {
     "between_tokens_seconds": ("time_per_output_token_seconds", "From one token of a completion to the next."),
 }
 QUANTILES = {"p50": "0.5", "p90": "0.9", "p99": "0.99"}
-OF_THE_CACHE = {
+CACHE_COUNTERS = {
     "tokens_asked": "Tokens of all prompts that the cache was searched for.",
     "tokens_found": "Those of them that it had.",
     "evictions": "Cached blocks given up for memory.",
@@ -40,12 +40,12 @@ OF_THE_CACHE = {
 
 
 class EngineCollector(Collector):
-    """Metrics of a summary; all names begin with dsv32_.
+    """The metrics of a summary; all names begin with dsv32_.
 
     Args:
       summary: of `Engine.summary`.
-      ready: takes requests.
-      failed_steps: that ended with an exception.
+      ready: whether the server takes requests.
+      failed_steps: steps that ended with an exception.
       statuses: answers so far, by HTTP status.
     """
 
@@ -56,10 +56,10 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         cache = self.summary["cache"]
-        for key, words in COUNTERS.items():
-            yield CounterMetricFamily(f"dsv32_{key}", words, value=self.summary[key])
-        for key, words in OF_THE_CACHE.items():
-            yield CounterMetricFamily(f"dsv32_cache_{key}", words, value=cache[key])
+        for key, description in COUNTERS.items():
+            yield CounterMetricFamily(f"dsv32_{key}", description, value=self.summary[key])
+        for key, description in CACHE_COUNTERS.items():
+            yield CounterMetricFamily(f"dsv32_cache_{key}", description, value=cache[key])
         yield CounterMetricFamily("dsv32_failed_steps", "Steps that ended with an error.", value=self.failed_steps)
         finished = CounterMetricFamily("dsv32_completions_finished", "Completions that ended.", labels=["reason"])
         for reason, count in self.summary["finished"].items():
@@ -69,8 +69,8 @@ class EngineCollector(Collector):
         for status, count in sorted(self.statuses.items()):
             answers.add_metric([str(status)], count)
         yield answers
-        for key, (name, words) in GAUGES.items():
-            yield GaugeMetricFamily(f"dsv32_{name}", words, value=self.summary[key])
+        for key, (name, description) in GAUGES.items():
+            yield GaugeMetricFamily(f"dsv32_{name}", description, value=self.summary[key])
         yield GaugeMetricFamily("dsv32_ready", "1: takes requests.", value=int(self.ready))
         blocks = GaugeMetricFamily("dsv32_cache_blocks", "Blocks of the cache now, of 64 tokens.", labels=["state"])
         for state in ("in_use", "cached", "free"):
@@ -80,18 +80,18 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("dsv32_cache_blocks_shared", shared, value=cache["shared"])
         empty = "Share of the places of blocks in use that hold no token."
         yield GaugeMetricFamily("dsv32_cache_internal_fragmentation", empty, value=cache["internal_fragmentation"])
-        for key, (name, words) in LATENCIES.items():
-            family = SummaryMetricFamily(f"dsv32_{name}", f"{words} Quantiles of the latest.")
-            found = self.summary[key] or {"count": 0, "sum": 0.0}
+        for key, (name, description) in LATENCIES.items():
+            family = SummaryMetricFamily(f"dsv32_{name}", f"{description} Quantiles of the latest.")
+            latencies = self.summary[key] or {"count": 0, "sum": 0.0}
             for quantile, label in QUANTILES.items():
-                if quantile in found:
-                    family.add_sample(family.name, {"quantile": label}, found[quantile])
-            family.add_metric([], found["count"], found["sum"])
+                if quantile in latencies:
+                    family.add_sample(family.name, {"quantile": label}, latencies[quantile])
+            family.add_metric([], latencies["count"], latencies["sum"])
             yield family
 
 
 def text(collector: EngineCollector) -> bytes:
-    """What `/metrics` answers."""
+    """The body of `/metrics`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
     return generate_latest(registry)

@@ -13,9 +13,9 @@ __all__ = ["protocol_class"]
 
 
 class SlowProtocol(H11Protocol):
-    """A connection that is cut where a request's head does not come, or an answer is not read, in time.
+    """A connection that is closed where a request's head does not come, or an answer is not read, in time.
 
-    A request's body is up to the application, which reads it.
+    The application itself limits the time of a request's body.
     """
 
     read_seconds: float
@@ -36,7 +36,7 @@ class SlowProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # Bytes of a head that is not whole do not start the time again.
+        # Bytes of an incomplete head do not restart the timer.
         if self.conn.their_state is not h11.IDLE:
             self._stop_timers("_head")
         elif self._head is None and not self.transport.is_closing():
@@ -64,7 +64,7 @@ class SlowProtocol(H11Protocol):
             setattr(self, name, None)
 
     def send_400_response(self, msg: str) -> None:
-        """Of a request that is no HTTP, or whose head is too large."""
+        """Answers a request that is not HTTP, or whose head is too large."""
         content = json.dumps(ApiError(400, msg, code="invalid_http").body).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(content))), ("connection", "close")]
         for event in (
@@ -77,5 +77,5 @@ class SlowProtocol(H11Protocol):
 
 
 def protocol_class(read_seconds: float, send_seconds: float) -> type[asyncio.Protocol]:
-    """For uvicorn's `http`."""
+    """The class with these limits, for uvicorn's `http`."""
     return type("Protocol", (SlowProtocol,), {"read_seconds": read_seconds, "send_seconds": send_seconds})

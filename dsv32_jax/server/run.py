@@ -1,4 +1,4 @@
-"""A server on a socket, from its first request to its drain."""
+"""Runs the server on a socket, from its start to its drain."""
 
 import asyncio
 import gc
@@ -18,23 +18,23 @@ from dsv32_jax.server.settings import Settings
 
 __all__ = ["Server", "bind", "serve"]
 
-MOST_HEAD_BYTES = 16 * 1024
+MAX_HEAD_BYTES = 16 * 1024
 """Of a request's line and headers."""
-MOST_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024
 """Beyond these, uvicorn itself answers 503."""
 CLOSE_SECONDS = 5
-"""That connections get to end after the drain."""
+"""How long connections may take to end after the drain."""
 
 
 class Server(uvicorn.Server):
-    """Drains at the first signal, while it tells newcomers that it does; ends at once at the second.
+    """Drains at the first signal, and answers new requests with 503 meanwhile; ends at once at the second.
 
-    What exists when the engine is ready is left out of Python's garbage collections until the end: going through all
-    that JAX has traced would stop the engine for some tenths of a second.
+    The objects that exist when the engine is ready are left out of Python's garbage collections until the end: walking
+    through all that JAX has traced would stop the engine for some tenths of a second.
 
     Args:
       app: of `create_app`.
-      say: gets one line when it listens; the engine may still be warming up.
+      say: called with one line when the server listens; the engine may still be warming up.
     """
 
     def __init__(self, app: Starlette, say: Callable[[str], None]):
@@ -50,26 +50,26 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 proxy_headers=False,
                 server_header=False,
-                limit_concurrency=MOST_CONNECTIONS,
+                limit_concurrency=MAX_CONNECTIONS,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
-                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )
         self.say = say
-        self.asked_to_end = self._frozen = False
+        self.signalled = self._frozen = False
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        where = f"[{host}]" if ":" in host else host
-        self.say(f"serving {self.service.settings.name} at http://{where}:{port}/v1")
+        host = f"[{host}]" if ":" in host else host
+        self.say(f"serving {self.service.settings.name} at http://{host}:{port}/v1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not passed on to uvicorn, which would raise the signal again at the end: a drained server ends with 0.
-        if self.asked_to_end:
+        if self.signalled:
             self.should_exit = self.force_exit = True
-        self.asked_to_end = True
+        self.signalled = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
             self._frozen = True
             gc.collect()
             gc.freeze()
-        if self.asked_to_end and self._drain is None:
+        if self.signalled and self._drain is None:
             self._drain = asyncio.create_task(self.service.drain())
             self._drain.add_done_callback(self._exit)
         if not self.service.worker.alive:
@@ -93,33 +93,36 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; raises `UserError`. Done before a model is loaded, which can take minutes."""
+    """Binds a socket that does not listen yet; raises `UserError`.
+
+    This comes before a model is loaded, which can take minutes.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host}, --port {port}: cannot be bound: {reason}") from error
-    return found
+    return bound
 
 
-def serve(engine: Engine, settings: Settings, place: socket.socket, say: Callable[[str], None] = print) -> int:
+def serve(engine: Engine, settings: Settings, bound: socket.socket, say: Callable[[str], None] = print) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     Args:
       engine: of a model with a tokenizer; not warmed up.
       settings: limits and defaults.
-      place: of `bind`.
-      say: gets one line when it listens.
+      bound: a socket, of `bind`.
+      say: called with one line when the server listens.
 
     Returns:
       0 after a drain; 1 where the engine's thread ended by itself.
     """
     server = Server(create_app(engine, settings), say)
-    server.run(sockets=[place])
-    code = 0 if server.asked_to_end else 1
+    server.run(sockets=[bound])
+    code = 0 if server.signalled else 1
     if not server.service.stopped:
-        os._exit(code)  # the engine's thread still compiles; the interpreter could fall over it
+        os._exit(code)  # the engine's thread still compiles, and could crash the interpreter as it ends
     return code

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""The settings with which a server starts."""
 
 import dataclasses
 from pathlib import Path
@@ -16,17 +16,17 @@ class Settings:
 
     Attributes:
       name: of the model, as clients give it.
-      api_key: what every request must bear, on every route; None: nobody is asked for one.
-      max_queue: prompts that wait for the engine, at most; more are refused with 429.
-      max_body_bytes: of a request, at most; more are refused with 413.
-      deadline: from a request's coming to its end; later it is ended with an error.
+      api_key: the key that every request must have, on every route; None if none is required.
+      max_queue: the most prompts that wait for the engine; more are refused with 429.
+      max_body_bytes: the largest body of a request; larger ones are refused with 413.
+      deadline: how long a request may take from its arrival to its end; then it ends with an error.
       drain_seconds: how long running requests may go on after SIGTERM.
       read_seconds: in which a request's head must come, and then its body.
-      send_seconds: after which a client that does not read is cut off.
-      warmup: compile every shape of a step before a request is taken; else each when it is needed first.
-      temperature, top_p: of requests that do not say.
-      metrics_log: a file that gets the engine's summary as one line of JSON, again and again.
-      metrics_interval: how often.
+      send_seconds: after which a client that does not read is disconnected.
+      warmup: compile every shape of a step before a request is taken; otherwise each when it is first needed.
+      temperature, top_p: of requests without these fields.
+      metrics_log: a file to which the engine's summary is appended as one line of JSON, again and again.
+      metrics_interval: the time from one line to the next.
 
     Raises:
       UserError: naming the field.
@@ -59,7 +59,7 @@ class Settings:
         number("drain_seconds", self.drain_seconds, "0 or above", least=0)
         if not self.name:
             raise UserError("name: empty; it must have at least one character")
-        # A header cannot carry other characters, so that such a key could never be given.
+        # A header cannot carry other characters, so that no client could send such a key.
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise UserError("api_key: must be printable ASCII, and not empty")
         if self.api_key is not None and self.api_key != self.api_key.strip():

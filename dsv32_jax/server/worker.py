@@ -1,7 +1,7 @@
 """The thread that owns the engine. Nothing else calls JAX.
 
-Commands reach it as functions in a queue, which it runs between two steps. What it has to say goes to the event loop,
-once after each step. Nothing that a request does ends the thread.
+Commands reach it as functions in a queue, which it runs between two steps. It sends its items to the event loop once
+after each step. No request can end the thread.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import Event, LogProbs, Request
 from dsv32_jax.errors import UserError
-from dsv32_jax.server.ask import Ask
+from dsv32_jax.server.api_request import ApiRequest
 from dsv32_jax.server.errors import ApiError, failed, from_user_error
 
 __all__ = ["Accepted", "Job", "Piece", "Usage", "Worker"]
 
 SUMMARY_SECONDS = 2.0
-"""After which a summary is the one before: a step may take long where it must be compiled."""
+"""How long a summary waits for the thread, which may compile a step; then the previous summary is used."""
 FAILED_STEP_SECONDS = 0.1
-"""Pause after a step that failed, so that an engine that always fails leaves time, and room in the log."""
+"""Pause after a step that failed, so that an engine that always fails does not fill processor and log."""
 
 logger = logging.getLogger("dsv32_jax.server")
 
@@ -37,11 +37,11 @@ class Accepted(NamedTuple):
 
 
 class Began(NamedTuple):
-    """One of a job's prompts waits no more."""
+    """One of a job's prompts has gone into its first step."""
 
 
 class Piece(NamedTuple):
-    """A token of one choice; `text` may be empty, `finish_reason` comes with a choice's last."""
+    """A token of one choice; `text` may be empty, `finish_reason` is that of the choice's last token, None before."""
 
     choice: int
     token: int
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """The end of a job whose choices have all ended."""
+    """The last item of a job whose choices have all ended."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -63,22 +63,22 @@ Item = Accepted | Began | Piece | Usage | ApiError
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request on its way through the thread.
+    """A client's request in the worker.
 
     Attributes:
-      ask: what it wants.
-      deadline: of the worker's clock.
-      items: `Accepted`, `Piece`s, and `Usage` or `ApiError` as the last; for the event loop.
-      waiting: prompts that have not begun; of the event loop.
-      requests: one for each prompt; of the thread, as is `sent`.
-      sent: pieces by choice.
+      api_request: the request, checked.
+      deadline: by the worker's clock.
+      items: for the event loop: `Accepted`, `Piece`s, and `Usage` or `ApiError` as the last.
+      waiting: prompts that have not begun; only the event loop uses it.
+      engine_requests: one for each prompt; only the thread uses them, and `sent`.
+      sent: pieces so far, by choice.
     """
 
-    ask: Ask
+    api_request: ApiRequest
     deadline: float
     items: asyncio.Queue[Item] = dataclasses.field(default_factory=asyncio.Queue)
     waiting: int = 0
-    requests: list[Request] = dataclasses.field(default_factory=list)
+    engine_requests: list[Request] = dataclasses.field(default_factory=list)
     sent: Counter[int] = dataclasses.field(default_factory=Counter)
 
 
@@ -87,10 +87,10 @@ class Worker:
 
     Args:
       engine: nobody else may use it from `start` to `stop`.
-      max_queue: prompts that wait, at most.
-      deadline: seconds that a job has.
-      warmup: of the engine, before it is ready.
-      clock: seconds.
+      max_queue: the most prompts that wait.
+      deadline: seconds that a job may take.
+      warmup: whether the engine is warmed up before the worker is ready.
+      clock: returns seconds.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Worker:
         self.queued = 0
         self.failed_steps = 0
         self._ended_with_error = engine.metrics.finished["error"]
-        self.latest = engine.summary()
+        self._summary = engine.summary()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outbox: list[tuple[Job, Item]] = []
-        self._jobs: dict[Job, int] = {}  # of the thread, with prompts that have begun
+        self._jobs: dict[Job, int] = {}  # used by the thread; the number of prompts that have begun
         self._job_of: dict[Request, Job] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="dsv32-engine", daemon=True)
@@ -122,33 +122,33 @@ class Worker:
     # ---- for the event loop ----
 
     def start(self) -> None:
-        """Warms the engine up, if so asked, and then runs it."""
+        """Starts the thread, which warms the engine up, if `warmup` says so, and then runs it."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """The thread runs."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def check_room(self, prompts: int) -> None:
-        """Raises `ApiError` 429 if so many more cannot wait."""
+        """Raises `ApiError` 429 if there is no room for so many more prompts to wait."""
         if prompts > self.max_queue:
             raise ApiError(400, f"prompt: {prompts} of them; at most {self.max_queue} can wait here", param="prompt")
         if self.queued + prompts > self.max_queue:
             message = f"{self.queued} prompts wait already, at most {self.max_queue} can; try again later"
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
 
-    def submit(self, ask: Ask) -> Job:
+    def submit(self, request: ApiRequest) -> Job:
         """Queues a job; raises `ApiError` 429 if there is no room."""
-        self.check_room(len(ask.prompts))
-        job = Job(ask, self.clock() + self.deadline, waiting=len(ask.prompts))
+        self.check_room(len(request.prompts))
+        job = Job(request, self.clock() + self.deadline, waiting=len(request.prompts))
         self.queued += job.waiting
         self._inbox.put(partial(self._add, job))
         return job
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for a job any more: its blocks are free before the next step. No matter if it has ended."""
+        """Ends a job whose client has gone; its blocks are free before the next step. It may have ended already."""
         self._inbox.put(partial(self._fail, job, ApiError(499, "cancelled")))
 
     def end_all(self, error: ApiError) -> None:
@@ -156,18 +156,18 @@ class Worker:
         self._inbox.put(partial(self._fail_all, error))
 
     async def summary(self) -> dict[str, Any]:
-        """`Engine.summary`, or the latest one where the thread is busy for too long."""
+        """`Engine.summary`, or the previous one where the thread is busy for too long."""
         if self.ready and self.alive:
-            found: Future[dict[str, Any]] = Future()
-            self._inbox.put(partial(self._summarise, found))
+            future: Future[dict[str, Any]] = Future()
+            self._inbox.put(partial(self._summarise, future))
             try:
-                self.latest = await asyncio.wait_for(asyncio.wrap_future(found), SUMMARY_SECONDS)
+                self._summary = await asyncio.wait_for(asyncio.wrap_future(future), SUMMARY_SECONDS)
             except TimeoutError:
                 pass
-        return self.latest
+        return self._summary
 
     def stop(self, seconds: float) -> bool:
-        """Ends all jobs and the thread; False if it did not end in time. May be called from any thread."""
+        """Ends all jobs and the thread; returns whether it ended in time. May be called from any thread."""
         self._inbox.put(self._stop)
         if self._thread.ident is not None:
             self._thread.join(seconds)
@@ -175,11 +175,11 @@ class Worker:
 
     def _deliver(self, items: list[tuple[Job, Item]]) -> None:
         for job, item in items:
-            begun = int(isinstance(item, Began))
+            no_longer_waiting = int(isinstance(item, Began))
             if isinstance(item, Usage | ApiError):
-                begun = job.waiting
-            job.waiting -= begun
-            self.queued -= begun
+                no_longer_waiting = job.waiting
+            job.waiting -= no_longer_waiting
+            self.queued -= no_longer_waiting
             if not isinstance(item, Began):
                 job.items.put_nowait(item)
 
@@ -192,9 +192,9 @@ class Worker:
         try:
             if self.warmup:
                 self.engine.warmup()
-            self._tell(self._set_ready)
+            self._call_in_loop(self._set_ready)
             while not self._stopping:
-                self._obey(wait=not self.engine.busy)
+                self._run_commands(wait=not self.engine.busy)
                 self._expire()
                 if self.engine.busy:
                     self._step()
@@ -202,12 +202,12 @@ class Worker:
         except Exception:
             logger.critical("the engine's thread has ended", exc_info=True)
         finally:
-            self._obey(wait=False)
+            self._run_commands(wait=False)
             self._fail_all(ApiError(503, "the server has stopped", code="stopped"))
             self._flush()
 
-    def _obey(self, wait: bool) -> None:
-        """Runs all commands; may wait for the first."""
+    def _run_commands(self, wait: bool) -> None:
+        """Runs all commands of the queue; with `wait` at least one, for which it waits."""
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -222,12 +222,12 @@ class Worker:
     def _add(self, job: Job) -> None:
         self._jobs[job] = 0
         try:
-            for ids in job.ask.prompts:
-                request = self.engine.add(ids, job.ask.params, salt=job.ask.salt)
-                job.requests.append(request)
+            for ids in job.api_request.prompts:
+                request = self.engine.add(ids, job.api_request.params, salt=job.api_request.salt)
+                job.engine_requests.append(request)
                 self._job_of[request] = job
         except UserError as error:
-            self._fail(job, from_user_error(error, job.ask.names))
+            self._fail(job, from_user_error(error, job.api_request.names))
         except Exception:
             logger.exception("a request could not be added")
             self._fail(job, failed())
@@ -243,41 +243,41 @@ class Worker:
             self._fail_all(failed())
             time.sleep(FAILED_STEP_SECONDS)
             return
-        for job, begun in self._jobs.items():
-            if begun < len(job.requests):
-                self._jobs[job] = sum(request.cached_tokens is not None for request in job.requests)
-                self._outbox += [(job, Began())] * (self._jobs[job] - begun)
+        for job, begun_before in self._jobs.items():
+            if begun_before < len(job.engine_requests):
+                self._jobs[job] = sum(request.cached_tokens is not None for request in job.engine_requests)
+                self._outbox += [(job, Began())] * (self._jobs[job] - begun_before)
         for event in events:
-            self._piece(self._job_of[event.request], event)
+            self._send_piece(self._job_of[event.request], event)
         if self.engine.metrics.finished["error"] != self._ended_with_error:
             self._ended_with_error = self.engine.metrics.finished["error"]
             for job in list(self._jobs):
-                if any(completion.error for request in job.requests for completion in request.completions):
+                if any(completion.error for request in job.engine_requests for completion in request.completions):
                     self._fail(job, failed())  # the engine's log says why
 
-    def _piece(self, job: Job, event: Event) -> None:
-        """Hands on a token; a step may have several of one choice."""
-        choice = job.requests.index(event.request) * job.ask.params.n + event.index
+    def _send_piece(self, job: Job, event: Event) -> None:
+        """Sends a token to the event loop; a step may have several of one choice."""
+        choice = job.engine_requests.index(event.request) * job.api_request.params.n + event.index
         completion = event.request.completions[event.index]
-        number = job.sent[choice]
+        index = job.sent[choice]
         job.sent[choice] += 1
-        logprobs = completion.logprobs[number] if completion.logprobs else None
+        logprobs = completion.logprobs[index] if completion.logprobs else None
         last = completion.finish_reason is not None and job.sent[choice] == len(completion.tokens)
         piece = Piece(choice, event.token, event.text, logprobs, completion.finish_reason if last else None)
         self._outbox.append((job, piece))
-        if all(request.finished for request in job.requests) and job.sent.total() == _tokens(job):
+        if all(request.finished for request in job.engine_requests) and job.sent.total() == _tokens(job):
             self._close(job)
-            prompt = sum(len(request.prompt) for request in job.requests)
-            cached = sum(request.cached_tokens or 0 for request in job.requests)
-            self._outbox.append((job, Usage(prompt, _tokens(job), cached)))
+            prompt_tokens = sum(len(request.prompt) for request in job.engine_requests)
+            cached_tokens = sum(request.cached_tokens or 0 for request in job.engine_requests)
+            self._outbox.append((job, Usage(prompt_tokens, _tokens(job), cached_tokens)))
 
     def _fail(self, job: Job, error: ApiError) -> None:
-        """Ends a job that has not ended."""
+        """Ends a job with an error, unless it has ended."""
         if job not in self._jobs:
             return
         self._close(job)
         self._outbox.append((job, error))
-        for request in job.requests:
+        for request in job.engine_requests:
             if not request.finished:
                 try:
                     self.engine.cancel(request)
@@ -290,7 +290,7 @@ class Worker:
 
     def _close(self, job: Job) -> None:
         del self._jobs[job]
-        for request in job.requests:
+        for request in job.engine_requests:
             del self._job_of[request]
 
     def _expire(self) -> None:
@@ -298,9 +298,9 @@ class Worker:
         for job in [job for job in self._jobs if now > job.deadline]:
             self._fail(job, ApiError(504, f"not done within {self.deadline:g} s", code="deadline_exceeded"))
 
-    def _summarise(self, found: "Future[dict[str, Any]]") -> None:
-        if found.set_running_or_notify_cancel():
-            found.set_result(self.engine.summary())
+    def _summarise(self, future: "Future[dict[str, Any]]") -> None:
+        if future.set_running_or_notify_cancel():
+            future.set_result(self.engine.summary())
 
     def _stop(self) -> None:
         self._stopping = True
@@ -308,14 +308,14 @@ class Worker:
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
         if outbox:
-            self._tell(partial(self._deliver, outbox))
+            self._call_in_loop(partial(self._deliver, outbox))
 
-    def _tell(self, call: Callable[[], None]) -> None:
+    def _call_in_loop(self, call: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the loop is closed: nobody listens
+        except RuntimeError:  # the loop is closed
             logger.debug("the event loop has ended", exc_info=True)
 
 
 def _tokens(job: Job) -> int:
-    return sum(len(completion.tokens) for request in job.requests for completion in request.completions)
+    return sum(len(completion.tokens) for request in job.engine_requests for completion in request.completions)

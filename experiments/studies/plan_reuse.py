@@ -7,7 +7,8 @@ those steps; what it does to the model is measured here, on held-out text, again
 A whole prompt computes the same at once: token t takes the choice of token t - t % N, in every layer.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.common.progress import tracked
-from dsv32_jax.config import ModelConfig
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.fidelity import kl_divergence, log_softmax, recall
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import load
-from dsv32_jax.model.moe import MoE
-from dsv32_jax.model.numerics import float32_matmul
+from pallas_kernels.moe_dispatch import route
 from pallas_kernels.moe_dispatch.reference import weights_of
 
 RESULT = RESULTS / "plan_reuse.json"
@@ -33,28 +32,21 @@ LENGTH, WINDOWS = 512, 16
 PERIODS = (2, 4, 8, 16)
 
 
-class ReusingMoE(MoE):
-    """`MoE` whose tokens take the experts of the first of their `period` tokens; row t of the step is position t."""
+def reusing(period: int) -> Callable[..., Any]:
+    """A `route` whose tokens take the experts of the first of their `period` tokens, weighted by their own scores.
 
-    def __init__(self, moe: MoE, period: int):
-        vars(self).update(vars(moe))
-        self.period = period
-
-    def route(self, x: jax.Array, config: ModelConfig, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
-        """Experts int32 [T, K] of an earlier token and float32 weights [T, K] of the token itself."""
-        fresh, _ = super().route(x, config, backend)
-        experts = fresh[jnp.arange(len(x)) // self.period * self.period]
-        scores = jax.nn.sigmoid(float32_matmul(x, self.router))
-        return experts, weights_of(scores, experts, config.norm_topk_prob, config.routed_scaling_factor)
+    Row t of a step is position t.
+    """
+    return functools.partial(route_again, period=period)
 
 
-def reusing(lm: LanguageModel, period: int) -> LanguageModel:
-    """The same model with plans kept for `period` tokens."""
-    model = jax.tree.map(lambda leaf: leaf, lm.model)
-    for layer in model.layers:
-        if isinstance(layer.ffn, MoE):
-            layer.ffn = ReusingMoE(layer.ffn, period)
-    return LanguageModel(model, lm.config, lm.tokenizer, lm.options)
+def route_again(
+    logits: jax.Array, bias: jax.Array, *, period: int, normalize: bool, scaling_factor: float, **choice: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Experts int32 [T, K] of an earlier token and float32 weights [T, K] of the token itself; see `reusing`."""
+    fresh, _ = route(logits, bias, normalize=normalize, scaling_factor=scaling_factor, **choice)
+    experts = fresh[jnp.arange(len(logits)) // period * period]
+    return experts, weights_of(jax.nn.sigmoid(logits), experts, normalize, scaling_factor)
 
 
 def agreement(experts: np.ndarray, distance: int, num_experts: int) -> list[float]:
@@ -70,7 +62,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
       windows: int32 [windows, length] of token ids.
       periods: steps for which a plan is kept.
     """
-    models = {period: reusing(lm, period) for period in periods}
+    models = {period: lm.with_parts(route=reusing(period)) for period in periods}
     agreements: list[list[list[float]]] = []
     kept: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
     for ids in tracked(list(windows), "reading", "windows"):
@@ -120,6 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     lm = load(arguments.model)
+    assert lm.tokenizer is not None
     found = measure(lm, held_out.windows(lm.tokenizer, LENGTH, arguments.windows), PERIODS)
     write_json(arguments.out, {**environment(), "model": arguments.model, **found})
     print("steps  KL (nats)  same best token  perplexity")

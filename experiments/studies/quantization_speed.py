@@ -38,10 +38,13 @@ from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.studies.random_model import in_schemes, random_parameters, stored_bytes
 from dsv32_jax.generate.memory import USABLE, available_bytes
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
-from dsv32_jax.model.model import Batch, DeepseekV32, Options, abstract_model, prepared
+from dsv32_jax.model.model import Batch, DeepseekV32, Options, abstract_model
 from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init, is_linear, named_parameters
+from dsv32_jax.model.prepared import prepared
+from dsv32_jax.model.seams import Seams
+from dsv32_jax.model.taps import Taps
 from pallas_kernels.backend import BACKENDS
 from pallas_kernels.cache_write import index_block_bytes, record_bytes
 
@@ -166,22 +169,6 @@ def experts_used(chosen: jax.Array) -> list[int]:
 # ---- what is called --------------------------------------------------------------------------------------------
 
 
-class ToldMoE(MoE):
-    """A layer of the model that tells which experts its tokens chose."""
-
-    def __init__(self, layer: MoE, tell: Callable[[jax.Array], None]):
-        self.router, self.router_bias = nnx.data(layer.router), nnx.data(layer.router_bias)
-        self.experts, self.shared, self.tell = layer.experts, layer.shared, tell
-
-    def __call__(
-        self, x: jax.Array, valid: jax.Array, config: ModelConfig, numerics: Numerics, record: dict | None = None
-    ) -> jax.Array:
-        record = {} if record is None else record
-        result = super().__call__(x, valid, config, numerics, record)
-        self.tell(record["experts"])
-        return result
-
-
 def model_in(config: ModelConfig, form: Form) -> DeepseekV32:
     """The abstract model with its linears in the form's schemes."""
     model = abstract_model(config)
@@ -200,9 +187,13 @@ def options_of(backend: str) -> Options:
     return Options("bfloat16", act_quant=True, backend=backend, cache_dtype="fp8")
 
 
+CHOSEN = Taps.of({"*experts": None})
+"""The experts that the tokens of each layer chose."""
+
+
 def numerics_of(backend: str) -> Numerics:
-    """The same for products alone."""
-    return Numerics(act_quant=True, scale_fmt="ue8m0", backend=backend)
+    """The same for a layer alone, with a tap on the chosen experts."""
+    return Numerics(act_quant=True, scale_fmt="ue8m0", backend=backend, seams=Seams(taps=CHOSEN))
 
 
 def step_call(structure: Any, options: Options) -> Callable[..., Any]:
@@ -210,12 +201,9 @@ def step_call(structure: Any, options: Options) -> Callable[..., Any]:
 
     def decode(leaves: list[Any], batch: Batch, cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
         model: DeepseekV32 = jax.tree.unflatten(structure, leaves)
-        chosen: list[jax.Array] = []
-        for layer in model.layers:
-            if isinstance(layer.ffn, MoE):
-                layer.ffn = ToldMoE(layer.ffn, chosen.append)
-        logits, cache = model(batch, cache, options)
-        return logits, jnp.stack(chosen), cache
+        seams = options.seams(CHOSEN)
+        logits, cache = model(batch, cache, options, seams)
+        return logits, jnp.stack(list(seams.values.values())), cache
 
     return decode
 
@@ -224,9 +212,10 @@ def layer_call(structure: Any, config: ModelConfig, backend: str) -> Callable[..
     """`call(leaves of a layer, x [T, D])`: its result [T, D] and the chosen experts int32 [1, T, K]."""
 
     def layer(leaves: list[Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chosen: list[jax.Array] = []
-        told = ToldMoE(jax.tree.unflatten(structure, leaves), chosen.append)
-        return told(x, jnp.ones(x.shape[0], bool), config, numerics_of(backend)), jnp.stack(chosen)
+        moe: MoE = jax.tree.unflatten(structure, leaves)
+        numerics = numerics_of(backend)
+        out = moe(x, jnp.arange(x.shape[0]), config, numerics)
+        return out, jnp.stack(list(numerics.seams.values.values()))
 
     return layer
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.engine.device_step import Draws
+from dsv32_jax.engine.device_step import RowSampling
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import Request, SamplingParams
 from dsv32_jax.experiments import command_line
@@ -63,11 +63,11 @@ def without_model(engine: Engine) -> Iterator[None]:
     """The model's part of a step takes no time; each row draws the same of 256 tokens again and again."""
     rows = engine._rows
     logits, zeros = jax.random.normal(jax.random.key(0), (rows, 256)), jnp.zeros(rows, jnp.int32)
-    draws = Draws(zeros, zeros, zeros, jnp.zeros(rows), jnp.ones(rows))
+    sampling = RowSampling(zeros, zeros, zeros, jnp.zeros(rows), jnp.ones(rows))
 
-    def nothing(leaves: Any, flat: Any, drawn: Any, cache: Any) -> Any:
-        del leaves, flat, drawn
-        return None, logits, draws, cache
+    def nothing(leaves: Any, flat: Any, previous_tokens: Any, cache: Any) -> Any:
+        del leaves, flat, previous_tokens
+        return None, logits, sampling, cache
 
     programs, engine._programs = engine._programs, {shape: (nothing, None) for shape in engine.shapes()}
     try:

@@ -1,12 +1,10 @@
 """What the trained model is worth: held-out likelihood and needles, under every selection of the same size."""
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +18,22 @@ from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS, fact
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import find, load
 from dsv32_jax.generate.tokenizer import Tokenizer
+from dsv32_jax.model import variants
 from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.parts import Parts
 from dsv32_jax.model.sequence import Run, hidden_states, log_likelihoods
 from pallas_kernels import rowwise
 
-MODES = ("dense", "indexer", "oracle", "recent and first", "recent", "random", "interleaved rope")
-"""Selections of `dsv32_jax.model.sequence`, and a bug: the first official demo's RoPE in the indexer."""
+MODES: dict[str, dict[str, Callable[..., Any]]] = {
+    "dense": {},
+    "indexer": {},
+    "oracle": {"index_select": variants.oracle},
+    "recent and first": {"index_select": variants.recent_and_first},
+    "recent": {"index_select": variants.recent},
+    "random": {"index_select": variants.random},
+    "interleaved rope": {"index_rope": rowwise.rope_interleaved},
+}
+"""Parts that each replaces; the last is a bug: the first official demo's RoPE in the indexer."""
 NEEDLE_MODES = ("dense", "indexer", "recent and first", "recent", "interleaved rope")
 BUCKETS = ((1, 256), (256, 1024), (1024, 2048), (2048, 4096))
 """Positions of the predicted tokens: up to the first, nothing is left out when k is 256."""
@@ -35,13 +43,6 @@ FACTS = 4
 DISTANCES = (256, 512, 1024, 2048, 4096)
 
 Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-@contextlib.contextmanager
-def planted_rope() -> Iterator[None]:
-    """The indexer with neighbouring pairs rotated, where the weights were trained for the two halves."""
-    with mock.patch.object(rowwise, "rope_half_split", rowwise.rope_interleaved):
-        yield
 
 
 def scorer(model: DeepseekV32, mode: str, k: int, compute_dtype: str, act_quant: bool) -> Score:
@@ -54,26 +55,24 @@ def scorer(model: DeepseekV32, mode: str, k: int, compute_dtype: str, act_quant:
       compute_dtype: of activations.
       act_quant: as the official FP8 code does.
     """
-    planted = mode == "interleaved rope"
-    run = Run("indexer" if planted else mode, k, compute_dtype, act_quant)
+    run = Run("dense" if mode == "dense" else "sparse", k, compute_dtype, act_quant, Parts(**MODES[mode]))
 
     @jax.jit
-    def score(model: DeepseekV32, ids: jax.Array, seed: int):
-        states, _ = hidden_states(model, ids, run, seed)
+    def score(model: DeepseekV32, ids: jax.Array):
+        states, _ = hidden_states(model, ids, run)
         states, targets = states[:, :-1], ids[:, 1:]
         likeliest = jnp.argmax(states.astype(jnp.float32) @ model.head.astype(jnp.float32).T, -1)
         return log_likelihoods(states, model.head, targets), likeliest == targets
 
     def run_all(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found, right = [], []
-        with planted_rope() if planted else contextlib.nullcontext():
-            for start in range(0, len(ids), BATCH):
-                rows = ids[start : start + BATCH]
-                padded = np.pad(rows, ((0, BATCH - len(rows)), (0, 0)))
-                likelihood, correct = score(model, jnp.asarray(padded), start)
-                found.append(np.asarray(likelihood)[: len(rows)])
-                right.append(np.asarray(correct)[: len(rows)])
-        return np.concatenate(found), np.concatenate(right)
+        likelihoods, right = [], []
+        for start in range(0, len(ids), BATCH):
+            rows = ids[start : start + BATCH]
+            padded = np.pad(rows, ((0, BATCH - len(rows)), (0, 0)))
+            likelihood, correct = score(model, jnp.asarray(padded))
+            likelihoods.append(np.asarray(likelihood)[: len(rows)])
+            right.append(np.asarray(correct)[: len(rows)])
+        return np.concatenate(likelihoods), np.concatenate(right)
 
     return run_all
 

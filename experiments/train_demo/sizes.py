@@ -15,7 +15,7 @@ class Stage:
       steps: optimiser steps.
       batch: sequences a step.
       length: tokens of a sequence.
-      selection: what attention sees, "dense" or "indexer" (see `dsv32_jax.model.sequence`).
+      selection: what attention sees, "dense" or "indexer".
       trains: "main" (all but the indexers), "indexer" (all else frozen) or "all".
       learning_rate: of Muon, matched to Adam's by its update size; reached after `warmup` steps.
       final: the share of it at the last step, approached linearly over the last `decay` of the steps.
@@ -43,6 +43,11 @@ class Stage:
     greeting_share: float = 0.0
     mtp_weight: float = 0.3
     bias_speed: float = 0.001
+
+    @property
+    def attention(self) -> str:
+        """That of `dsv32_jax.model.sequence.Run`: over everything visible, or over what the indexer selects."""
+        return "dense" if self.selection == "dense" else "sparse"
 
     @property
     def index_loss(self) -> bool:

@@ -242,7 +242,7 @@ class Training:
             return None
         rows = tokens[: len(tokens) // width * width].reshape(-1, width)[:HELD_OUT_WINDOWS].astype(np.int32)
         ids = np.concatenate([np.full((len(rows), 1), self.batches.bos, np.int32), rows], axis=1)
-        loss = float(mean_loss(self.config, stage.selection, self.compute_dtype, params, ids))
+        loss = float(mean_loss(self.config, stage.attention, self.compute_dtype, params, ids))
         result = {"tokens": rows.size, "loss": round(loss, 5), "selection": stage.selection}
         write_json(self.folder / "held_out.json", result)
         return loss

@@ -146,6 +146,7 @@ def losses(
     states, reports = hidden_states(model, ids, run)
     log = {"loss": cross_entropy(states, model.head, ids, weights, 1)}
     if config.has_mtp:
+        assert model.mtp is not None
         after, report = mtp_states(model.mtp, model.embed, config, states, jnp.roll(ids, -1, 1), run)
         log["mtp_loss"] = cross_entropy(after, model.head, ids, weights, 2)
         reports.append(report)
@@ -175,7 +176,7 @@ def moved_biases(config: ModelConfig, params: Params, load: jax.Array, speed: fl
 def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
     """The jitted step `(params, state, ids, weights, rate) -> (params, state, log)`; params and state are donated."""
     run = Run(
-        stage.selection,
+        stage.attention,
         compute_dtype=compute_dtype,
         index_loss=stage.index_loss,
         remat=stage.length > 1024,
@@ -200,12 +201,12 @@ def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def mean_loss(config: ModelConfig, selection: str, compute_dtype: str, params: Params, ids: jax.Array) -> jax.Array:
+def mean_loss(config: ModelConfig, attention: str, compute_dtype: str, params: Params, ids: jax.Array) -> jax.Array:
     """Nats a token of ids int32 [B, T], the first of each row aside, which is not predicted."""
     model = to_model(config, params)
 
     def of_row(row: jax.Array) -> jax.Array:
-        states, _ = hidden_states(model, row[None], Run(selection, compute_dtype=compute_dtype))
+        states, _ = hidden_states(model, row[None], Run(attention, compute_dtype=compute_dtype))
         return -log_likelihoods(states, model.head, jnp.roll(row, -1)[None])[0, :-1].mean()
 
     return jax.lax.map(of_row, ids).mean()

@@ -66,7 +66,16 @@ class KeyNorms:
     index_eps: float
 
 
-def latents(kv_a, weight, eps, angles, quantize_latent, scale_fmt):
+def latents(
+    kv_a: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    angles: tuple[jax.Array, jax.Array],
+    quantize_latent: bool,
+    scale_fmt: str | None,
+    norm: rowwise.Norm = rowwise.rms_norm,
+    rope: rowwise.Rotation = rowwise.rope_interleaved,
+) -> tuple[jax.Array, jax.Array]:
     """Raw projections [T, latent + rope] -> latent [T, latent] after its norm and rope key [T, rope], rotated.
 
     Args:
@@ -76,17 +85,25 @@ def latents(kv_a, weight, eps, angles, quantize_latent, scale_fmt):
       angles: cos and sin, float32 [T, rope / 2].
       quantize_latent: round the latent to what FP8 in groups of 128 can hold.
       scale_fmt: of that, see `quantize`.
+      norm, rope: in place of the RMSNorm and of the rotation.
     """
     latent, rope_key = jnp.split(kv_a, [weight.shape[0]], axis=-1)
-    latent = rowwise.rms_norm(latent, weight, eps)
+    latent = norm(latent, weight, eps)
     if quantize_latent:
         latent = dequantize(*quantize(latent, scale_fmt, GROUP), latent.dtype)
-    return latent, rowwise.rope_interleaved(rope_key, *angles)
+    return latent, rope(rope_key, *angles)
 
 
-def index_keys(index_key, weight, bias, eps, angles):
+def index_keys(
+    index_key: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    eps: float,
+    angles: tuple[jax.Array, jax.Array],
+    rope: rowwise.Rotation = rowwise.rope_half_split,
+) -> jax.Array:
     """Raw index keys [T, dim] -> after LayerNorm, rotation of their first features, and Hadamard; arguments alike."""
-    return rowwise.hadamard(rowwise.rope_leading(rowwise.layer_norm(index_key, weight, bias, eps), *angles))
+    return rowwise.hadamard(rowwise.rope_leading(rowwise.layer_norm(index_key, weight, bias, eps), *angles, rope))
 
 
 def cache_write(kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt):

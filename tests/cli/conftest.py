@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def interrupts_as_in_a_terminal() -> Iterator[None]:
-    """Also where the tests run as a job in the background of a shell, for which SIGINT is ignored."""
+    """Restores Python's handler of SIGINT, which a shell ignores for jobs in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Conversations: what is kept, what is obeyed, and Ctrl-C at each moment."""
+"""Conversations: their messages, their commands, and Ctrl-C at each moment."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def lm(tiny):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What the model generates, one entry an answer; an exception class in it is raised there. Prompts are kept."""
+    """The pieces that the model generates, a list for each answer; an exception in it is raised."""
     prompts: list[list[int]] = []
     waiting: list[list] = []
 
@@ -51,11 +51,11 @@ def answers(monkeypatch):
 
 @pytest.fixture
 def chat(dsv32, tiny, monkeypatch, answers):
-    """`dsv32 chat --json` of some answers to lines of standard input: (exit code, JSON or None, standard error)."""
+    """Runs `dsv32 chat --json` with lines of input and answers: (exit code, JSON or None, standard error)."""
     answers.clear()
 
-    def run(lines, *given, options=()):
-        answers.extend(given)
+    def run(lines, *texts, options=()):
+        answers.extend(texts)
         stdin = io.TextIOWrapper(io.BytesIO(lines if isinstance(lines, bytes) else lines.encode()))
         monkeypatch.setattr(sys, "stdin", stdin)
         code, out, err = dsv32("chat", "--model", tiny, "--json", *options)
@@ -190,12 +190,12 @@ def test_interrupts_are_raised_only_where_they_are_expected():
             pytest.fail("was not raised")
         interrupt()
         with interrupts.raised():
-            assert not interrupts.asked_once()
+            assert not interrupts.noted()
             interrupt()
-            assert interrupts.asked_once()
+            assert interrupts.noted()
         interrupt()
         with pytest.raises(KeyboardInterrupt), interrupts.raised():
-            interrupts.asked_once()
+            interrupts.noted()
             interrupt()
             interrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -222,13 +222,13 @@ def test_a_lost_interrupt_is_raised_again_where_it_is_expected():
 
 
 class Script:
-    """A terminal in which somebody types; functions are called at their turn."""
+    """A terminal whose user types the inputs in order; those that are functions are called."""
 
     interactive = True
 
     def __init__(self, *inputs):
         self.inputs = list(inputs)
-        self.said = []
+        self.lines = []
         self.shown = ""
 
     def read(self):
@@ -246,7 +246,7 @@ class Script:
         self.shown += "\n"
 
     def say(self, line):
-        self.said.append(line)
+        self.lines.append(line)
 
 
 def test_interrupts_at_each_moment_of_a_terminal(lm, answers):
@@ -265,7 +265,7 @@ def test_interrupts_at_each_moment_of_a_terminal(lm, answers):
         patch.setattr(lm, "warmup", while_it_compiles)
         terminal.inputs = ["three"]
         session.run()
-    assert len(conversation.turns) == 2 and terminal.said[-2] == "(interrupted)"
+    assert len(conversation.turns) == 2 and terminal.lines[-2] == "(interrupted)"
 
 
 TALK = """

@@ -1,4 +1,4 @@
-"""How commands end: closed streams, interrupts, surroundings that lack something."""
+"""The ends of commands: closed streams, interrupts, surroundings that lack something."""
 
 import io
 import json
@@ -149,7 +149,7 @@ def test_the_variable_that_asks_for_a_platform_is_named(refused, monkeypatch, er
 
 @pytest.fixture
 def cache_directory():
-    """That of JAX, unset as in a process of a user; it is set back afterwards."""
+    """JAX's setting, unset as in a process of a user; it is restored afterwards."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield lambda: jax.config.jax_compilation_cache_dir

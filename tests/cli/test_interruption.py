@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command, whatever becomes of the exception."""
+"""Ctrl-C ends a command, even where its exception is lost."""
 
 import _imp
 import contextlib
@@ -71,7 +71,7 @@ LOST = (
 
 @pytest.fixture
 def hooks_of_python(monkeypatch):
-    """Those that print, instead of pytest's."""
+    """Python's own hooks, which print, instead of pytest's."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
 
@@ -105,7 +105,7 @@ def test_an_interrupt_is_repeated_until_it_is_heeded(capsys):
 
 @pytest.mark.parametrize(("call", "method"), [("create_dynamic", "create_module"), ("exec_dynamic", "exec_module")])
 def test_a_module_in_c_is_not_broken_off(monkeypatch, capsys, call, method):
-    """Some of JAX's abort the process then."""
+    """Some of JAX's modules abort the process when they are interrupted."""
 
     def command():
         loader = ExtensionFileLoader("module", "module.so")

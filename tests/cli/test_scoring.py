@@ -140,7 +140,7 @@ def test_info_is_of_the_shipped_model_unless_another_is_named(dsv32, refused):
 
 
 @pytest.mark.parametrize(
-    ("verb", "given"),
+    ("verb", "arguments"),
     [
         ("generate", ("--prompt", "a")),
         ("chat", ()),
@@ -153,16 +153,16 @@ def test_info_is_of_the_shipped_model_unless_another_is_named(dsv32, refused):
         ("serve", ("--port", "0")),
     ],
 )
-def test_every_verb_takes_the_shipped_model(dsv32, monkeypatch, tmp_path, verb, given):
+def test_every_verb_takes_the_shipped_model(dsv32, monkeypatch, tmp_path, verb, arguments):
     class Found(Exception):
         pass
 
-    def found(name):
+    def find(name):
         assert str(name) == "demo"
         raise Found
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a")
-    monkeypatch.setattr(loading, "find", found)
+    monkeypatch.setattr(loading, "find", find)
     with pytest.raises(Found):
-        main([verb, *given])
+        main([verb, *arguments])

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one writer a target: in threads, processes and after one was killed."""
+"""Files are whole or absent, and a target has one writer: in threads, in processes, and after one was killed."""
 
 import os
 import signal
@@ -65,7 +65,7 @@ def test_a_target_is_locked_against_this_thread_and_others(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "no number", "-1", "9" * 9, "9" * 30, "{own}"])
 def test_a_lock_file_that_nobody_holds_is_stale(tmp_path, content):
-    """After a crash of the machine; its process id may be another process's by now."""
+    """After a crash of the machine, the process id in the file may be that of another process."""
     (tmp_path / ".out.lock").write_text(content.replace("{own}", str(os.getpid())))
     with locked(tmp_path / "out"):
         assert (tmp_path / ".out.lock").read_text() == str(os.getpid())

@@ -1,4 +1,4 @@
-"""What one sees while something takes long."""
+"""The progress that is shown while a task takes long."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tests.harness import read_until
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Whatever is done is shown, however short it is."""
+    """Every task is shown, however short it is."""
     monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.01)
@@ -31,7 +31,7 @@ def at_once(monkeypatch):
 
 
 def wait_for_a_line(capsys):
-    """Returns what stands on standard error as soon as there is something."""
+    """Returns the text on standard error as soon as there is any."""
     for _ in range(3000):
         if err := capsys.readouterr().err:
             return err
@@ -125,7 +125,7 @@ def test_a_program_that_fails_ends_the_others_wait():
 
 @pytest.fixture
 def bars(monkeypatch):
-    """[title, total, unit, how far it came] of each task of these modules."""
+    """[title, total, unit, units done] of each task of these modules."""
     seen = []
 
     @contextlib.contextmanager

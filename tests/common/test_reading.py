@@ -1,4 +1,4 @@
-"""JSON and text files: links that lead nowhere, nesting, byte order marks."""
+"""JSON and text files: broken links, nesting, byte order marks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Fields beside ModelConfig's attributes: computed, refused by name, known to change nothing, or named in a warning."""
+"""Fields beside ModelConfig's attributes are checked, refused by name, without effect, or named in a warning."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def hf(**changes):
 
 
 def read(**changes):
-    """The same read, where nothing may be warned of."""
+    """The same, read; no warning may come."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return ModelConfig.from_hf(hf(**changes))
@@ -183,7 +183,7 @@ def test_null_is_the_same_as_absent(name):
 
 
 def test_a_null_whose_meaning_is_disputed_is_refused():
-    """Absent means true here, and null false to transformers."""
+    """An absent field means true here, and to transformers a null means false."""
     with pytest.raises(UserError, match="norm_topk_prob is None"):
         read(norm_topk_prob=None)
 
@@ -237,8 +237,8 @@ def test_a_config_made_in_python_is_checked_too():
 
 def test_a_copy_leaves_out_what_only_said_again_what_has_changed():
     config = read(mlp_layer_types=["dense", "sparse"], num_experts=EXPERTS, dtype="bfloat16")
-    assert config.replace(num_hidden_layers=3).beside == {"num_experts": EXPERTS, "dtype": "bfloat16"}
-    assert config.replace(index_topk=8).beside == config.beside
+    assert config.replace(num_hidden_layers=3).extra_fields == {"num_experts": EXPERTS, "dtype": "bfloat16"}
+    assert config.replace(index_topk=8).extra_fields == config.extra_fields
     default = read(rope_scaling={"type": "default"})
     assert default.replace(rope_scaling=RopeScaling()).to_hf()["rope_scaling"] == RopeScaling().to_hf()
 
@@ -342,9 +342,9 @@ def test_fp8_of_another_kind_is_refused_by_name(name, value):
 def test_a_list_of_plain_modules_loses_those_that_become_quantised():
     names = ["lm_head", "mlp.gate", "self_attn.q_a_proj", "mlp.experts.3", "model.layers.7"]
     parts = ("self_attn.q_a_proj", "mlp.experts.{expert}.up_proj", "mlp.gate_proj")
-    made = QuantizationConfig(beside=(("modules_to_not_convert", json.dumps(names)),))
-    made = made.with_all_quantized(f"model.layers.0.{part}" for part in parts)
-    assert made.to_hf()["modules_to_not_convert"] == ["lm_head", "mlp.gate", "model.layers.7"]
+    config = QuantizationConfig(extra_fields=(("modules_to_not_convert", json.dumps(names)),))
+    config = config.with_all_quantized(f"model.layers.0.{part}" for part in parts)
+    assert config.to_hf()["modules_to_not_convert"] == ["lm_head", "mlp.gate", "model.layers.7"]
 
 
 def test_configs_are_read_without_jax():

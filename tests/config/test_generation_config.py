@@ -1,4 +1,4 @@
-"""generation_config.json: nulls, wrong values, and what is not offered."""
+"""generation_config.json: nulls, wrong values, and fields that are not supported."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""ModelConfig: what it reads, what it writes back, and what it refuses by name."""
+"""ModelConfig: the fields that it reads, writes back, and refuses by name."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a config of the compressed-tensors format may say, and what is refused."""
+"""Configs of the compressed-tensors format: those that are read, and those that are refused."""
 
 import copy
 
@@ -46,7 +46,7 @@ W8A8 = {
         }
     },
 }
-"""As other tools write it: all linears but a few."""
+"""A config as other tools write it, for all linears but a few."""
 
 
 def changed(*path_and_value):
@@ -127,17 +127,20 @@ def test_schemes_come_back_from_what_is_written(name):
             p: ("int4" if "layers.1." in p else "int8") for p in uniform(model, "int8") if "layers.3." not in p
         },
     }[name]
-    made = quantization_config(schemes, config)
-    assert isinstance(made, CompressedTensors)
-    new = ModelConfig.from_hf(config.replace(quantization_config=made).to_hf())
-    assert new.quantization_config == made
-    found = {path: scheme_name(leaf) for path, leaf in stored_parameters(new).items()}
-    assert {path: scheme for path, scheme in found.items() if scheme} == schemes
+    written = quantization_config(schemes, config)
+    assert isinstance(written, CompressedTensors)
+    new = ModelConfig.from_hf(config.replace(quantization_config=written).to_hf())
+    assert new.quantization_config == written
+    read_schemes = {path: scheme_name(leaf) for path, leaf in stored_parameters(new).items()}
+    assert {path: scheme for path, scheme in read_schemes.items() if scheme} == schemes
 
 
 def test_all_in_fp8_is_the_released_form_and_nothing_quantised_is_none():
     config = ModelConfig.tiny()
     assert quantization_config(uniform(abstract_model(config), "fp8_block"), config) == QuantizationConfig()
     assert quantization_config({}, config) is None
-    own = config.replace(quantization_config=QuantizationConfig(scale_fmt=None))
-    assert quantization_config(uniform(abstract_model(own), "fp8_block"), own) == own.quantization_config
+    without_scale_fmt = config.replace(quantization_config=QuantizationConfig(scale_fmt=None))
+    assert (
+        quantization_config(uniform(abstract_model(without_scale_fmt), "fp8_block"), without_scale_fmt)
+        == without_scale_fmt.quantization_config
+    )

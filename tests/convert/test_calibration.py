@@ -9,10 +9,10 @@ from dsv32_jax.convert import calibration
 from dsv32_jax.convert.calibration import calibrate
 from dsv32_jax.convert.quantization import quantize_model, uniform
 from dsv32_jax.convert.rounding import round_int4
+from dsv32_jax.convert.statistics import SMALLEST, Statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import KVCache
-from dsv32_jax.model.observation import SMALLEST, Statistics
 from dsv32_jax.model.params import is_linear, named_parameters
 from pallas_kernels.matmul import INT4, INT8, is_qtensor, quantize_weight
 from pallas_kernels.rowwise import rms_norm

@@ -16,9 +16,9 @@ from dsv32_jax.convert.finite import CHUNK, first_not_finite
 from dsv32_jax.convert.migration import migrate
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model, uniform
 from dsv32_jax.convert.rounding import round_int4, round_int8
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import named_parameters, replace_parameters
 from tests.convert.test_conversion import spoil
 from tests.harness import golden_directory, load_golden

@@ -11,11 +11,11 @@ from dsv32_jax import convert
 from dsv32_jax.convert.calibration import calibrate, is_linear
 from dsv32_jax.convert.migration import FOLDS, migrate
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model, uniform
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import StepContext, abstract_model, step
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import named_parameters, replace_parameters
 from pallas_kernels.matmul import dense, is_qtensor
 from tests.convert.test_conversion import equal_models

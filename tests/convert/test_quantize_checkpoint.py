@@ -14,13 +14,13 @@ from dsv32_jax.convert import conversion, quantization
 from dsv32_jax.convert.calibration import calibrate, windows_of
 from dsv32_jax.convert.migration import migrate
 from dsv32_jax.convert.quantization import PROVENANCE, UNQUANTISED, mixed, quantize_checkpoint, quantize_model, uniform
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.convert.stored import from_words, hf_tensors, in_words
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate import loading
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import parameter_counts
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import named_parameters
 from pallas_kernels.matmul import QTensor, scheme_name
 from tests.convert.test_conversion import arrays, equal_models, tensors

@@ -13,10 +13,10 @@ from dsv32_jax import convert
 from dsv32_jax.convert import conversion, quantization
 from dsv32_jax.convert.huggingface import HFReader
 from dsv32_jax.convert.quantization import quantize_checkpoint, quantize_model
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.convert.unfinished import JOURNAL
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate import loading
-from dsv32_jax.model.observation import Statistics
 from tests.convert.test_conversion import equal_models
 from tests.harness import golden_directory, load_golden
 

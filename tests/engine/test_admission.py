@@ -1,4 +1,4 @@
-"""Arguments of requests: each is checked, by type and by range, when it is made or added."""
+"""Arguments of requests: their types and ranges are checked when a request is made or added."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.model.model import DeepseekV32
-from tests.engine.test_changes import SMALL
 from tests.engine.test_engine import TEXTS
+from tests.engine.test_transactions import SMALL
 from tests.harness import EXACT, golden_directory
 
 
@@ -32,7 +32,7 @@ def shared(lm):
 
 @pytest.fixture
 def engine(shared):
-    """What is refused leaves nothing behind."""
+    """A refused request leaves nothing in the engine."""
     yield shared
     assert not shared._owner and not shared.scheduler.waiting and shared.pool.statistics().in_use == 0
     while shared.busy:  # a step that was planned ahead
@@ -78,7 +78,7 @@ def test_numbers_of_numpy_and_lists_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"prompt": None}, "prompt: of type NoneType"),
         ({"prompt": 5}, "prompt: of type int"),
@@ -94,9 +94,9 @@ def test_numbers_of_numpy_and_lists_are_taken():
         ({"salt": bytearray(b"x")}, "salt: "),
     ],
 )
-def test_wrong_arguments_of_add(engine, given, message):
+def test_wrong_arguments_of_add(engine, arguments, message):
     with pytest.raises(UserError, match=message):
-        engine.add(**({"prompt": TEXTS[0][:70]} | given))
+        engine.add(**({"prompt": TEXTS[0][:70]} | arguments))
 
 
 ENGINE = {
@@ -176,8 +176,8 @@ def test_a_string_alone_is_one_stop_string(engine):
     assert SamplingParams(stop="the end").stop == ("the end",)
     plain = engine.generate(["The lighthouse"], SamplingParams(20, ignore_eos=True))[0].completions[0]
     stop = plain.text[4:7]
-    found = engine.generate(["The lighthouse"], SamplingParams(20, stop=stop, ignore_eos=True))[0].completions[0]
-    assert found.finish_reason == "stop" and found.text == plain.text[: plain.text.index(stop)]
+    completions = engine.generate(["The lighthouse"], SamplingParams(20, stop=stop, ignore_eos=True))[0].completions[0]
+    assert completions.finish_reason == "stop" and completions.text == plain.text[: plain.text.index(stop)]
 
 
 def test_the_text_of_a_special_token_stops_where_the_token_comes(engine, lm, monkeypatch):

@@ -1,4 +1,4 @@
-"""Allocation of blocks against a naive model of it, and against what a memory would hold that is written through it."""
+"""The block pool against a naive model of it, and against the contents of a memory that is written through it."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ TEXTS = [[(seed * 7 + i * i) % 11 for i in range(400)] for seed in range(3)]
 
 @dataclasses.dataclass(eq=False)
 class NaiveBlock:
-    """A block of the model: who holds it, what it is found by, and when it was last released."""
+    """A block of the model: its holders, its identity, and when it was last released."""
 
     holders: int = 0
     identity: tuple | None = None
@@ -27,7 +27,7 @@ class NaiveBlock:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A table, what its tokens are, the model's blocks, and how many tokens have a place."""
+    """A table, its tokens, the model's blocks, and the number of tokens that have a place."""
 
     table: BlockTable
     tokens: list[int]
@@ -37,14 +37,14 @@ class Sequence:
 
 
 class NaivePool:
-    """What `BlockPool` must do, by going through all blocks every time."""
+    """The specification of `BlockPool`: every operation goes through all blocks."""
 
     def __init__(self, count: int):
         self.blocks = [NaiveBlock() for _ in range(count)]
         self.clock = self.evictions = 0
 
-    def count(self, held: bool, known: bool) -> int:
-        return sum((b.holders > 0) == held and (b.identity is not None) == known for b in self.blocks)
+    def count(self, in_use: bool, known: bool) -> int:
+        return sum((b.holders > 0) == in_use and (b.identity is not None) == known for b in self.blocks)
 
     def available(self) -> int:
         return sum(b.holders == 0 for b in self.blocks)
@@ -76,26 +76,26 @@ class Pools(RuleBasedStateMachine):
         self.pool, self.naive = BlockPool(count), NaivePool(count)
         self.memory = np.full((count, BLOCK_SIZE), -1)
         self.alive: list[Sequence] = []
-        self.asked = self.found = 0
+        self.tokens_asked = self.tokens_found = 0
 
     @rule(
         target=sequences,
         text=st.sampled_from(TEXTS),
         length=st.integers(1, 400),
-        own=st.booleans(),
+        unique=st.booleans(),
         salt=st.sampled_from([b"", b"tenant"]),
         room=st.sampled_from([0, 0, 70, 400]),
     )
-    def open(self, text, length, own, salt, room):
-        prompt = [*text[: length - 1], 99] if own else text[:length]
-        held = []
+    def open(self, text, length, unique, salt, room):
+        prompt = [*text[: length - 1], 99] if unique else text[:length]
+        shared_blocks = []
         for stop in range(BLOCK_SIZE, len(prompt), BLOCK_SIZE):
             block = self.naive.find((salt, *prompt[:stop]))
             if block is None:
                 break
-            held.append(block)
-        needed = -(-room // BLOCK_SIZE) - len(held)
-        available = self.naive.available() - sum(not block.holders for block in held)
+            shared_blocks.append(block)
+        needed = -(-room // BLOCK_SIZE) - len(shared_blocks)
+        available = self.naive.available() - sum(not block.holders for block in shared_blocks)
         if needed > available:
             before = self.pool.statistics()
             with pytest.raises(OutOfBlocks) as raised:
@@ -104,17 +104,17 @@ class Pools(RuleBasedStateMachine):
             assert before == self.pool.statistics()
             return multiple()
         table = self.pool.open(prompt, salt, room=room)
-        for block in held:
+        for block in shared_blocks:
             block.holders += 1
-        assert table.length == len(held) * BLOCK_SIZE < len(prompt)
-        sequence = Sequence(table, prompt, held, table.length, table.length)
+        assert table.length == len(shared_blocks) * BLOCK_SIZE < len(prompt)
+        sequence = Sequence(table, prompt, shared_blocks, table.length, table.length)
         self.alive.append(sequence)
-        self.asked, self.found = self.asked + len(prompt), self.found + table.length
+        self.tokens_asked, self.tokens_found = self.tokens_asked + len(prompt), self.tokens_found + table.length
         return sequence
 
     @rule(sequence=sequences, count=st.integers(0, 150), commit=st.booleans())
     def grow(self, sequence, count, commit):
-        """Writes the next tokens: what is left of the prompt, then generated ones."""
+        """Writes the next tokens: the rest of the prompt, then generated ones."""
         while len(sequence.tokens) < sequence.length + count:
             sequence.tokens.append(len(sequence.tokens) % 5)
         start, stop = sequence.length, sequence.length + count
@@ -194,8 +194,8 @@ class Pools(RuleBasedStateMachine):
     @invariant()
     def blocks_are_in_one_place_each(self):
         pool = self.pool
-        held = [block for block, count in enumerate(pool._references) if count]
-        assert sorted([*pool._free, *pool._unused, *held]) == list(range(pool.num_blocks))
+        in_use = [block for block, count in enumerate(pool._references) if count]
+        assert sorted([*pool._free, *pool._unused, *in_use]) == list(range(pool.num_blocks))
         assert {block: digest for digest, block in pool._block_of.items()} == {
             block: digest for block, digest in enumerate(pool._digest) if digest is not None
         }
@@ -203,22 +203,22 @@ class Pools(RuleBasedStateMachine):
 
     @invariant()
     def the_statistics_are_the_model_s(self):
-        found, naive = self.pool.statistics(), self.naive
+        statistics, naive = self.pool.statistics(), self.naive
         filled = collections.Counter()
         for sequence in self.alive:
             for index, block in enumerate(sequence.table.blocks):
                 filled[block] = max(filled[block], min(BLOCK_SIZE, sequence.length - index * BLOCK_SIZE))
         in_use = naive.count(True, True) + naive.count(True, False)
-        assert (found.in_use, found.cached, found.free) == (
+        assert (statistics.in_use, statistics.cached, statistics.free) == (
             in_use,
             naive.count(False, True),
             naive.count(False, False),
         )
-        assert found.shared == sum(block.holders > 1 for block in naive.blocks)
-        assert (found.tokens_asked, found.tokens_found) == (self.asked, self.found)
-        assert found.evictions == naive.evictions
+        assert statistics.shared == sum(block.holders > 1 for block in naive.blocks)
+        assert (statistics.tokens_asked, statistics.tokens_found) == (self.tokens_asked, self.tokens_found)
+        assert statistics.evictions == naive.evictions
         empty = 1 - sum(filled.values()) / (in_use * BLOCK_SIZE) if in_use else 0
-        assert found.internal_fragmentation == pytest.approx(empty) and found.external_fragmentation == 0
+        assert statistics.internal_fragmentation == pytest.approx(empty) and statistics.external_fragmentation == 0
 
 
 TestPools = Pools.TestCase

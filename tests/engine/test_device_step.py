@@ -1,4 +1,4 @@
-"""What the host says of a step, as one flat array."""
+"""The flat array in which the host describes a step."""
 
 import numpy as np
 from hypothesis import given

@@ -46,10 +46,10 @@ def engine(lm):
 
 
 @functools.cache
-def alone(lm, prompt, new, temperature, seed):
-    how = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
+def tokens_alone(lm, prompt, new, temperature, seed):
+    sampling = {"temperature": temperature, "top_p": 0.9, "seed": seed, "ignore_eos": True}
     with one_shape():
-        return lm.generate(list(prompt), new, **how).tokens[0].tolist()
+        return lm.generate(list(prompt), new, **sampling).tokens[0].tolist()
 
 
 REQUEST = st.tuples(
@@ -65,33 +65,33 @@ REQUEST = st.tuples(
 
 
 def programs() -> list[int]:
-    """How many of each function were compiled because they were called."""
-    functions = (engine_module.engine_step, engine_module.draw, engine_module.log_probabilities)
+    """How many programs of each function have been compiled by calls."""
+    functions = (engine_module.engine_step, engine_module.sample_tokens, engine_module.log_probabilities)
     return [function._cache_size() for function in (*functions, engine_module.copy_blocks)]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_alone(lm, engine, requests):
-    found = []
+    added = []
     before = programs()
     for clock in range(2000):
         for text, length, new, temperature, seed, n, comes, leaves in requests:
             if clock == comes:
                 params = SamplingParams(new, temperature, 0.9, seed, n, ignore_eos=True)
-                found.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves))
-        for request, leaves in found:
+                added.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves))
+        for request, leaves in added:
             if clock == leaves:
                 engine.cancel(request)
         engine.step()
         if clock > 10 and not engine.busy:
             break
-    assert len(found) == len(requests) and not engine.busy
-    for request, _ in found:
+    assert len(added) == len(requests) and not engine.busy
+    for request, _ in added:
         params = request.params
         for n, completion in enumerate(request.completions):
             if n == 0 or params.temperature == 0:
-                want = alone(lm, tuple(request.prompt), params.max_new_tokens, params.temperature, params.seed)
+                want = tokens_alone(lm, tuple(request.prompt), params.max_new_tokens, params.temperature, params.seed)
                 assert completion.tokens == want[: len(completion.tokens)]
             assert completion.finish_reason == (
                 "length" if len(completion.tokens) == params.max_new_tokens else "cancelled"
@@ -104,7 +104,7 @@ def test_a_prompt_that_nobody_waits_for_is_read_in_longer_pieces(lm):
     engine = Engine(lm, **SMALL, max_prompt_tokens=64)
     prompt = TEXTS[0][:60]
     (request,) = engine.generate([prompt], SamplingParams(5, ignore_eos=True))
-    assert request.completions[0].tokens == alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
+    assert request.completions[0].tokens == tokens_alone(lm, tuple(prompt), 40, 0.0, 0)[:5]
     assert engine.summary()["steps"] == 5  # the first has the whole prompt
     assert {tokens for tokens, _ in Engine(lm, **SMALL | {"max_tokens": 4}).shapes()} == {8}
     with pytest.raises(UserError, match="max_prompt_tokens: 15; must be no fewer"):
@@ -136,20 +136,20 @@ def test_what_the_engine_says_of_itself(lm):
     engine.cancel(given_up)
     while engine.busy:
         engine.step()
-    found = json.loads(json.dumps(engine.summary()))
+    summary = json.loads(json.dumps(engine.summary()))
     tokens = sum(len(completion.tokens) for r in (given_up, *requests) for completion in r.completions)
-    assert (found["prompt_tokens"], found["generated_tokens"]) == (20 + 3 * 150, tokens)
-    assert found["finished"] == {"cancelled": 1, "length": 3} and found["running"] == found["waiting"] == 0
-    assert found["preemptions"] > 0 and found["cached_tokens"] == sum(r.cached_tokens for r in requests)
-    assert found["cache"]["in_use"] == 0 and found["step_tokens"] >= tokens
+    assert (summary["prompt_tokens"], summary["generated_tokens"]) == (20 + 3 * 150, tokens)
+    assert summary["finished"] == {"cancelled": 1, "length": 3} and summary["running"] == summary["waiting"] == 0
+    assert summary["preemptions"] > 0 and summary["cached_tokens"] == sum(r.cached_tokens for r in requests)
+    assert summary["cache"]["in_use"] == 0 and summary["step_tokens"] >= tokens
     for name in ("queued_seconds", "first_token_seconds", "between_tokens_seconds"):
-        times = found[name]
+        times = summary[name]
         assert 0 <= times["p50"] <= times["p90"] <= times["p99"]
     assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0])["p50"] == 3 and percentiles([]) is None
 
 
 def test_log_probabilities(lm, engine):
-    """Of the drawn token and the likeliest, also beside a request that wants none, and whatever the temperature."""
+    """Those of the sampled token and the likeliest, at any temperature, also beside a request without them."""
     params = SamplingParams(4, temperature=1.5, seed=1, ignore_eos=True, logprobs=3)
     request = engine.add(TEXTS[0][:40], params)
     engine.generate([TEXTS[1][:40]], SamplingParams(9, ignore_eos=True))
@@ -161,10 +161,10 @@ def test_log_probabilities(lm, engine):
         - logits.max(1, keepdims=True)
     )
     assert len(completion.logprobs) == 4
-    for row, token, found in zip(want, completion.tokens, completion.logprobs, strict=True):
-        assert found.token == pytest.approx(row[token], abs=1e-4)
-        assert list(found.likeliest) == np.argsort(-row)[:3].tolist()
-        assert list(found.likeliest.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+    for row, token, logprobs in zip(want, completion.tokens, completion.logprobs, strict=True):
+        assert logprobs.token == pytest.approx(row[token], abs=1e-4)
+        assert list(logprobs.likeliest) == np.argsort(-row)[:3].tolist()
+        assert list(logprobs.likeliest.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
 
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
-    """A token's embedding is none. Others go on beside it, and behind it in the same blocks."""
+    """A token's embedding is not finite. Other requests go on, at the same time and later in the same blocks."""
     model = DeepseekV32(lm.config, nnx.Rngs(0))
     model.embed = model.embed.at[1].set(value)
     engine = Engine(LanguageModel(model, lm.config, options=EXACT), **SMALL)
@@ -203,22 +203,22 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, value, caplog):
     engine.pool.forget()
     others += engine.generate([prompts[2]] * 3, SamplingParams(40, ignore_eos=True))
     for request in others:
-        assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+        assert request.completions[0].tokens == tokens_alone(lm, tuple(request.prompt), 40, 0.0, 0)
 
 
 def test_warming_up_beside_requests_changes_nothing(lm):
-    """Tokens that were drawn and that the host has not seen are fed to the next step all the same."""
+    """The next step still gets the sampled tokens that the host has not seen."""
     engine = Engine(lm, **SMALL)
     request = engine.add(TEXTS[0][:30], SamplingParams(40, ignore_eos=True))
     for _ in range(4):
         engine.step()
     engine.warmup()
     list(engine.stream(request))
-    assert request.completions[0].tokens == alone(lm, tuple(request.prompt), 40, 0.0, 0)
+    assert request.completions[0].tokens == tokens_alone(lm, tuple(request.prompt), 40, 0.0, 0)
 
 
 def test_the_step_updates_the_cache_in_place(engine):
-    """No second cache: of the largest step, temporary memory is less than the cache."""
+    """There is no second cache: the largest step's output shares the memory of its input."""
     program, _ = engine.programs()[-1]()
     sizes = program.memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.cache))
@@ -229,7 +229,7 @@ def test_the_step_updates_the_cache_in_place(engine):
 
 
 def test_an_engine_like_another_finds_its_programs(lm, engine, caplog):
-    """Which holds the same model; `engine` has been warmed up."""
+    """The other engine has the same model; `engine` has been warmed up."""
     assert times_compiled("engine_step", Engine(lm, **SMALL).warmup, caplog) == 0
     other = Engine(lm, **SMALL | {"max_sequences": 3})
     other._sizes, other._widths = other._sizes[:1], other._widths[:1]
@@ -245,9 +245,11 @@ def test_text_and_stop_strings(lm):
     stop = plain.text[4:7]
     request = engine.add("The lighthouse keeper", SamplingParams(20, stop=(stop,), ignore_eos=True))
     pieces = [event.text for event in engine.stream(request)]
-    (found,) = request.completions
-    assert found.finish_reason == "stop" and found.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
-    assert len(found.tokens) < 20
+    (completion,) = request.completions
+    assert completion.finish_reason == "stop" and completion.text == plain.text[: plain.text.index(stop)] == "".join(
+        pieces
+    )
+    assert len(completion.tokens) < 20
     eos = plain.tokens[2]
     (request,) = engine.generate(["The lighthouse keeper"], SamplingParams(20, stop_token_ids=(eos,), ignore_eos=True))
     assert request.completions[0].tokens == plain.tokens[: plain.tokens.index(eos) + 1]
@@ -288,7 +290,7 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: 0"),
         ({"temperature": float("nan")}, "temperature: nan"),
@@ -301,9 +303,9 @@ def test_what_may_be_the_beginning_of_a_stop_string_is_held_back():
         ({"seed": -1}, "seed: -1"),
     ],
 )
-def test_wrong_params(how, message):
+def test_wrong_params(arguments, message):
     with pytest.raises(UserError, match=message):
-        SamplingParams(**how)
+        SamplingParams(**arguments)
 
 
 def test_what_can_never_run_is_refused_at_once(lm, engine):

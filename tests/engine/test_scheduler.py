@@ -1,4 +1,4 @@
-"""Plans of steps, run on a memory of tokens instead of a model: what each step reads must be what its sequences are."""
+"""Planned steps run on a memory of tokens instead of a model: each step must read the tokens of its sequences."""
 
 import hashlib
 from collections import Counter
@@ -15,12 +15,12 @@ from tests.harness import slots_of_table
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    """What the model of these tests says after some tokens."""
+    """The next token by the model of these tests."""
     return hashlib.sha256(np.asarray([seed, *tokens], np.int64).tobytes()).digest()[0]
 
 
 def right(tokens: list[int], seed: int) -> int:
-    """A draft that is what the model will say."""
+    """A draft that equals the model's next token."""
     return next_token(tokens, seed)
 
 
@@ -29,12 +29,12 @@ def wrong(tokens: list[int], seed: int) -> int:
 
 
 def mixed(tokens: list[int], seed: int) -> int:
-    """Right, wrong, or none."""
+    """A draft that is right, wrong, or missing."""
     return (right(tokens, seed), wrong(tokens, seed), -1, right(tokens, seed))[tokens[-1] % 4]
 
 
 class Machine:
-    """Runs steps as an engine does, each planned before the tokens of the one before it are known.
+    """Runs steps as an engine does, each planned before the tokens of the previous one are known.
 
     With a `guess` at the token behind some tokens, instead as one that speculates.
     """
@@ -51,16 +51,16 @@ class Machine:
         self.preemptions = 0
 
     def add(self, prompt, new, seed=0, continuations=1):
-        first, *others = (Sequence(list(prompt), new) for _ in range(continuations))
-        first.siblings = others
-        for n, sequence in enumerate((first, *others)):
+        first, *siblings = (Sequence(list(prompt), new) for _ in range(continuations))
+        first.siblings = siblings
+        for n, sequence in enumerate((first, *siblings)):
             self.seeds[sequence], self.drawn[sequence] = seed + n, []
             self.arrival[sequence] = len(self.arrival)
         self.scheduler.add(first)
-        return [first, *others]
+        return [first, *siblings]
 
     def step(self) -> bool:
-        """Plans and runs a step, then learns the tokens of the one before; False if there was nothing to do."""
+        """Plans and runs a step, then receives the tokens of the previous one; False if there was nothing to do."""
         planned = self.scheduler.schedule()
         result = None
         if planned is not None:
@@ -69,8 +69,8 @@ class Machine:
         late, self.late = (self.late, result) if self.guess is None else (result, None)
         if late is not None:
             self.scheduler.receive(*late)
-            for sequence in late[0].samples:
-                if not sequence.finished and len(sequence.tokens) - sequence.prompt >= sequence.max_new_tokens:
+            for sequence in late[0].receivers:
+                if not sequence.finished and len(sequence.tokens) - sequence.prompt_length >= sequence.max_new_tokens:
                     self.scheduler.finish(sequence)
         self.check_pool()
         return planned is not None or late is not None
@@ -82,7 +82,7 @@ class Machine:
         whole = {}
         for part in planned.parts:
             # All its tokens, also those that the scheduler does not know yet.
-            known = [*part.sequence.tokens[: part.sequence.prompt], *self.drawn[part.sequence]]
+            known = [*part.sequence.tokens[: part.sequence.prompt_length], *self.drawn[part.sequence]]
             if part.draft >= 0:
                 known.append(part.draft)
             slots = slots_of_table(part.sequence.table, part.start, part.stop)
@@ -92,14 +92,14 @@ class Machine:
         for part in planned.parts:
             # What attention would read: everything before the part's end, through the table.
             assert self.read(part.sequence, part.stop) == whole[part.sequence][: part.stop]
-            for sequence, place in zip(part.samples, part.places, strict=True):
-                tokens.append(next_token(whole[part.sequence][:place], self.seeds[sequence]))
+            for sequence, position in zip(part.receivers, part.sample_positions, strict=True):
+                tokens.append(next_token(whole[part.sequence][:position], self.seeds[sequence]))
         tokens = planned.settle(tokens)
-        for sequence, token in zip(planned.samples, tokens, strict=True):
+        for sequence, token in zip(planned.receivers, tokens, strict=True):
             if token >= 0:
                 self.drawn[sequence].append(token)
                 if self.guess is not None:
-                    known = [*sequence.tokens[: sequence.prompt], *self.drawn[sequence]]
+                    known = [*sequence.tokens[: sequence.prompt_length], *self.drawn[sequence]]
                     sequence.draft = self.guess(known, self.seeds[sequence])
         return tokens
 
@@ -110,7 +110,7 @@ class Machine:
         limits = self.scheduler.limits
         assert 0 < planned.tokens <= max(limits.tokens, limits.prompt_tokens)
         assert len(self.scheduler.running) <= limits.sequences
-        assert max(Counter(planned.samples).values(), default=0) <= (1 if self.guess is None else 2)
+        assert max(Counter(planned.receivers).values(), default=0) <= (1 if self.guess is None else 2)
         assert len({part.sequence for part in planned.parts}) == len(planned.parts)
         slots = [slot for part in planned.parts for slot in slots_of_table(part.sequence.table, part.start, part.stop)]
         assert len(set(slots)) == len(slots)
@@ -120,21 +120,23 @@ class Machine:
         arrivals = [self.arrival[s] for s in (*running, *self.scheduler.waiting)]
         assert arrivals == sorted(arrivals)
         if not planned.preempted:  # each running sequence that wants a token gets one
-            assert {part.sequence for part in planned.parts} | set(planned.samples) >= {s for s in running if s.wanted}
+            assert {part.sequence for part in planned.parts} | set(planned.receivers) >= {
+                s for s in running if s.uncomputed
+            }
         self.preemptions += len(planned.preempted)
 
     @staticmethod
     def begins_here(planned, block):
-        """A block that is shared because siblings begin with what this step computes."""
-        return any(len(part.samples) > 1 and block in part.sequence.table.blocks for part in planned.parts)
+        """Whether a block is shared because siblings begin with the tokens that this step computes."""
+        return any(len(part.receivers) > 1 and block in part.sequence.table.blocks for part in planned.parts)
 
     def check_pool(self):
-        held = sum(len(s.table.blocks) for s in self.scheduler.running)
-        assert sum(self.pool._references) == held
+        blocks = sum(len(s.table.blocks) for s in self.scheduler.running)
+        assert sum(self.pool._references) == blocks
         assert all(sequence.table is None for sequence in self.scheduler.waiting)
 
-    def finish_all(self, most: int):
-        for _ in range(most):
+    def finish_all(self, max_steps: int):
+        for _ in range(max_steps):
             if not self.step():
                 break
         assert not self.scheduler.running and not self.scheduler.waiting, "it does not end"
@@ -152,7 +154,7 @@ REQUEST = st.tuples(
 TEXTS = [[(seed * 5 + i * i) % 7 for i in range(300)] for seed in range(3)]
 
 
-def alone(prompt, new, seed):
+def tokens_alone(prompt, new, seed):
     tokens = list(prompt)
     for _ in range(new):
         tokens.append(next_token(tokens, seed))
@@ -168,25 +170,27 @@ def alone(prompt, new, seed):
     st.sampled_from([0, 0, 1, 100]),
     st.sampled_from([None, right, wrong, mixed]),
 )
-def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, more, guess):
+def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequences, extra, guess):
     tokens = max(tokens, sequences)
-    machine = Machine(blocks, Limits(tokens, sequences, tokens + more if more else 0), guess)
+    machine = Machine(blocks, Limits(tokens, sequences, tokens + extra if extra else 0), guess)
     alive, given_up = [], set()
     for clock in range(40):
         for number, (text, length, new, continuations, comes, leaves) in enumerate(requests):
             if clock == comes:
-                found = machine.add(TEXTS[text][:length], new, 10 * number, continuations)
-                alive.append((found, clock + leaves if leaves else None))
-        for found, end in alive:
+                group = machine.add(TEXTS[text][:length], new, 10 * number, continuations)
+                alive.append((group, clock + leaves if leaves else None))
+        for group, end in alive:
             if clock == end:
-                given_up.update(sequence for sequence in found if not sequence.finished)
-                for sequence in found:
+                given_up.update(sequence for sequence in group if not sequence.finished)
+                for sequence in group:
                     machine.scheduler.finish(sequence)
         machine.step()
     machine.finish_all(20_000)
-    for found, _ in alive:
-        for sequence in found:
-            want = alone(sequence.tokens[: sequence.prompt], sequence.max_new_tokens, machine.seeds[sequence])
+    for group, _ in alive:
+        for sequence in group:
+            want = tokens_alone(
+                sequence.tokens[: sequence.prompt_length], sequence.max_new_tokens, machine.seeds[sequence]
+            )
             assert sequence.finished
             assert (
                 sequence.tokens == want if sequence not in given_up else sequence.tokens == want[: len(sequence.tokens)]
@@ -195,11 +199,11 @@ def test_every_sequence_gets_what_it_gets_alone(requests, blocks, tokens, sequen
 
 def test_a_small_pool_preempts_the_youngest_and_loses_nothing():
     machine = Machine(5, Limits(64, 4))
-    found = [machine.add(TEXTS[n][:100], 100, n)[0] for n in range(3)]
+    added = [machine.add(TEXTS[n][:100], 100, n)[0] for n in range(3)]
     machine.finish_all(2000)
     assert machine.preemptions > 0
-    for n, sequence in enumerate(found):
-        assert sequence.tokens == alone(TEXTS[n][:100], 100, n)
+    for n, sequence in enumerate(added):
+        assert sequence.tokens == tokens_alone(TEXTS[n][:100], 100, n)
 
 
 def test_who_waits_for_a_token_in_flight_is_not_read_without_it():
@@ -218,7 +222,7 @@ def test_who_waits_for_a_token_in_flight_is_not_read_without_it():
     scheduler.finish(old)
     assert scheduler.schedule() is None
     for step in steps:
-        scheduler.receive(step, range(len(step.samples)))
+        scheduler.receive(step, range(len(step.receivers)))
     (part,) = scheduler.schedule().parts
     assert (part.sequence, part.stop) == (young, 60 + len(steps) - 2)
 
@@ -249,7 +253,7 @@ def test_a_prompt_of_several_continuations_is_read_once():
     machine = Machine(20, Limits(256, 4))
     machine.add(TEXTS[0][:200], 5, continuations=3)
     planned = machine.scheduler.schedule()
-    assert planned.tokens == 200 and len(planned.samples) == 3
+    assert planned.tokens == 200 and len(planned.receivers) == 3
     assert machine.pool.statistics().in_use == 4
     machine.run(planned)
     again = machine.scheduler.schedule()
@@ -267,14 +271,14 @@ def test_a_shared_prefix_is_not_computed_again():
 
 @pytest.mark.parametrize(("guess", "steps"), [(right, 2 + 44), (wrong, 90)])
 def test_a_right_draft_is_a_token_more_a_step(guess, steps):
-    """The prompt's step draws one token, each other two; the 90th comes alone."""
+    """The prompt's step samples one token, each other two; the 90th comes alone."""
     machine = Machine(4, Limits(64, 1), guess)
     machine.add(TEXTS[0][:50], 90)
-    taken = 0
+    count = 0
     while machine.scheduler.waiting or machine.scheduler.running:
         machine.step()
-        taken += 1
-    assert taken == steps
+        count += 1
+    assert count == steps
 
 
 def test_drafts_take_what_is_left_and_let_others_begin():
@@ -295,7 +299,7 @@ def test_drafts_take_what_is_left_and_let_others_begin():
 
 
 def test_a_draft_costs_nobody_a_block():
-    """It is left out where there is no place; the token itself then takes the place of a younger sequence."""
+    """A draft is left out where there is no block for it; the token itself then takes that of a younger sequence."""
     machine = Machine(2, Limits(256, 2), wrong)
     for n in range(2):
         machine.add(TEXTS[n][:62], 60, n)
@@ -311,11 +315,11 @@ def test_a_draft_costs_nobody_a_block():
 
 
 def test_places_are_enough_for_what_fits_exactly():
-    """No draft behind the last token but one: it would need a place past those that are asked for."""
+    """The last token but one has no draft, which would need a place beyond those of the request."""
     machine = Machine(2, Limits(256, 1), right)
     sequence = machine.add(TEXTS[0][:100], 29)[0]
     machine.finish_all(100)
-    assert sequence.tokens == alone(TEXTS[0][:100], 29, 0) and not machine.preemptions
+    assert sequence.tokens == tokens_alone(TEXTS[0][:100], 29, 0) and not machine.preemptions
 
 
 def test_a_block_with_a_wrong_draft_is_not_found():

@@ -1,7 +1,9 @@
-"""Two tokens a step: the same as without speculation, whatever the MTP layer guesses; and it guesses what it should."""
+"""Speculation gives the same tokens as an engine without it, and its drafts are those of the MTP layer."""
 
+import dataclasses
 import functools
 
+import chex
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ LARGE = {"cache_tokens": 2048, "max_tokens": 64, "max_sequences": 4}
 
 
 def guessing(influence: float, tokenizer=None, ahead: int = 0) -> LanguageModel:
-    """A model whose MTP layer knows how it goes on: it has the model's embedding, head and norms.
+    """A model whose MTP layer guesses well, since it has the model's embedding, head and norms.
 
     Args:
       influence: of attention and experts on both. 0: the next token depends on the last one alone, and the guess is
@@ -68,7 +70,7 @@ def plain(lm):
 
 
 def step(engine: Engine):
-    """A step, after which no block is lost or held twice."""
+    """Makes a step, after which no block is lost or counted twice."""
     events = engine.step()
     running = engine.scheduler.running
     assert sum(engine.pool._references) == sum(len(sequence.table.blocks) for sequence in running)
@@ -105,24 +107,24 @@ def without(plain, text, length, new, temperature, seed, n):
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUEST, min_size=1, max_size=6))
 def test_every_request_gets_the_tokens_that_it_gets_without(engine, plain, requests):
-    found, events = [], []
+    added, events = [], []
     programs = engine_module.engine_step._cache_size()
-    wanted = [without(plain, *request[:6]) for request in requests]
+    expected = [without(plain, *request[:6]) for request in requests]
     compiled = engine_module.engine_step._cache_size() - programs  # of the other engine
     for clock in range(2000):
-        for (text, length, new, temperature, seed, n, comes, leaves, end), want in zip(requests, wanted, strict=True):
+        for (text, length, new, temperature, seed, n, comes, leaves, end), want in zip(requests, expected, strict=True):
             if clock == comes:
                 stop = () if end is None or end >= new else (want[0][end],)
                 params = SamplingParams(new, temperature, 0.9, seed, n, stop_token_ids=stop, ignore_eos=True)
-                found.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves, want, stop))
-        for request, leaves, *_ in found:
+                added.append((engine.add(TEXTS[text][:length], params), leaves and clock + leaves, want, stop))
+        for request, leaves, *_ in added:
             if clock == leaves:
                 engine.cancel(request)
         events += step(engine)
         if clock > 10 and not engine.busy:
             break
-    assert len(found) == len(requests) and not engine.busy
-    for request, _, want, stop in found:
+    assert len(added) == len(requests) and not engine.busy
+    for request, _, want, stop in added:
         for n, (completion, tokens) in enumerate(zip(request.completions, want, strict=True)):
             whole = tokens[: min((tokens.index(token) + 1 for token in stop if token in tokens), default=len(tokens))]
             if completion.finish_reason == "cancelled":
@@ -136,49 +138,48 @@ def test_every_request_gets_the_tokens_that_it_gets_without(engine, plain, reque
 
 
 def test_a_small_cache_preempts_and_drafts_are_right_and_wrong(engine, plain):
-    """What the test above relies on: all of this happens in this engine, with this model."""
+    """The test above relies on all of this happening in this engine, with this model."""
     before = engine.summary()
     params = SamplingParams(90, ignore_eos=True)
     requests = [engine.add(TEXTS[n][:150], params) for n in (0, 1, 1)]
     run(engine)
-    found = engine.summary()
-    assert found["preemptions"] > before["preemptions"]
-    drafted, accepted = (found[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
+    summary = engine.summary()
+    assert summary["preemptions"] > before["preemptions"]
+    drafted, accepted = (summary[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
     assert 0.2 * drafted < accepted < 0.9 * drafted and drafted > 100
     want = plain.generate([TEXTS[0][:150], TEXTS[1][:150]], params)
-    for request, same in zip(requests, (want[0], want[1], want[1]), strict=True):
-        np.testing.assert_array_equal(request.tokens, same.tokens)
+    chex.assert_trees_all_equal([request.tokens for request in requests], [want[n].tokens for n in (0, 1, 1)])
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_guess_that_is_always_right_or_always_wrong(ahead):
-    """Right: about half the steps. Wrong, as it always says another token: as many as without. The tokens stay."""
+    """Right guesses save about half the steps; wrong ones, always of another token, save none. The tokens stay."""
     lm = guessing(0.0, ahead=ahead)
     want = Engine(lm, **LARGE).generate([TEXTS[0][:20]], SamplingParams(31, ignore_eos=True))[0]
     engine = Engine(lm, **SMALL, speculate=True)
     (request,) = engine.generate([TEXTS[0][:20]], SamplingParams(31, ignore_eos=True))
     np.testing.assert_array_equal(request.tokens, want.tokens)
-    found = engine.summary()
-    assert found["acceptance_rate"] == 1 - ahead and found["accepted_tokens"] == (0 if ahead else 15)
+    summary = engine.summary()
+    assert summary["acceptance_rate"] == 1 - ahead and summary["accepted_tokens"] == (0 if ahead else 15)
     # 20 tokens of the prompt in two steps, which give the first token; then one or two a step. The last has no draft.
-    assert (found["steps"], found["drafted_tokens"]) == ((2 + 30, 29) if ahead else (2 + 15, 15))
+    assert (summary["steps"], summary["drafted_tokens"]) == ((2 + 30, 29) if ahead else (2 + 15, 15))
 
 
 def test_drafts_are_those_of_the_layer_over_the_whole_text(lm, monkeypatch):
-    """Also behind wrong drafts, prompts in pieces, and after a preemption: its entries are always the right ones."""
+    """Its cache entries are right also after wrong drafts, prompts in pieces, and a preemption."""
     seen = []
 
     def record(planned, tokens, drafts, metrics):
-        settled = take(planned, tokens, drafts, metrics)
-        came = {sequence: 0 for sequence in planned.samples}
-        for sequence, token, guess in zip(planned.samples, settled, drafts[: len(settled)], strict=True):
+        settled = accept_drafts(planned, tokens, drafts, metrics)
+        received = {sequence: 0 for sequence in planned.receivers}
+        for sequence, token, guess in zip(planned.receivers, settled, drafts[: len(settled)], strict=True):
             if token >= 0:
-                came[sequence] += 1
-                seen.append((engine._owner[sequence][0], len(sequence.tokens) + came[sequence], int(guess)))
+                received[sequence] += 1
+                seen.append((engine._owner[sequence][0], len(sequence.tokens) + received[sequence], int(guess)))
         return settled
 
-    take = engine_module.take
-    monkeypatch.setattr(engine_module, "take", record)
+    accept_drafts = engine_module.accept_drafts
+    monkeypatch.setattr(engine_module, "accept_drafts", record)
     engine = Engine(lm, **SMALL, speculate=True)
     prompts = [TEXTS[n][:length] for n, length in ((0, 150), (1, 130), (1, 41))]
     requests = engine.generate(prompts, SamplingParams(60, ignore_eos=True))
@@ -215,11 +216,10 @@ def test_a_sibling_has_no_draft_behind_a_token_that_the_layer_has_not_seen(lm):
 
 def test_log_probabilities_and_times(engine, plain):
     params = SamplingParams(20, 0.5, seed=2, ignore_eos=True, logprobs=3)
-    ours, theirs = (one.generate([TEXTS[1][:40]], params)[0].completions[0] for one in (engine, plain))
+    ours, theirs = (each.generate([TEXTS[1][:40]], params)[0].completions[0] for each in (engine, plain))
     assert ours.tokens == theirs.tokens and len(ours.times) == 20 and ours.times == sorted(ours.times)
-    for found, want in zip(ours.logprobs, theirs.logprobs, strict=True):
-        assert found.token == pytest.approx(want.token, abs=1e-4)
-        assert found.likeliest == pytest.approx(want.likeliest, abs=1e-4)
+    first, second = ([dataclasses.asdict(token) for token in each.logprobs] for each in (ours, theirs))
+    chex.assert_trees_all_close(first, second, atol=1e-4, rtol=0)
 
 
 def test_text_ends_at_a_stop_string_in_the_first_or_second_token_of_a_step():
@@ -230,9 +230,9 @@ def test_text_ends_at_a_stop_string_in_the_first_or_second_token_of_a_step():
     for end in range(1, 9):
         stop = lm.tokenizer.decode(whole.tokens[end : end + 1])
         params = SamplingParams(14, stop=(stop,), ignore_eos=True)
-        found = engine.generate(["The lighthouse"], params)[0].completions[0]
-        assert found.finish_reason == "stop" and found.text == whole.text[: whole.text.index(stop)]
-        assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) <= end + 1
+        completion = engine.generate(["The lighthouse"], params)[0].completions[0]
+        assert completion.finish_reason == "stop" and completion.text == whole.text[: whole.text.index(stop)]
+        assert completion.tokens == whole.tokens[: len(completion.tokens)] and len(completion.tokens) <= end + 1
     assert engine.pool.statistics().in_use == 0
 
 
@@ -260,15 +260,14 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(lm, monkeypatch)
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(lm, plain):
-    """Also behind a draft that was right."""
+    """Also where the logits follow a draft that was right."""
     want = plain.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
     last = next(n for n in range(5, 30) if want[0].tokens[0, n] not in {*want[0].tokens[0, :n], *want[1].tokens[0]})
     model = guessing(0.003).model
     model.embed = model.embed.at[want[0].tokens[0, last]].set(jnp.nan)
     engine = Engine(LanguageModel(model, TINY, None, EXACT), **SMALL, speculate=True)
     ended, other = engine.generate([TEXTS[0][:20], TEXTS[1][:20]], SamplingParams(30, ignore_eos=True))
-    np.testing.assert_array_equal(ended.tokens, want[0].tokens[:, : last + 1])
-    np.testing.assert_array_equal(other.tokens, want[1].tokens)
+    chex.assert_trees_all_equal((ended.tokens, other.tokens), (want[0].tokens[:, : last + 1], want[1].tokens))
     assert ended.completions[0].finish_reason == "error" and "not finite" in ended.completions[0].error
 
 
@@ -292,7 +291,7 @@ def test_what_it_needs(lm, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_model():
-    """Its own MTP layer, on texts like those that it was trained on.
+    """The demo model with its own MTP layer, on texts like those of its training.
 
     Without rounding of activations to FP8: the last bit of a float32 sum, which the shape of a step decides, would move
     some of them by a whole step, and other tokens would follow; without speculation too.
@@ -301,16 +300,16 @@ def test_the_demo_model():
     lm.options = EXACT
     prompts = ["To install a package on Debian, you", "The kernel is", "A user who wants to", "In the next chapter we"]
     params = [SamplingParams(40), SamplingParams(40, 0.7, 0.9, seed=1, n=2)]
-    found = []
+    tokens = []
     for speculate in (False, True):
         engine = Engine(lm, cache_tokens=256, max_tokens=16, max_sequences=4, speculate=speculate)
         engine.warmup()
         programs = engine_module.engine_step._cache_size()
-        requests = [engine.add(prompt, how) for prompt in prompts for how in params]
+        requests = [engine.add(prompt, sampling) for prompt in prompts for sampling in params]
         while engine.busy:
             engine.step()
         assert engine_module.engine_step._cache_size() == programs
-        found.append([request.tokens.tolist() for request in requests])
+        tokens.append([request.tokens.tolist() for request in requests])
         print(engine.summary())
-    assert found[0] == found[1]
+    assert tokens[0] == tokens[1]
     assert engine.metrics.acceptance_rate > 0.3

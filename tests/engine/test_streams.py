@@ -1,4 +1,4 @@
-"""Who gets which event: each once and in order, whoever makes the steps; and what leaving a stream does."""
+"""Every event is handed out once and in order, whoever makes the steps; leaving a stream cancels its request."""
 
 import gc
 import sys
@@ -13,8 +13,8 @@ from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.model import DeepseekV32
-from tests.engine.test_changes import SMALL, tokens
 from tests.engine.test_engine import TEXTS
+from tests.engine.test_transactions import SMALL, tokens
 from tests.harness import EXACT
 
 EIGHT, NINE, THIRTY = (SamplingParams(new, ignore_eos=True) for new in (8, 9, 30))
@@ -84,16 +84,16 @@ def test_a_stream_that_begins_late_has_what_came_before(engine):
 
 
 def test_steps_between_the_events_of_a_stream(engine):
-    """`step` returns what nobody streams, also what came while another made the steps; each event goes to one."""
+    """`step` returns the events of requests without a stream, also those of steps that a stream made; each once."""
     streamed, other = add(engine, 2)
-    stream, mine, rest = engine.stream(streamed), [], []
+    stream, mine, returned = engine.stream(streamed), [], []
     for event in stream:
         mine.append(event)
         if len(mine) % 3 == 0:
-            rest += engine.step()
-    rest += engine.step()
+            returned += engine.step()
+    returned += engine.step()
     check(mine, streamed)
-    check(rest, other)
+    check(returned, other)
     assert engine.step() == []
 
 
@@ -103,8 +103,8 @@ def test_a_stream_takes_over_from_steps(engine):
     begin = [event for event in events if event.request is request]
     assert begin
     check(begin + list(engine.stream(request)), request)
-    rest = [event for event in events + engine.step() if event.request is other]
-    check(rest, other)
+    returned = [event for event in events + engine.step() if event.request is other]
+    check(returned, other)
 
 
 def test_generate_beside_a_stream(engine):
@@ -175,7 +175,7 @@ def test_an_interrupt_inside_a_stream_ends_its_request_alone(engine, monkeypatch
 
 
 def test_a_stream_that_is_collected_in_the_middle_of_a_step(engine, monkeypatch):
-    """Python may do so anywhere: its request ends with the next call."""
+    """Python may collect it anywhere: its request ends with the next call."""
     left, other = add(engine, 2, THIRTY)
     streams, schedule = [engine.stream(left)], engine.scheduler.schedule
 
@@ -220,23 +220,23 @@ def test_a_request_of_another_engine_is_refused(engine, lm):
 
 
 def test_threads_share_an_engine(engine):
-    """Some stream, some generate, some step; each gets what it gets alone."""
+    """Some threads stream, some generate, some step; each request gets the tokens that it gets alone."""
     prompts = [TEXTS[n % 2][n : n + 20] for n in range(6)]
     want = [tokens(engine.generate([prompt], THIRTY)[0]) for prompt in prompts]
-    found, errors = {}, []
+    tokens_of, errors = {}, []
 
     def stream(n):
         request = engine.add(prompts[n], THIRTY)
-        found[n] = [[event.token for event in engine.stream(request)]]
+        tokens_of[n] = [[event.token for event in engine.stream(request)]]
 
     def generate(n):
-        found[n] = tokens(engine.generate([prompts[n]], THIRTY)[0])
+        tokens_of[n] = tokens(engine.generate([prompts[n]], THIRTY)[0])
 
     def step(n):
         request = engine.add(prompts[n], THIRTY)
         while not request.finished:
             engine.step()
-        found[n] = tokens(request)
+        tokens_of[n] = tokens(request)
 
     def guarded(call, n):
         try:
@@ -255,4 +255,4 @@ def test_threads_share_an_engine(engine):
             thread.join(120)
     finally:
         sys.setswitchinterval(interval)
-    assert not errors and [found[n] for n in range(6)] == want
+    assert not errors and [tokens_of[n] for n in range(6)] == want

@@ -155,7 +155,7 @@ def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
     leaves, structure = lm.flat_model()
     names, prepared = named_parameters(lm.model), named_parameters(jax.tree.unflatten(structure, leaves))
     layers = {path.removesuffix("attn.kv_b") for path in names if path.endswith("attn.kv_b")}
-    gone, new = ("q_a", "kv_a", "indexer.k", "kv_b"), ("joined", "kv_b.to_latent", "kv_b.to_value")
+    gone, new = ("q_a", "kv_a", "kv_b"), ("projections.0", "maps.to_latent", "maps.to_value")
     assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in gone}
     assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in new}
     lm.options = dataclasses.replace(EXACT, absorb=False)  # that is how the official code quantises its input

@@ -143,7 +143,7 @@ def test_an_engine_made_before_an_edit_refuses_to_go_on(m):
     engine = Engine(m, cache_tokens=64, max_sequences=1, max_tokens=8)
     request, head, options = engine.add(IDS, SamplingParams(3, ignore_eos=True)), m.model.head, m.options
     engine.step()
-    for edit in (edit_head, exchange_layers, replace_the_model, lambda m: setattr(m, "options", Options(debug=True))):
+    for edit in (edit_head, exchange_layers, replace_the_model, lambda m: setattr(m, "options", Options(check=True))):
         layer, model = m.model.layers[1], m.model
         edit(m)
         for call in (engine.step, lambda: engine.add(IDS), lambda: engine.generate([IDS])):

@@ -87,13 +87,14 @@ def test_experts_of_every_width_have_kernels(hidden, width, schemes, tokens):
         return moe
 
     moe = jax.eval_shape(layer)
-    rows, valid = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), bool)
+    rows = jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
-    def experts(moe, x, valid):
+    def experts(moe, x, positions):
         numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend="mosaic_gpu")
-        return moe(x, valid, config, numerics)
+        return moe(x, positions, config, numerics)
 
-    text = jax.jit(experts).trace(moe, rows, valid).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(experts).trace(moe, rows, positions).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text and "stablehlo.while" not in text
 
 
@@ -104,11 +105,11 @@ def test_experts_by_kernels_equal_the_reference(capfd):
     moe = jax.jit(lambda: MoE(config, Init(config, nnx.Rngs(0))))()
     assert is_qtensor(moe.experts.gate)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, config.hidden_size)), jnp.bfloat16)
-    valid = jnp.array([True, True, False])
+    positions = jnp.array([0, 1, -1])
     by = {}
     for name in ("interpret", "reference"):
         numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend=name)
-        layer = jax.jit(lambda moe, x, numerics=numerics: moe(x, valid, config, numerics))
+        layer = jax.jit(lambda moe, x, numerics=numerics: moe(x, positions, config, numerics))
         by[name] = np.asarray(layer(moe, x), np.float32)
     assert np.isfinite(by["reference"]).all() and by["reference"][2].any()  # the shared expert alone
     error = by["interpret"] - by["reference"]

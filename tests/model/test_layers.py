@@ -10,7 +10,7 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.cache import KVCache
-from dsv32_jax.model.model import Options, StepContext, run_layer
+from dsv32_jax.model.model import Options, StepContext
 from dsv32_jax.model.norm import add_rms_norm
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.rope import rope_angles, yarn_frequencies
@@ -130,7 +130,9 @@ def test_router(name):
     model, reference = load_golden(name), numpy_golden(name)
     layer = model.config.first_k_dense_replace
     x = random(40, model.config.hidden_size)
-    experts, weights = jax.jit(lambda ffn, x: ffn.route(x, model.config))(model.layers[layer].ffn, x)
+    experts, weights = jax.jit(lambda ffn, x: ffn.route(x, jnp.arange(40), model.config, NUMERICS))(
+        model.layers[layer].ffn, x
+    )
     expected, expected_weights = reference.router(x.astype(float), layer)
     order = np.argsort(experts, -1)
     np.testing.assert_array_equal(np.take_along_axis(np.asarray(experts), order, -1), expected)
@@ -161,9 +163,9 @@ def attention(name: str, options: Options) -> SimpleNamespace:
 
     @jax.jit
     def run(mla, x, cache):
-        record: dict = {}
-        out, _ = mla(x, 1, cache, StepContext(model.config, options, batch), record)
-        return out, record
+        seams = options.seams(Taps.of(dict.fromkeys(("topk", "index_scores", "attention"))))
+        out, _ = mla(x, 1, cache, StepContext(model.config, options, batch, seams))
+        return out, seams.values
 
     cache = KVCache.create(model.config, 2, options)
     out, record = jax.tree.map(np.asarray, run(model.layers[1].attn, jnp.asarray(x), cache))
@@ -209,9 +211,9 @@ def test_whole_layer(name, layer):
     hidden = random(TOKENS, model.config.hidden_size, seed=5)
     batch = flat_batch([Piece(np.zeros(TOKENS, np.int32))], tables_of(1, 2))
     cache = KVCache.create(model.config, 2, EXACT)
-    out, _, record = run_layer(model, layer, jnp.asarray(hidden), batch, cache, EXACT)
+    record = layer_record(model, layer, hidden, batch, cache, EXACT)
     expected, trace = reference.decoder_layer(hidden.astype(float), np.arange(TOKENS), layer)
     assert as_sets(np.asarray(record["topk"])) == trace["topk"]
-    assert_close(out - hidden, expected - hidden, 3e-5)
+    assert_close(record["hidden"] - hidden, expected - hidden, 3e-5)
     if "experts" in trace:
         np.testing.assert_array_equal(np.sort(record["experts"], -1), trace["experts"])

@@ -1,5 +1,6 @@
 """Do the parity tests notice the mistakes that are easily made? Each bug is planted, and the named check must fail."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -10,23 +11,23 @@ import pytest
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model import indexer, mla, moe
-from pallas_kernels import rowwise
+from dsv32_jax.model import indexer, moe, variants
+from dsv32_jax.model.parts import Parts
+from pallas_kernels import moe_dispatch, rowwise
+from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import reference as indexer_reference
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
-from tests.harness import load_golden
+from tests.harness import EXACT, load_golden
 from tests.model import test_golden
 
 TINY, FP8 = "tiny", "tiny128_fp8"
 
 
-def swapped_rope_in_the_indexer(patch):
-    patch.setattr(rowwise, "rope_half_split", rowwise.rope_interleaved)
+SWAPPED_ROPE_IN_THE_INDEXER = Parts(index_rope=rowwise.rope_interleaved)
 
 
-def swapped_rope_in_mla(patch):
-    patch.setattr(rowwise, "rope_interleaved", rowwise.rope_half_split)
+SWAPPED_ROPE_IN_MLA = Parts(rope=rowwise.rope_half_split)
 
 
 def dropped_relu(patch):
@@ -43,18 +44,14 @@ def dropped_indexer_head(patch):
     patch.setattr(indexer.Indexer, "queries", queries)
 
 
-def mask_off_by_one(patch):
-    """The indexer may see one key too many: the next token's."""
-    original = mla.index_select
-    patch.setattr(mla, "index_select", lambda *args, **options: original(*args[:-1], args[-1] + 1, **options))
+def one_key_too_many(*args, **options):
+    """The indexer may see the next token's key."""
+    return index_select(*args[:-1], args[-1] + 1, **options)
 
 
-def mask_off_by_one_the_other_way(patch):
+def one_key_too_few(*args, **options):
     """No token sees itself, except the first."""
-    original = mla.index_select
-    patch.setattr(
-        mla, "index_select", lambda *args, **options: original(*args[:-1], jnp.maximum(args[-1] - 1, 0), **options)
-    )
+    return index_select(*args[:-1], jnp.maximum(args[-1] - 1, 0), **options)
 
 
 def group_score_by_maximum(patch):
@@ -107,15 +104,10 @@ def scaled_shared_expert(patch):
     patch.setattr(moe.MLP, "__call__", call)
 
 
-def weights_from_biased_scores(patch):
-    original = moe_reference.route
-
-    def route(logits, bias, *args):
-        experts, _ = original(logits, bias, *args)
-        biased = jnp.take_along_axis(jax.nn.sigmoid(logits) + bias, experts, 1)
-        return experts, biased / biased.sum(-1, keepdims=True) * 2.5
-
-    patch.setattr(moe_reference, "route", route)
+def weights_from_biased_scores(logits, bias, **options):
+    experts, _ = moe_dispatch.route(logits, bias, **options)
+    biased = jnp.take_along_axis(jax.nn.sigmoid(logits) + bias, experts, 1)
+    return experts, biased / biased.sum(-1, keepdims=True) * 2.5
 
 
 def index_queries_from_another_input(patch):
@@ -128,33 +120,27 @@ def index_queries_from_another_input(patch):
     patch.setattr(indexer.Indexer, "queries", queries)
 
 
-def attention_ignores_the_choice(patch):
-    """Dense attention in place of the chosen keys: what a mask that is never applied would do."""
-    original = mla.MLA.select
-
-    def select(self, *args):
-        original(self, *args)
-
-    patch.setattr(mla.MLA, "select", select)
+ATTENTION_IGNORES_THE_CHOICE = Parts(index_select=variants.every_key)
+"""Dense attention in place of the chosen keys: what a mask that is never applied would do."""
 
 
-BUGS: list[tuple[Callable, str, Callable]] = [
-    (swapped_rope_in_the_indexer, TINY, test_golden.check_topk),
-    (swapped_rope_in_the_indexer, TINY, test_golden.check_index_scores),
-    (swapped_rope_in_mla, TINY, test_golden.check_logits),
+BUGS: list[tuple[Callable | Parts, str, Callable]] = [
+    (SWAPPED_ROPE_IN_THE_INDEXER, TINY, test_golden.check_topk),
+    (SWAPPED_ROPE_IN_THE_INDEXER, TINY, test_golden.check_index_scores),
+    (SWAPPED_ROPE_IN_MLA, TINY, test_golden.check_logits),
     (dropped_relu, TINY, test_golden.check_index_scores),
     (dropped_indexer_head, TINY, test_golden.check_topk),
-    (mask_off_by_one, TINY, test_golden.check_topk),
-    (mask_off_by_one_the_other_way, TINY, test_golden.check_topk),
+    (Parts(index_select=one_key_too_many), TINY, test_golden.check_topk),
+    (Parts(index_select=one_key_too_few), TINY, test_golden.check_topk),
     (group_score_by_maximum, TINY, test_golden.check_experts),
     (divided_scale, FP8, test_golden.check_logits),
     (transposed_scale_grid, FP8, test_golden.check_logits),
     (softmax_scale_without_mscale, TINY, test_golden.check_logits),
     (index_key_norm_as_rms_norm, TINY, test_golden.check_index_scores),
     (scaled_shared_expert, TINY, test_golden.check_hidden),
-    (weights_from_biased_scores, TINY, test_golden.check_experts),
+    (Parts(route=weights_from_biased_scores), TINY, test_golden.check_experts),
     (index_queries_from_another_input, TINY, test_golden.check_topk),
-    (attention_ignores_the_choice, TINY, test_golden.check_logits),
+    (ATTENTION_IGNORES_THE_CHOICE, TINY, test_golden.check_logits),
 ]
 
 
@@ -179,6 +165,8 @@ def broken(plant, name, depth):
         if depth is not None:
             model = first_layers(name, depth)
             patch.setattr(test_golden, "load_golden", lambda _: model)
+        if isinstance(plant, Parts):
+            return test_golden.compute(name, dataclasses.replace(EXACT, parts=plant))
         plant(patch)
         return test_golden.compute(name)
 

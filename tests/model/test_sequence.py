@@ -13,7 +13,9 @@ from dsv32_jax.model import sequence as sequence_model
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.context import Options, StepContext
 from dsv32_jax.model.model import DeepseekV32
+from dsv32_jax.model.parts import Parts
 from dsv32_jax.model.sequence import Run
+from dsv32_jax.model.variants import VARIANTS
 from pallas_kernels.top_k import top_k
 from tests.harness import Piece, flat_batch, forward, load_golden, tables_of
 
@@ -32,15 +34,22 @@ def ids(model) -> np.ndarray:
     return np.random.default_rng(0).integers(2, model.config.vocab_size, (ROWS, LENGTH))
 
 
-def logits(model, ids, run, **options):
-    states, _ = jax.jit(lambda m, i: sequence_model.hidden_states(m, i, run, **options))(model, jnp.asarray(ids))
+def logits(model, ids, run):
+    states, _ = jax.jit(lambda m, i: sequence_model.hidden_states(m, i, run))(model, jnp.asarray(ids))
     return np.asarray(states.astype(jnp.float32) @ model.head.astype(jnp.float32).T)
+
+
+RUNS = {
+    "indexer": Run(),
+    "dense": Run("dense"),
+    **{name: Run(parts=Parts(index_select=f)) for name, f in VARIANTS["index_select"].items() if name != "dense"},
+}
 
 
 @pytest.fixture(scope="module")
 def logits_of(model, ids):
     """`logits` by selection, each computed once."""
-    return functools.cache(lambda selection: logits(model, ids, Run(selection)))
+    return functools.cache(lambda selection: logits(model, ids, RUNS[selection]))
 
 
 @pytest.mark.parametrize(("attention", "selection"), [("sparse", "indexer"), ("dense", "dense")])
@@ -62,7 +71,7 @@ def test_official_fp8_arithmetic_is_that_of_the_step():
     model = load_golden("tiny128_fp8")
     ids = np.random.default_rng(1).integers(2, model.config.vocab_size, (1, 40))
     step = forward(model, ids.tolist(), Options(act_quant=True, absorb=False))[0].logits
-    ours = logits(model, ids, Run("indexer", act_quant=True))[0]
+    ours = logits(model, ids, Run(act_quant=True))[0]
     # Sums of the experts are taken in another order: a rounding of the FP8 inputs may fall the other way.
     assert np.sqrt(((ours - step) ** 2).mean()) < 5e-3 * step.std()
     assert (ours.argmax(-1) == step.argmax(-1)).mean() > 0.9
@@ -102,39 +111,24 @@ def test_top_k_mask_is_top_k(k, kind):
         assert set(np.flatnonzero(mask[row])) == {int(i) for i in chosen if i >= 0}
 
 
-def test_selections_keep_k_visible_positions(model):
-    config = model.config
-    scores = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, LENGTH))
-    count = np.minimum(np.arange(LENGTH) + 1, config.index_topk)
-    for name in ("indexer", "recent", "recent and first", "random", "oracle"):
-        seqs = sequence_model.Sequences(config, Run(name), ROWS, LENGTH, jnp.asarray(1))
-        mask = np.asarray(sequence_model.selection_mask(scores, jnp.exp(scores), 0, seqs))
-        assert not (mask & ~np.asarray(seqs.visible)).any(), name
-        assert (mask.sum(-1) == count).all(), name
-        if name == "recent":
-            assert mask[0, -1, -config.index_topk :].all()
-        if name == "recent and first":
-            assert mask[..., 0].all() and mask[0, -1, 1 - config.index_topk :].all()
-
-
 def test_oracle_keeps_at_least_the_attention_mass_of_any_other(logits_of):
     """The loss in likelihood orders the selections the same way here: dense, oracle, then random."""
     far = {name: np.abs(logits_of(name) - logits_of("dense")).mean() for name in ("oracle", "random", "recent")}
     assert far["oracle"] < far["random"] and far["oracle"] < far["recent"]
 
 
-def test_unknown_selection_is_refused():
-    with pytest.raises(ValueError, match="dense, indexer, recent"):
+def test_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="sparse, dense"):
         Run("best")
 
 
 def test_indexer_learns_from_its_own_loss_alone(model, ids):
     def language_loss(m):
-        states, _ = sequence_model.hidden_states(m, jnp.asarray(ids), Run("indexer", index_loss=True))
+        states, _ = sequence_model.hidden_states(m, jnp.asarray(ids), Run(index_loss=True))
         return -sequence_model.log_likelihoods(states, m.head, jnp.roll(jnp.asarray(ids), -1, 1)).mean()
 
     def index_loss(m):
-        _, reports = sequence_model.hidden_states(m, jnp.asarray(ids), Run("indexer", index_loss=True))
+        _, reports = sequence_model.hidden_states(m, jnp.asarray(ids), Run(index_loss=True))
         return sum(report.index_kl for report in reports)
 
     from dsv32_jax.model.params import named_parameters
@@ -161,9 +155,9 @@ def test_recomputed_layers_have_the_same_gradient(model, ids):
         states, reports = sequence_model.hidden_states(m, jnp.asarray(ids), run)
         return (states.astype(jnp.float32) ** 2).mean() + sum(report.index_kl for report in reports)
 
-    for selection in ("dense", "indexer"):
+    for attention in ("dense", "sparse"):
         plain, again = (
-            jax.jit(jax.grad(loss), static_argnums=1)(model, Run(selection, index_loss=True, remat=remat))
+            jax.jit(jax.grad(loss), static_argnums=1)(model, Run(attention, index_loss=True, remat=remat))
             for remat in (False, True)
         )
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):

@@ -32,7 +32,7 @@ def session_engine(lm):
 
 @pytest.fixture
 def engine(session_engine):
-    """Nothing may be left of the test before, and nothing of this one."""
+    """The engine of the session, without cached blocks; at the end of a test no request or block may be left."""
     session_engine.pool.forget()
     yield session_engine
     while session_engine.busy:
@@ -46,6 +46,6 @@ def gate(engine, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def alone(lm):
+def reference_engine(lm):
     """Another engine, which nothing else uses."""
     return Engine(lm, **SMALL)

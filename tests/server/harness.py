@@ -28,13 +28,13 @@ def client(engine, **changes) -> Iterator[TestClient]:
     """A client of a server that is ready."""
     app = create_app(engine, settings(**changes))
     headers = {"authorization": f"Bearer {changes['api_key']}"} if "api_key" in changes else {}
-    with TestClient(app, headers=headers) as found:
+    with TestClient(app, headers=headers) as test_client:
         wait(lambda: app.state.service.ready)
-        yield found
+        yield test_client
 
 
 def wait(condition) -> None:
-    """Until it holds; a test that waits for ever is one that fails."""
+    """Waits until a condition holds; fails after a minute."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "this never came"
@@ -42,12 +42,12 @@ def wait(condition) -> None:
 
 
 def error(response, status: int) -> dict:
-    """The error of an answer, in OpenAI's shape."""
+    """The error in an answer, in the JSON of OpenAI's API."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
-    (found,) = response.json().values()
-    assert set(found) == {"message", "type", "param", "code"} and isinstance(found["message"], str)
-    return found
+    (body,) = response.json().values()
+    assert set(body) == {"message", "type", "param", "code"} and isinstance(body["message"], str)
+    return body
 
 
 def events(text: str) -> list[dict]:
@@ -58,7 +58,7 @@ def events(text: str) -> list[dict]:
 
 
 class Gate:
-    """Lets an engine make so many steps, or as many as it likes."""
+    """Lets an engine make a number of steps, or any number once it is open."""
 
     def __init__(self, engine, monkeypatch):
         self._allowed, self._open, step = threading.Semaphore(0), False, engine.step
@@ -74,7 +74,7 @@ class Gate:
         self._allowed.release(count)
 
     async def until(self, condition) -> None:
-        """Steps until it holds, and perhaps some more."""
+        """Allows steps until a condition holds; the engine may make some more."""
         async with asyncio.timeout(60):
             while not condition():
                 self.step()
@@ -88,9 +88,9 @@ class Gate:
 @contextlib.asynccontextmanager
 async def service(engine, *, clock=time.monotonic, **changes) -> AsyncIterator:
     """An application with its lifespan, in the present event loop, when it is ready."""
-    found = settings(**changes)
-    worker = Worker(engine, max_queue=found.max_queue, deadline=found.deadline, clock=clock)
-    app = create_app(engine, found, worker=worker)
+    options = settings(**changes)
+    worker = Worker(engine, max_queue=options.max_queue, deadline=options.deadline, clock=clock)
+    app = create_app(engine, options, worker=worker)
     async with app.router.lifespan_context(app):
         await until(lambda: app.state.service.ready)
         yield app
@@ -104,7 +104,7 @@ async def until(condition) -> None:
 
 
 class Call:
-    """One open request: its client can wait, look at what has come, and go away."""
+    """One open request: its client can wait, look at the answer so far, and disconnect."""
 
     def __init__(self, app, path: str, content=None, *, chunks: list[bytes] | None = None, headers=None):
         self.status, self.headers, self.body = 0, {}, b""

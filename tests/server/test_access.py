@@ -1,4 +1,4 @@
-"""The key: asked for on every route that is or is not, and compared as a whole."""
+"""The API key is required on every route, also where there is none, and compared as a whole."""
 
 import asyncio
 import hmac
@@ -23,8 +23,8 @@ NOWHERE = [("GET", "/"), ("GET", "/docs"), ("GET", "/v1/completions"), ("OPTIONS
 
 @pytest.fixture(scope="module")
 def server(session_engine):
-    with client(session_engine, api_key=KEY) as found:
-        yield found
+    with client(session_engine, api_key=KEY) as test_client:
+        yield test_client
 
 
 def test_every_route_of_the_application_is_tried_here(server):
@@ -34,15 +34,15 @@ def test_every_route_of_the_application_is_tried_here(server):
 
 @pytest.mark.parametrize(("method", "path"), ROUTES + NOWHERE)
 @pytest.mark.parametrize(
-    "given",
+    "key",
     ["", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3crets", "Bearer S3CRET", "Basic s3cret", "s3cret", "Bearer é"],
 )
-def test_nothing_without_the_key(server, method, path, given):
+def test_nothing_without_the_key(server, method, path, key):
     ask = COMPLETION if method == "POST" else None
-    headers = {"authorization": given.encode("latin-1")}
-    found = server.request(method, path, json=ask, headers=headers)
-    assert error(found, 401)["code"] == "invalid_api_key" and found.headers["www-authenticate"] == "Bearer"
-    assert KEY not in found.text
+    headers = {"authorization": key.encode("latin-1")}
+    response = server.request(method, path, json=ask, headers=headers)
+    assert error(response, 401)["code"] == "invalid_api_key" and response.headers["www-authenticate"] == "Bearer"
+    assert KEY not in response.text
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -83,14 +83,14 @@ def test_two_keys_are_none(session_engine):
 
 
 def test_the_comparison_takes_the_same_time_for_every_key(session_engine, monkeypatch):
-    """All that is compared are digests of one length, by the function that is made for it."""
+    """Only digests of one length are compared, by `hmac.compare_digest`."""
     seen, compare = [], hmac.compare_digest
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
 
     async def run():
         async with service(session_engine, api_key=KEY) as app:
-            for given in ("Bearer x", f"Bearer {KEY}", "Bearer " + "x" * 5000, ""):
-                await Call(app, "/health", headers={"authorization": given}).end()
+            for authorization in ("Bearer x", f"Bearer {KEY}", "Bearer " + "x" * 5000, ""):
+                await Call(app, "/health", headers={"authorization": authorization}).end()
 
     asyncio.run(run())
     assert seen == [(32, 32)] * 4

@@ -1,4 +1,4 @@
-"""/metrics is what the engine says of itself, in Prometheus' format; and so is the file of --metrics-log."""
+"""/metrics and the file of --metrics-log have the engine's summary."""
 
 import json
 
@@ -13,9 +13,9 @@ from tests.server.harness import COMPLETION, client, wait
 def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Values by name and labels."""
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    found = {(sample.name, tuple(sample.labels.items())): sample.value for sample in samples}
-    assert len(found) == len(samples) and all(name.startswith("dsv32_") for name, _ in found)
-    return found
+    values = {(sample.name, tuple(sample.labels.items())): sample.value for sample in samples}
+    assert len(values) == len(samples) and all(name.startswith("dsv32_") for name, _ in values)
+    return values
 
 
 def test_metrics_are_the_engines_summary(engine):
@@ -23,9 +23,9 @@ def test_metrics_are_the_engines_summary(engine):
         server.post("/v1/completions", json=COMPLETION | {"n": 2, "prompt": [5] * 70})
         server.post("/v1/completions", json=COMPLETION | {"prompt": [5] * 70})
         server.get("/nowhere")
-        found = server.get("/metrics")
-        assert found.headers["content-type"] == prometheus.CONTENT_TYPE
-        values, summary = parsed(found.text), engine.summary()
+        response = server.get("/metrics")
+        assert response.headers["content-type"] == prometheus.CONTENT_TYPE
+        values, summary = parsed(response.text), engine.summary()
     for key in ("generated_tokens", "prompt_tokens", "cached_tokens", "steps", "step_tokens", "preemptions"):
         assert values[f"dsv32_{key}_total", ()] == summary[key], key
     assert summary["generated_tokens"] >= 24 and summary["cached_tokens"] >= 64
@@ -51,7 +51,7 @@ def test_metrics_are_the_engines_summary(engine):
 
 
 def test_every_count_of_the_summary_is_there(engine):
-    """A number that is added to `Metrics.summary` must find its place here, or among those that follow from others."""
+    """A number that is added to `Metrics.summary` must be exported, or be listed as following from others."""
     derived = {"generated_tokens_per_second", "acceptance_rate", "finished", "cache"}
     known = {*prometheus.COUNTERS, *prometheus.GAUGES, *prometheus.LATENCIES, *derived}
     assert set(engine.summary()) <= known

@@ -1,4 +1,4 @@
-"""What wrong requests get: an error in OpenAI's shape that names the field, and nothing of them in the engine."""
+"""Wrong requests get an error in the JSON of OpenAI's API that names the field, and never reach the engine."""
 
 import ast
 import json
@@ -16,8 +16,8 @@ COMPLETIONS, CHATS = PATHS
 
 @pytest.fixture(scope="module")
 def server(session_engine):
-    with client(session_engine, max_body_bytes=100_000, max_queue=8) as found:
-        yield found
+    with client(session_engine, max_body_bytes=100_000, max_queue=8) as test_client:
+        yield test_client
         assert not session_engine.busy and session_engine.pool.statistics().in_use == 0
 
 
@@ -58,9 +58,9 @@ def server(session_engine):
     ],
 )
 def test_wrong_fields_of_both(server, path, change, param, message):
-    found = error(server.post(path, content=json.dumps(PATHS[path] | change), headers=JSON), 400)
-    assert found["param"].startswith(param) and message in found["message"] and len(found["message"]) < 300
-    assert found["type"] == "invalid_request_error"
+    refusal = error(server.post(path, content=json.dumps(PATHS[path] | change), headers=JSON), 400)
+    assert refusal["param"].startswith(param) and message in refusal["message"] and len(refusal["message"]) < 300
+    assert refusal["type"] == "invalid_request_error"
 
 
 JSON = {"content-type": "application/json"}
@@ -93,8 +93,8 @@ JSON = {"content-type": "application/json"}
     ],
 )
 def test_wrong_completions(server, change, param, message):
-    found = error(server.post(COMPLETIONS, content=json.dumps(COMPLETION | change), headers=JSON), 400)
-    assert found["param"] == param and message in found["message"]
+    refusal = error(server.post(COMPLETIONS, content=json.dumps(COMPLETION | change), headers=JSON), 400)
+    assert refusal["param"] == param and message in refusal["message"]
 
 
 def turn(**fields):
@@ -134,8 +134,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/secret"}}
     ],
 )
 def test_wrong_chats(server, change, param, message):
-    found = error(server.post(CHATS, content=json.dumps(CHAT | change), headers=JSON), 400)
-    assert found["param"] == param and message in found["message"]
+    refusal = error(server.post(CHATS, content=json.dumps(CHAT | change), headers=JSON), 400)
+    assert refusal["param"] == param and message in refusal["message"]
 
 
 @pytest.mark.parametrize(
@@ -161,54 +161,54 @@ def test_wrong_chats(server, change, param, message):
 )
 @pytest.mark.parametrize("path", PATHS)
 def test_bodies_that_are_no_json(server, path, body, message):
-    found = error(server.post(path, content=body, headers=JSON), 400)
-    assert message in found["message"] and found["code"] == "invalid_json"
+    refusal = error(server.post(path, content=body, headers=JSON), 400)
+    assert message in refusal["message"] and refusal["code"] == "invalid_json"
 
 
 def test_a_body_must_say_that_it_is_json(server):
-    """A page in a browser can send other types anywhere without asking."""
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+    """A page in a browser can send other content types anywhere without a preflight request."""
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
         content = json.dumps(COMPLETION)
-        assert error(server.post(COMPLETIONS, content=content, headers={"content-type": kind}), 415)
-    kind = {"content-type": "Application/JSON; charset=utf-8"}
-    assert server.post(COMPLETIONS, content=json.dumps(COMPLETION), headers=kind).status_code == 200
+        assert error(server.post(COMPLETIONS, content=content, headers={"content-type": content_type}), 415)
+    content_type = {"content-type": "Application/JSON; charset=utf-8"}
+    assert server.post(COMPLETIONS, content=json.dumps(COMPLETION), headers=content_type).status_code == 200
 
 
 def test_too_long_prompts(server, lm):
-    found = error(server.post(COMPLETIONS, json=COMPLETION | {"prompt": "ship " * 300}), 400)
-    assert found["code"] == "context_length_exceeded" and found["param"] == "prompt"
-    assert "and 8 to be made are more than this server's 257 tokens" in found["message"]
+    refusal = error(server.post(COMPLETIONS, json=COMPLETION | {"prompt": "ship " * 300}), 400)
+    assert refusal["code"] == "context_length_exceeded" and refusal["param"] == "prompt"
+    assert "and 8 to be made are more than this server's 257 tokens" in refusal["message"]
     assert server.post(COMPLETIONS, json=COMPLETION | {"prompt": [5] * 249}).status_code == 200
     assert error(server.post(COMPLETIONS, json=COMPLETION | {"prompt": [5] * 250}), 400)
     assert error(server.post(COMPLETIONS, json=COMPLETION | {"prompt": ["a", [5] * 250]}), 400)
     long = [{"role": "user", "content": "ship " * 300}]
-    found = error(server.post(CHATS, json=CHAT | {"messages": long, "max_tokens": None}), 400)
-    assert found["code"] == "context_length_exceeded" and found["param"] == "messages"
+    refusal = error(server.post(CHATS, json=CHAT | {"messages": long, "max_tokens": None}), 400)
+    assert refusal["code"] == "context_length_exceeded" and refusal["param"] == "messages"
 
 
 def test_too_many_log_probabilities(server, monkeypatch):
-    """Their number is what is limited, whatever it comes from."""
-    monkeypatch.setattr("dsv32_jax.server.ask.MOST_LOGPROB_ENTRIES", 300)
+    """Their whole number is limited: choices times tokens times alternatives."""
+    monkeypatch.setattr("dsv32_jax.server.api_request.MAX_LOGPROB_ENTRIES", 300)
     ask = COMPLETION | {"logprobs": 9, "max_tokens": 10}
     assert server.post(COMPLETIONS, json=ask | {"n": 3}).status_code == 200
-    found = error(server.post(COMPLETIONS, json=ask | {"n": 4}), 400)
-    assert found["param"] == "logprobs" and "4 choices × 10 tokens × 10 log-probabilities" in found["message"]
+    refusal = error(server.post(COMPLETIONS, json=ask | {"n": 4}), 400)
+    assert refusal["param"] == "logprobs" and "4 choices × 10 tokens × 10 log-probabilities" in refusal["message"]
     chat = CHAT | {"logprobs": True, "top_logprobs": 20, "max_tokens": 15}
     assert error(server.post(CHATS, json=chat), 400)["param"] == "top_logprobs"
 
 
 def test_no_such_model(server):
     for path, ask in PATHS.items():
-        found = error(server.post(path, json=ask | {"model": "gpt-4"}), 404)
-        assert found["code"] == "model_not_found" and found["param"] == "model" and "'gpt-4'" in found["message"]
+        refusal = error(server.post(path, json=ask | {"model": "gpt-4"}), 404)
+        assert refusal["code"] == "model_not_found" and refusal["param"] == "model" and "'gpt-4'" in refusal["message"]
 
 
 def test_no_such_route_or_method(server):
     for path in ("/", "/v1", "/v1/completion", "/v1/completions/", "/v1/embeddings", "/docs", "/health/x"):
         assert error(server.get(path, follow_redirects=False), 404)["code"] == "unknown_url"
     for path in ("/v1/completions", "/v1/chat/completions"):
-        found = server.get(path)
-        assert error(found, 405)["code"] == "method_not_allowed" and found.headers["allow"] == "POST"
+        response = server.get(path)
+        assert error(response, 405)["code"] == "method_not_allowed" and response.headers["allow"] == "POST"
     for path in ("/v1/models", "/health", "/metrics"):
         assert error(server.post(path, json={}), 405)
 
@@ -221,19 +221,19 @@ def test_large_bodies(server):
         for _ in range(30):
             yield b" " * 4096
 
-    found = server.post(COMPLETIONS, content=chunks(), headers=JSON)
-    assert "content-length" not in found.request.headers
-    assert error(found, 413)["code"] == "body_too_large"
+    response = server.post(COMPLETIONS, content=chunks(), headers=JSON)
+    assert "content-length" not in response.request.headers
+    assert error(response, 413)["code"] == "body_too_large"
     for length in ("1e9", "-5", "9" * 30):
         assert error(server.post(COMPLETIONS, content=b"{}", headers=JSON | {"content-length": length}), 413)
 
 
 def test_the_engines_errors_name_the_clients_field():
     names = {"prompt": "messages", "max_new_tokens": "max_tokens"}
-    found = from_user_error(UserError("prompt 0, position 3: token 9 is not in 0..5"), names)
-    assert found.param == "messages" and found.message == "messages 0, position 3: token 9 is not in 0..5"
-    found = from_user_error(UserError("max_new_tokens: 9 is too many: 3"), names)
-    assert found.param == "max_tokens" and found.message == "max_tokens: 9 is too many: 3"
+    refusal = from_user_error(UserError("prompt 0, position 3: token 9 is not in 0..5"), names)
+    assert refusal.param == "messages" and refusal.message == "messages 0, position 3: token 9 is not in 0..5"
+    refusal = from_user_error(UserError("max_new_tokens: 9 is too many: 3"), names)
+    assert refusal.param == "max_tokens" and refusal.message == "max_tokens: 9 is too many: 3"
     assert from_user_error(UserError("something else"), names).param is None
 
 

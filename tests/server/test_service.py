@@ -1,4 +1,4 @@
-"""Requests that wait, are given up, come too late or fail: what others get, and that nothing of them is left."""
+"""Requests that wait, are cancelled, expire or fail: others get their answers, and no block stays in use."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def call(app, path="/v1/completions", **changes):
 
 
 async def in_use(app) -> int:
-    """Blocks that are held, as the engine's thread says after all commands and before its next step."""
+    """Blocks in use, as the engine's thread counts them after all commands and before its next step."""
     return (await app.state.service.worker.summary())["cache"]["in_use"]
 
 
@@ -40,9 +40,9 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(engine, gate, path,
             await leaving.end()
             gate.step()  # the step that was waiting for the gate
             await until(lambda: engine.metrics.finished["cancelled"] >= before + 2)
-            held = len({block for each in engine.scheduler.running for block in each.table.blocks})
+            blocks = len({block for each in engine.scheduler.running for block in each.table.blocks})
             gate.open()
-            assert held == 1
+            assert blocks == 1
             assert leaving.status == (200 if stream else 0) and b"[DONE]" not in leaving.body
             assert (await staying.end()).status == 200
             await until(lambda: not engine.busy)
@@ -88,11 +88,11 @@ def test_a_client_that_leaves_before_its_body_has_come(engine):
 def test_a_body_that_does_not_come(engine):
     async def run():
         async with service(engine, read_seconds=0.05) as app:
-            found = Call(app, "/v1/completions", chunks=[b"{"])
-            found._messages.get_nowait(), found._messages.get_nowait()
-            await found.end()
-            assert found.status == 408 and found.json["error"]["code"] == "timeout"
-            assert found.headers["connection"] == "close"
+            request = Call(app, "/v1/completions", chunks=[b"{"])
+            request._messages.get_nowait(), request._messages.get_nowait()
+            await request.end()
+            assert request.status == 408 and request.json["error"]["code"] == "timeout"
+            assert request.headers["connection"] == "close"
 
     asyncio.run(run())
 
@@ -131,7 +131,7 @@ def test_prompts_of_one_request_find_room_together_or_not_at_all(engine, gate):
 
 
 def test_the_deadline(engine, gate):
-    """Of one that runs, one whose stream has begun, and one that waits."""
+    """The deadline of a request that runs, one whose stream has begun, and one that waits."""
     now = [0.0]
 
     async def run():
@@ -171,15 +171,15 @@ def broken(*_, **__):
     raise RuntimeError("RESOURCE_EXHAUSTED: of /a/secret/path")
 
 
-@pytest.mark.parametrize("where", ["device", "schedule"])
-def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monkeypatch, caplog, where):
+@pytest.mark.parametrize("place", ["device", "schedule"])
+def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monkeypatch, caplog, place):
     async def run():
         async with service(engine) as app:
             whole, stream = call(app, **LONG), call(app, "/v1/chat/completions", stream=True, **LONG)
             await until(lambda: app.state.service.active == 2)
             await gate.until(lambda: stream.body.count(b"data:") > 2)
             with monkeypatch.context() as patch:
-                if where == "device":
+                if place == "device":
                     patch.setattr(engine, "_start", broken)
                 else:
                     patch.setattr(engine.scheduler, "schedule", broken)
@@ -200,14 +200,14 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_loop(engine, gate, monk
 
 
 def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog):
-    """Its client is told; others get their answers."""
-    fetched = engine_module.Drawn.fetched
+    """Its client gets an error; others get their answers."""
+    fetched = engine_module.SampledTokens.fetched
 
-    def first_row(drawn):
-        found = fetched(drawn)
-        tokens = found.tokens.copy()
+    def first_row(sampled):
+        results = fetched(sampled)
+        tokens = results.tokens.copy()
         tokens[0] = engine_module.NOT_FINITE
-        return engine_module.Drawn(tokens, found.told, found.drafts)
+        return engine_module.SampledTokens(tokens, results.logprobs, results.drafts)
 
     async def run():
         async with service(engine) as app:
@@ -216,9 +216,9 @@ def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog
             other = call(app, prompt="In 1903")
             await until(lambda: app.state.service.worker.queued == 2)
             await gate.until(lambda: wrong.body.count(b"data:") > 2)
-            monkeypatch.setattr(engine_module.Drawn, "fetched", first_row)
+            monkeypatch.setattr(engine_module.SampledTokens, "fetched", first_row)
             await gate.until(lambda: wrong.task.done())
-            monkeypatch.setattr(engine_module.Drawn, "fetched", fetched)
+            monkeypatch.setattr(engine_module.SampledTokens, "fetched", fetched)
             gate.open()
             *_, last = events((await wrong.end()).body.decode())
             assert last["error"]["code"] == "internal_error"
@@ -231,19 +231,19 @@ def test_a_request_whose_logits_are_not_finite(engine, gate, monkeypatch, caplog
 
 
 def test_a_request_that_the_engine_does_not_take(engine, monkeypatch):
-    """Whatever its error is; and the first prompt of a request goes with the second."""
+    """Its client gets an error of any kind; where the second prompt is refused, the first is cancelled."""
     add = engine.add
 
-    def second(*given, **how):
+    def second(*arguments, **options):
         if engine.busy:
             raise error
-        return add(*given, **how)
+        return add(*arguments, **options)
 
     async def run(status, message):
         async with service(engine) as app:
             for stream in (False, True):
-                found = await call(app, prompt=["a", "b"], stream=stream).end()
-                assert found.status == status and message in found.json["error"]["message"]
+                refused = await call(app, prompt=["a", "b"], stream=stream).end()
+                assert refused.status == status and message in refused.json["error"]["message"]
             await until(lambda: not engine.busy)
             assert await in_use(app) == 0 and app.state.service.worker.queued == 0
 
@@ -262,11 +262,11 @@ def test_a_route_that_fails(engine, monkeypatch):
     async def run():
         async with service(engine) as app:
             monkeypatch.setattr("dsv32_jax.server.app.prometheus.text", broken)
-            found = Call(app, "/metrics")
+            request = Call(app, "/metrics")
             with pytest.raises(RuntimeError):  # for uvicorn's log
-                await found.end()
-            assert found.status == 500 and found.json["error"]["type"] == "server_error"
-            assert "secret" not in found.body.decode()
+                await request.end()
+            assert request.status == 500 and request.json["error"]["type"] == "server_error"
+            assert "secret" not in request.body.decode()
 
     asyncio.run(run())
 
@@ -366,36 +366,8 @@ def test_a_model_without_a_tokenizer_is_not_served(engine, lm, monkeypatch):
         create_app(engine, settings())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"max_queue": 0}, "max_queue: 0; must be at least 1"),
-        ({"max_body_bytes": 0}, "max_body_bytes: 0"),
-        ({"deadline": 0}, "deadline: 0; must be above 0"),
-        ({"deadline": float("inf")}, "deadline: inf"),
-        ({"drain_seconds": -1}, "drain_seconds: -1; must be 0 or above"),
-        ({"metrics_interval": 0}, "metrics_interval: 0"),
-        ({"temperature": -1}, "temperature: -1"),
-        ({"name": ""}, "name: empty"),
-        ({"name": 5}, "name: 5; must be a string"),
-        ({"api_key": b"x"}, "api_key: b'x'"),
-        ({"max_queue": 1.5}, "max_queue: 1.5; must be a whole number"),
-        ({"max_body_bytes": True}, "max_body_bytes: True"),
-        ({"deadline": "5"}, "deadline: '5'; must be a number"),
-        ({"send_seconds": None}, "send_seconds: None"),
-        ({"drain_seconds": float("nan")}, "drain_seconds: nan; must be 0 or above"),
-        ({"warmup": 1}, "warmup: 1; must be True or False"),
-        ({"top_p": None}, "top_p: None"),
-        ({"metrics_log": "x"}, "metrics_log: 'x'; must be a path"),
-    ],
-)
-def test_wrong_settings(wrong, message):
-    with pytest.raises(UserError, match=message):
-        settings(**wrong)
-
-
-def test_many_at_once_get_what_they_get_alone(engine, alone):
-    """Whole and streamed, in a queue; some leave. No block is lost."""
+def test_many_at_once_get_what_they_get_alone(engine, reference_engine):
+    """Whole and streamed answers, in a queue; some clients disconnect. No block is lost."""
     prompts = [f"ship number {n}" for n in range(12)]
 
     async def run():
@@ -409,7 +381,7 @@ def test_many_at_once_get_what_they_get_alone(engine, alone):
                 await each.end()
                 body = each.body.decode()
                 parts = events(body) if number % 2 == 0 else [json.loads(body)]
-                want = alone.generate([prompts[number]], PARAMS)[0].completions[0].text
+                want = reference_engine.generate([prompts[number]], PARAMS)[0].completions[0].text
                 assert "".join(part["choices"][0]["text"] for part in parts) == want
             await until(lambda: not engine.busy)
             assert await in_use(app) == 0

@@ -1,9 +1,9 @@
 """A soak of `dsv32 serve`: python -m tests.soak
 
-A real server with a small cache and a short queue gets clients that ask well, ask wrongly, leave in the middle and come
-all at once, for a bounded time. Every request is accounted for. One that was neither refused nor left by its client
-must end with a finish_reason, or at its deadline; where it was also asked alone, before the load, it must say the same.
-Afterwards no block may be in use. Exit code 1: something was lost or leaked, or the server died.
+For a bounded time, a real server with a small cache and a short queue gets right requests, wrong requests, requests
+whose clients disconnect, and floods of them. Every request is accounted for. One that was neither refused nor dropped
+by its client must end with a finish_reason, or at its deadline; its answer must be the same as without load, where that
+is known. Afterwards no block may be in use. Exit code 1: a request was lost, a block leaked, or the server died.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tests.soak.traffic import MODEL, WORDS, Question, Sizes, Traffic, questions
 
 RESULT = RESULTS / "soak.json"
 START_SECONDS = 900.0
-"""In which the server must have compiled all its steps."""
+"""How long the server may compile its steps."""
 PROBE_SECONDS = 0.2
 PROBE_PATIENCE = 5.0
 """After which a probe counts as not answered."""
@@ -38,7 +38,7 @@ END_SECONDS = DRAIN_SECONDS + 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a soak and its server; see the flags.
+    """The settings of a soak and its server; see the flags.
 
     Raises:
       UserError: naming the flag.
@@ -65,7 +65,7 @@ class Settings:
 
     @property
     def flags(self) -> list[str]:
-        """Of `dsv32 serve`."""
+        """The flags of `dsv32 serve`."""
         names = ("cache_tokens", "max_queue", "max_sequences", "max_step_tokens", "max_body_bytes", "deadline")
         pairs = [(f"--{name.replace('_', '-')}", str(getattr(self, name))) for name in names]
         pairs += [("--model", self.model), ("--name", MODEL), ("--drain-seconds", str(DRAIN_SECONDS))]
@@ -73,7 +73,7 @@ class Settings:
 
 
 class Prober:
-    """Asks for /health and /metrics all the time."""
+    """Requests /health and /metrics again and again."""
 
     def __init__(self, client: Client):
         self.answered = 0
@@ -93,19 +93,19 @@ class Prober:
     def _run(self) -> None:
         while not self._ended.wait(PROBE_SECONDS):
             for path in ("/health", "/metrics"):
-                begun = time.monotonic()
+                started = time.monotonic()
                 try:
                     status = str(self._client.get(path, PROBE_PATIENCE).status_code)
                 except Exception as error:  # whatever it is, there was no answer
                     status = type(error).__name__
-                self.seconds.append(time.monotonic() - begun)
+                self.seconds.append(time.monotonic() - started)
                 if status == "200":
                     self.answered += 1
                 else:
                     self.failed.append(f"{path}: {status}")
 
     def summary(self) -> dict[str, Any]:
-        """Counts, the share that was answered 200, and how long it took."""
+        """Counts, the share that was answered 200, and the times."""
         count = len(self.seconds)
         return {
             "count": count,
@@ -117,13 +117,15 @@ class Prober:
 
 
 def wait_ready(server: Process, client: Client) -> None:
-    """Until it takes requests; raises `UserError` if it ends or does not come to that."""
+    """Waits until the server takes requests; raises `UserError` if it ends, or is not ready in time."""
     end = time.monotonic() + START_SECONDS
     while client_status(client, "/health/ready") != "200":
         if not server.alive:
-            raise UserError(server.told(f"the server ended with exit code {server.exit_code} before it was ready"))
+            raise UserError(
+                server.with_output(f"the server ended with exit code {server.exit_code} before it was ready")
+            )
         if time.monotonic() > end:
-            raise UserError(server.told(f"the server is not ready after {START_SECONDS:g} s"))
+            raise UserError(server.with_output(f"the server is not ready after {START_SECONDS:g} s"))
         time.sleep(0.2)
 
 
@@ -136,15 +138,15 @@ def client_status(client: Client, path: str) -> str:
 
 
 def read_gauges(client: Client) -> Gauges:
-    """Of the server now; raises `UserError`, and httpx2's errors."""
+    """The gauges of the server now; raises `UserError`, and httpx2's errors."""
     return gauges(client.get("/metrics", PROBE_PATIENCE).text)
 
 
 def ask_alone(client: Client, ledger: Ledger, settings: Settings) -> tuple[Sizes, list[tuple[Question, Answer]]]:
-    """Every question twice, one at a time: what they must be answered under load. Every wrong request once.
+    """Sends every question twice, one at a time, for its answer without load, and every wrong request once.
 
-    The second time may find the prompt in the cache, which must change nothing; it counts in the ledger, and so do the
-    wrong requests, none of which a full queue can refuse now.
+    The second time, the prompt may be in the cache, which must change nothing. The second requests and the wrong ones
+    are entered into the ledger; a full queue can refuse none of them now.
 
     Raises:
       UserError: a question was not answered at all.
@@ -166,19 +168,19 @@ def ask_alone(client: Client, ledger: Ledger, settings: Settings) -> tuple[Sizes
     for question in questions(sizes, random.Random(settings.seed)):
         call = question.call(None)
         outcome = client.send(call)
-        verdict, why = judge(outcome, call.wanted, settings.deadline)
+        verdict, reason = judge(outcome, call.expected, settings.deadline)
         if verdict != "finished" or outcome.answer is None:
-            raise UserError(f"the question {question.kind!r}, alone: {verdict}: {why or outcome.message}")
+            raise UserError(f"the question {question.kind!r}, alone: {verdict}: {reason or outcome.message}")
         known.append((question, outcome.answer))
         again = question.call(outcome.answer, kind="alone again")
-        ledger.add(again.kind, client.send(again), again.wanted)
+        ledger.add(again.kind, client.send(again), again.expected)
     for call in Traffic(sizes, known, random.Random(settings.seed)).refusals():
-        ledger.add(call.kind, client.send(call), dataclasses.replace(call.wanted, queues=False))
+        ledger.add(call.kind, client.send(call), dataclasses.replace(call.expected, queues=False))
     return sizes, known
 
 
 class Load:
-    """Clients in threads, until they are told to end.
+    """Clients in threads, which run until `ended` is set.
 
     Args:
       address, key: of the server.
@@ -206,7 +208,7 @@ class Load:
         ]
 
     def run(self, server: Process) -> int:
-        """For the soak's seconds, or until the server dies; returns the clients that never came to an end."""
+        """Runs for the soak's seconds, or until the server dies; returns the number of clients that did not end."""
         for thread in self._threads:
             thread.start()
         end = time.monotonic() + self._settings.seconds
@@ -241,39 +243,39 @@ class Load:
                     if len(calls) > 1:
                         self._flood.release()
                 for call, outcome in zip(calls, outcomes, strict=True):
-                    self._ledger.add(call.kind, outcome, call.wanted)
+                    self._ledger.add(call.kind, outcome, call.expected)
                 if outcomes[-1].status == "429":
                     self.ended.wait(rng.uniform(0.2, 1.0))
 
 
 def wait_idle(server: Process, client: Client, seconds: float) -> Gauges | None:
-    """The gauges when nothing runs, or when time is up; None if the server did not tell."""
-    found, end = None, time.monotonic() + seconds
-    while server.alive and time.monotonic() < end and not (found and found.idle):
+    """The gauges when nothing runs, or when time is up; None if the server did not send them."""
+    latest, end = None, time.monotonic() + seconds
+    while server.alive and time.monotonic() < end and not (latest and latest.idle):
         try:
-            found = read_gauges(client)
+            latest = read_gauges(client)
         except Exception:  # busy or dead: the next look tells
-            found = None
+            latest = None
         time.sleep(0.1)
-    return found
+    return latest
 
 
 def end_in_a_stream(server: Process, client: Client, known: list[tuple[Question, Answer]], ledger: Ledger) -> None:
-    """SIGTERM while a request runs, which must still be answered."""
+    """Sends SIGTERM while a request runs, which must still be answered."""
     question, answer = max(known, key=lambda each: each[1].tokens or 0)
     call = question.call(answer, stream=True, kind="at SIGTERM")
-    begun = threading.Event()
+    accepted = threading.Event()
     # It is accepted before the signal: a request that comes during a drain is rightly refused.
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(client.send, call, begun.set)
-        sending.add_done_callback(lambda _: begun.set())
-        begun.wait()
+        sending = pool.submit(client.send, call, accepted.set)
+        sending.add_done_callback(lambda _: accepted.set())
+        accepted.wait()
         server.terminate()
-        ledger.add(call.kind, sending.result(), call.wanted)
+        ledger.add(call.kind, sending.result(), call.expected)
 
 
 def soak(settings: Settings, say: Any = print) -> dict[str, Any]:
-    """Runs it; returns the result.
+    """Runs a soak; returns the result.
 
     Raises:
       UserError: the server does not start, or does not answer before the load.
@@ -281,12 +283,12 @@ def soak(settings: Settings, say: Any = print) -> dict[str, Any]:
     key = secrets.token_hex(16)
     ledger = Ledger(settings.deadline)
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
-    begun = time.monotonic()
+    started = time.monotonic()
     with Process(settings.flags, key) as server:
         server.listen(START_SECONDS)
         with Client(server.address, key, settings.deadline) as client:
             wait_ready(server, client)
-            result["start_seconds"] = time.monotonic() - begun
+            result["start_seconds"] = time.monotonic() - started
             say(f"{settings.model} is ready after {result['start_seconds']:.0f} s")
             sizes, known = ask_alone(client, ledger, settings)
             say(f"{len(known)} questions answered alone; {settings.clients} clients for {settings.seconds:g} s")
@@ -308,7 +310,7 @@ def soak(settings: Settings, say: Any = print) -> dict[str, Any]:
             if server.alive:
                 question, answer = known[0]
                 call = question.call(answer, kind="after the load")
-                result["answers_at_the_end"] = ledger.add(call.kind, client.send(call), call.wanted) == "finished"
+                result["answers_at_the_end"] = ledger.add(call.kind, client.send(call), call.expected) == "finished"
             result["died"] = not server.alive
             ended = time.monotonic()
             if server.alive:
@@ -324,7 +326,7 @@ def soak(settings: Settings, say: Any = print) -> dict[str, Any]:
     return {**environment(), **result}
 
 
-def told(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The summary, in a few lines."""
     verdicts = ", ".join(f"{count} {name}" for name, count in result["verdicts"].items())
     probes, load = result["probes"], result["under_load"] or {}
@@ -336,9 +338,9 @@ def told(result: dict[str, Any]) -> str:
         f"hit rate {load.get('hit_rate', 0):.1%}, {load.get('generated_tokens')} tokens",
         f"seconds of a finished request: p50 {seconds.get('p50', 0):.2f}, p99 {seconds.get('p99', 0):.2f}",
         f"exit code {result['exit_code']} {result['end_seconds']:.1f} s after SIGTERM",
-        *(f"LOST: {why}" for why in result["lost_because"]),
+        *(f"LOST: {reason}" for reason in result["lost_because"]),
         *(f"log: {line}" for line in result["server_log"][-SHOWN:]),
-        *(f"FAILED: {why}" for why in result["failures"]),
+        *(f"FAILED: {reason}" for reason in result["failures"]),
     ]
     return "\n".join(lines)
 
@@ -367,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(out, result)
-    print(told(result), flush=True)
+    print(report(result), flush=True)
     return 1 if result["failures"] else 0
 
 

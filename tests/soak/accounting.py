@@ -1,4 +1,4 @@
-"""What counts as lost and as leaked."""
+"""Judges the requests of a soak, and counts those that were lost and blocks that leaked."""
 
 import dataclasses
 import threading
@@ -11,20 +11,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from dsv32_jax.engine.metrics import percentiles
 from dsv32_jax.errors import UserError
 
-__all__ = ["DROPPED", "Answer", "Gauges", "Ledger", "Outcome", "Wanted", "failures", "gauges", "judge"]
+__all__ = ["DROPPED", "Answer", "Expected", "Gauges", "Ledger", "Outcome", "failures", "gauges", "judge"]
 
 DROPPED = "dropped"
-"""The status of a request whose client went away, as it meant to."""
+"""The status of a request whose client disconnected on purpose."""
 LOST = "lost"
 FINISHED = ("stop", "length")
 """Reasons for which a choice may end."""
-MOST_REASONS = 20
-"""Lost requests that are told of one by one."""
+MAX_REASONS = 20
+"""The most lost requests whose reasons are listed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server said: texts and finish reasons by choice, and the tokens of all choices."""
+    """An answer of the server: texts and finish reasons by choice, and the tokens of all choices."""
 
     texts: tuple[str, ...]
     reasons: tuple[str | None, ...]
@@ -33,12 +33,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a request ended.
+    """The end of a request.
 
     Attributes:
       status: of HTTP, `DROPPED`, or the name of the client's error.
       seconds: from its first byte to its end.
-      answer: where there was one; None of a stream that did not come to its end.
+      answer: where there was one; None for a stream that did not come to its end.
       code: of the error, which a stream may have after status 200.
       message: of the error.
       retry_after: the header.
@@ -55,16 +55,16 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What is right for a request.
+class Expected:
+    """The right outcomes of a request.
 
     Attributes:
-      refusal: statuses of which it must get one; empty: it must be answered.
+      refusal: statuses of which it must get one; empty if it must be answered.
       choices: of the answer.
-      answer: what the server said when it had nothing else to do; None: nobody asked it then.
+      answer: the server's answer without load; None if it is not known.
       tokens: of the answer, where they are certain.
-      drops: its client may go away.
-      queues: a full queue may refuse it.
+      drops: whether its client may disconnect.
+      queues: whether a full queue may refuse it.
     """
 
     refusal: frozenset[str] = frozenset()
@@ -75,48 +75,48 @@ class Wanted:
     queues: bool = True
 
 
-def judge(outcome: Outcome, wanted: Wanted, deadline: float) -> tuple[str, str]:
-    """ "finished", "refused", "expired", "dropped" or "lost", and of a lost one why.
+def judge(outcome: Outcome, expected: Expected, deadline: float) -> tuple[str, str]:
+    """The verdict "finished", "refused", "expired", "dropped" or "lost", and the reason if it is lost.
 
     Args:
       outcome: of a request.
-      wanted: what would be right.
+      expected: its right outcomes.
       deadline: seconds, before which no request may expire.
     """
-    if outcome.status == "429" and wanted.queues:
+    if outcome.status == "429" and expected.queues:
         if (outcome.retry_after or "").isdigit():
             return "refused", ""
         return LOST, f"429 with Retry-After {outcome.retry_after!r}"
-    if outcome.status in wanted.refusal:
+    if outcome.status in expected.refusal:
         return "refused", ""
-    if wanted.refusal:
-        return LOST, f"{_said(outcome)}; must be {' or '.join(sorted(wanted.refusal))}"
-    if outcome.status == DROPPED and wanted.drops:
+    if expected.refusal:
+        return LOST, f"{_description(outcome)}; must be {' or '.join(sorted(expected.refusal))}"
+    if outcome.status == DROPPED and expected.drops:
         return "dropped", ""
     if outcome.code == "deadline_exceeded" and outcome.status in ("200", "504"):
         if outcome.seconds < deadline:
             return LOST, f"expired after {outcome.seconds:.2f} s; its deadline is {deadline:g} s"
         return "expired", ""
     if outcome.status != "200" or outcome.code:
-        return LOST, _said(outcome)
-    return _judge_answer(outcome.answer, wanted)
+        return LOST, _description(outcome)
+    return _judge_answer(outcome.answer, expected)
 
 
-def _judge_answer(answer: Answer | None, wanted: Wanted) -> tuple[str, str]:
+def _judge_answer(answer: Answer | None, expected: Expected) -> tuple[str, str]:
     if answer is None:
         return LOST, "a stream that ended before its end"
-    if len(answer.texts) != wanted.choices:
-        return LOST, f"{len(answer.texts)} choices; must be {wanted.choices}"
+    if len(answer.texts) != expected.choices:
+        return LOST, f"{len(answer.texts)} choices; must be {expected.choices}"
     if bad := [reason for reason in answer.reasons if reason not in FINISHED]:
         return LOST, f"finish_reason {bad[0]!r}"
-    if wanted.tokens is not None and answer.tokens != wanted.tokens:
-        return LOST, f"{answer.tokens} tokens; must be {wanted.tokens}"
-    if wanted.answer is not None and answer != wanted.answer:
-        return LOST, f"other than alone: {answer}; alone {wanted.answer}"
+    if expected.tokens is not None and answer.tokens != expected.tokens:
+        return LOST, f"{answer.tokens} tokens; must be {expected.tokens}"
+    if expected.answer is not None and answer != expected.answer:
+        return LOST, f"other than alone: {answer}; alone {expected.answer}"
     return "finished", ""
 
 
-def _said(outcome: Outcome) -> str:
+def _description(outcome: Outcome) -> str:
     return " ".join(filter(None, (f"status {outcome.status}", outcome.code, outcome.message)))
 
 
@@ -136,15 +136,15 @@ class Ledger:
         self._first: list[float] = []
         self._lock = threading.Lock()
 
-    def add(self, kind: str, outcome: Outcome, wanted: Wanted) -> str:
+    def add(self, kind: str, outcome: Outcome, expected: Expected) -> str:
         """Judges a request; returns the verdict."""
-        verdict, why = judge(outcome, wanted, self.deadline)
+        verdict, reason = judge(outcome, expected, self.deadline)
         with self._lock:
             status = f"{outcome.status} {outcome.code}" if outcome.status == "200" and outcome.code else outcome.status
             self._statuses.setdefault(kind, Counter())[status] += 1
             self.verdicts[verdict] += 1
-            if verdict == LOST and len(self.reasons) < MOST_REASONS:
-                self.reasons.append(f"{kind}: {why}"[:600])
+            if verdict == LOST and len(self.reasons) < MAX_REASONS:
+                self.reasons.append(f"{kind}: {reason}"[:600])
             if verdict == "finished":
                 self._seconds.setdefault(kind.partition(",")[0], []).append(outcome.seconds)
                 if outcome.first is not None:
@@ -159,16 +159,16 @@ class Ledger:
     def summary(self) -> dict[str, Any]:
         """Everything as plain numbers."""
         with self._lock:
-            every = [seconds for found in self._seconds.values() for seconds in found]
+            every = [value for seconds in self._seconds.values() for value in seconds]
             return {
                 "requests": sum(self.verdicts.values()),
                 "verdicts": dict(sorted(self.verdicts.items())),
                 "lost": self.lost,
                 "lost_because": list(self.reasons),
-                "statuses": {kind: dict(sorted(found.items())) for kind, found in sorted(self._statuses.items())},
+                "statuses": {kind: dict(sorted(counts.items())) for kind, counts in sorted(self._statuses.items())},
                 "finished_seconds": {
                     "all": percentiles(every),
-                    **{kind: percentiles(found) for kind, found in sorted(self._seconds.items())},
+                    **{kind: percentiles(seconds) for kind, seconds in sorted(self._seconds.items())},
                 },
                 "first_event_seconds": percentiles(self._first),
             }
@@ -176,7 +176,7 @@ class Ledger:
 
 @dataclasses.dataclass(frozen=True)
 class Gauges:
-    """What `/metrics` said: queues and blocks now, and counts so far."""
+    """The values of `/metrics`: queues and blocks now, and counts so far."""
 
     running: int
     waiting: int
@@ -193,15 +193,15 @@ class Gauges:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs or waits, and no block is held."""
+        """Whether nothing runs or waits, and no block is in use."""
         return not (self.running or self.waiting or self.in_use)
 
     def since(self, earlier: "Gauges") -> dict[str, Any]:
-        """What happened between two moments."""
+        """The changes of the counts since an earlier moment, and the hit rate between."""
         counts = ("steps", "generated_tokens", "preemptions", "evictions", "tokens_asked", "tokens_found")
-        found: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in counts}
-        found["hit_rate"] = found["tokens_found"] / found["tokens_asked"] if found["tokens_asked"] else 0.0
-        return found
+        changes: dict[str, Any] = {name: getattr(self, name) - getattr(earlier, name) for name in counts}
+        changes["hit_rate"] = changes["tokens_found"] / changes["tokens_asked"] if changes["tokens_asked"] else 0.0
+        return changes
 
 
 SAMPLES = {
@@ -221,45 +221,45 @@ SAMPLES = {
 
 
 def gauges(text: str) -> Gauges:
-    """Of Prometheus' text format.
+    """Reads the gauges from Prometheus' text format.
 
     Raises:
-      UserError: a sample is missing, or this is no such text.
+      UserError: a sample is missing, or the text has another format.
     """
     try:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     except ValueError as error:
         raise UserError(f"/metrics: not Prometheus' text format: {error}") from error
-    found = {}
+    values = {}
     for sample in samples:
         labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
-        found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+        values[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
     for name in SAMPLES.values():
-        if name not in found:
+        if name not in values:
             raise UserError(f"/metrics: {name} is missing")
-    return Gauges(**{field: int(found[name]) for field, name in SAMPLES.items()})
+    return Gauges(**{field: int(values[name]) for field, name in SAMPLES.items()})
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Why a soak has failed, one line each; empty: it has not."""
-    found = []
+    """The reasons why a soak has failed, one line each; empty if it has not."""
+    reasons = []
     if result["died"]:
-        found.append(f"the server died, exit code {result['exit_code']}")
+        reasons.append(f"the server died, exit code {result['exit_code']}")
     if result["lost"]:
-        found.append(f"{result['lost']} requests lost")
+        reasons.append(f"{result['lost']} requests lost")
     if result["leaked"] is None:
-        found.append("the blocks in use at the end are not known")
+        reasons.append("the blocks in use at the end are not known")
     elif result["leaked"]:
-        found.append(f"{result['leaked']} blocks leaked")
+        reasons.append(f"{result['leaked']} blocks leaked")
     if result["stuck"]:
-        found.append(f"{result['stuck']} sequences still run or wait")
+        reasons.append(f"{result['stuck']} sequences still run or wait")
     if result["failed_steps"]:
-        found.append(f"{result['failed_steps']} steps failed")
+        reasons.append(f"{result['failed_steps']} steps failed")
     if not result["verdicts"].get("finished"):
-        found.append("no request was answered")
+        reasons.append("no request was answered")
     if not result["answers_at_the_end"]:
-        found.append("the last request was not answered")
+        reasons.append("the last request was not answered")
     if result["exit_code"] != 0 and not result["died"]:
         code = result["exit_code"]
-        found.append("the server did not end after SIGTERM" if code is None else f"exit code {code} after SIGTERM")
-    return found
+        reasons.append("the server did not end after SIGTERM" if code is None else f"exit code {code} after SIGTERM")
+    return reasons

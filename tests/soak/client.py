@@ -1,4 +1,4 @@
-"""Sending a request and reading its answer, or going away in the middle."""
+"""Sends a request and reads its answer, or disconnects in the middle."""
 
 import dataclasses
 import json
@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx2
 
-from tests.soak.accounting import DROPPED, Answer, Outcome, Wanted
+from tests.soak.accounting import DROPPED, Answer, Expected, Outcome
 
 __all__ = ["Call", "Client", "Stream", "whole"]
 
 SLACK_SECONDS = 30.0
-"""Beyond the deadline, after which a client says that its answer never came."""
+"""The time beyond the deadline after which a client counts its answer as lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +23,17 @@ class Call:
 
     Attributes:
       kind: under which it is counted.
-      wanted: what is right for it.
+      expected: its right outcomes.
       content: its body.
-      path, method: where it goes.
+      path, method: of HTTP.
       headers: in place of the client's own.
-      streams: it asks for a stream.
-      leaves: of one that is dropped, after so many events of its stream, or seconds without an answer.
+      streams: whether it asks for a stream.
+      leaves: for one that is dropped, the events of its stream, or the seconds without an answer, after which the
+        client disconnects.
     """
 
     kind: str
-    wanted: Wanted
+    expected: Expected
     content: bytes
     path: str = "/v1/completions"
     method: str = "POST"
@@ -42,7 +43,7 @@ class Call:
 
 
 class Client:
-    """One client, with a connection of its own for each request.
+    """One client, with a new connection for each request.
 
     Args:
       address: of the server, without a path.
@@ -56,7 +57,7 @@ class Client:
             base_url=address,
             headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
             timeout=self.patience,
-            # A kept connection may be closed by the server just when it is used again: an error, and nobody's fault.
+            # A kept connection may be closed by the server just when it is used again: an error without a fault.
             limits=httpx2.Limits(max_keepalive_connections=0),
             trust_env=False,
         )
@@ -79,46 +80,46 @@ class Client:
 
     def send(self, call: Call, at_first: Callable[[], None] = lambda: None) -> Outcome:
         """Runs a request to its end; calls `at_first` when a stream has begun."""
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             if call.streams:
-                return self._stream(call, begun, at_first)
+                return self._stream(call, started, at_first)
             patience = self.patience if call.leaves is None else call.leaves
             response = self._http.request(
                 call.method, call.path, content=call.content, headers=call.headers, timeout=patience
             )
-            return _outcome(response, begun)
+            return _outcome(response, started)
         except httpx2.ReadTimeout:
             status = DROPPED if call.leaves is not None else "ReadTimeout"
-            return Outcome(status, time.monotonic() - begun)
+            return Outcome(status, time.monotonic() - started)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            return Outcome(type(error).__name__, time.monotonic() - begun, message=str(error))
+            return Outcome(type(error).__name__, time.monotonic() - started, message=str(error))
 
-    def _stream(self, call: Call, begun: float, at_first: Callable[[], None]) -> Outcome:
-        first = None
+    def _stream(self, call: Call, started: float, at_first: Callable[[], None]) -> Outcome:
+        first_seconds = None
         with self._http.stream(call.method, call.path, content=call.content, headers=call.headers) as response:
             if response.status_code != 200:
                 response.read()
-                return _outcome(response, begun)
+                return _outcome(response, started)
             stream = Stream()
             for number, event in enumerate(_events(response.iter_lines())):
-                if first is None:
-                    first = time.monotonic() - begun
+                if first_seconds is None:
+                    first_seconds = time.monotonic() - started
                     at_first()
                 if call.leaves is not None and number >= call.leaves:
-                    return Outcome(DROPPED, time.monotonic() - begun, first=first)
+                    return Outcome(DROPPED, time.monotonic() - started, first=first_seconds)
                 stream.add(event)
-                if time.monotonic() - begun > self.patience:
-                    return Outcome("ReadTimeout", time.monotonic() - begun, message="a stream without an end")
-        seconds = time.monotonic() - begun
-        return Outcome("200", seconds, stream.answer(), stream.code, stream.message, first=first)
+                if time.monotonic() - started > self.patience:
+                    return Outcome("ReadTimeout", time.monotonic() - started, message="a stream without an end")
+        seconds = time.monotonic() - started
+        return Outcome("200", seconds, stream.answer(), stream.code, stream.message, first=first_seconds)
 
 
 class Stream:
     """The events of a stream as one answer.
 
     Attributes:
-      code, message: of the error that it ended with.
+      code, message: of the error with which it ended.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ class Stream:
         self._done = False
 
     def add(self, data: str) -> None:
-        """Takes what stands behind `data: `."""
+        """Adds an event, the text after `data: `."""
         if data == "[DONE]":
             self._done = True
             return
@@ -146,7 +147,7 @@ class Stream:
             self._tokens = usage["completion_tokens"]
 
     def answer(self) -> Answer | None:
-        """All of it; None before its [DONE]."""
+        """The whole answer; None before its [DONE]."""
         if not self._done:
             return None
         order = sorted(self._texts)
@@ -154,7 +155,7 @@ class Stream:
 
 
 def whole(content: Mapping[str, Any]) -> Answer:
-    """An answer that came at once."""
+    """The answer of a request that is not streamed."""
     choices = sorted(content["choices"], key=lambda choice: choice["index"])
     texts = tuple(choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices)
     return Answer(texts, tuple(choice["finish_reason"] for choice in choices), content["usage"]["completion_tokens"])
@@ -166,8 +167,8 @@ def _events(lines: Iterator[str]) -> Iterator[str]:
             yield line.removeprefix("data: ")
 
 
-def _outcome(response: httpx2.Response, begun: float) -> Outcome:
-    status, seconds = str(response.status_code), time.monotonic() - begun
+def _outcome(response: httpx2.Response, started: float) -> Outcome:
+    status, seconds = str(response.status_code), time.monotonic() - started
     if response.status_code == 200:
         return Outcome(status, seconds, whole(response.json()))
     try:

@@ -1,4 +1,4 @@
-"""`dsv32 serve` as a process of its own."""
+"""Runs `dsv32 serve` as a process."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from dsv32_jax.errors import UserError
 __all__ = ["SHOWN", "Process"]
 
 SHOWN = 15
-"""Last lines of its output that are shown."""
+"""The last lines of its output that are shown."""
 
 
 class Process:
@@ -22,7 +22,7 @@ class Process:
 
     Args:
       flags: of `dsv32 serve`, without host and port.
-      key: that it asks for.
+      key: that it requires.
 
     Attributes:
       address: without a path, once it has started.
@@ -50,12 +50,12 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """It has not ended."""
+        """Whether it has not ended."""
         return self._process.poll() is None
 
     @property
     def exit_code(self) -> int | None:
-        """Minus the signal where one ended it; None: it runs."""
+        """The exit code, minus the signal where one ended it; None while it runs."""
         return self._process.poll()
 
     def listen(self, seconds: float) -> None:
@@ -68,27 +68,29 @@ class Process:
                     self.address = line.split()[-1].removesuffix("/v1")
                     return
             if not alive:
-                raise UserError(self.told(f"the server ended with exit code {self.exit_code} before it listened"))
+                raise UserError(
+                    self.with_output(f"the server ended with exit code {self.exit_code} before it listened")
+                )
             time.sleep(0.05)
-        raise UserError(self.told(f"the server does not listen after {seconds:g} s"))
+        raise UserError(self.with_output(f"the server does not listen after {seconds:g} s"))
 
     def output(self) -> list[str]:
-        """Lines so far."""
+        """The lines of output so far."""
         # By its own offset: the process writes through the same open file.
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode("utf-8", "replace").splitlines()
 
-    def told(self, what: str) -> str:
-        """`what`, and the last lines of output."""
+    def with_output(self, message: str) -> str:
+        """A message, and the last lines of output."""
         lines = self.output()[-SHOWN:]
-        return f"{what}; its last output: " + (" | ".join(lines) if lines else "none")
+        return f"{message}; its last output: " + (" | ".join(lines) if lines else "none")
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         self._process.send_signal(signal.SIGTERM)
 
     def end(self, seconds: float) -> int | None:
-        """Its exit code; None if it has not ended in time."""
+        """Waits for the end, and returns the exit code; None if it has not ended in time."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:

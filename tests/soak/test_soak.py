@@ -1,4 +1,4 @@
-"""The soak of the server: what counts as lost and leaked, on made-up data; and a short one for real."""
+"""The soak of the server: its accounting, on made-up data; and a short soak of a real server."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from tests.soak.accounting import (
     DROPPED,
     SAMPLES,
     Answer,
+    Expected,
     Ledger,
     Outcome,
-    Wanted,
     failures,
     gauges,
     judge,
@@ -28,27 +28,27 @@ from tests.soak.traffic import KINDS, Question, Sizes, Traffic, questions
 DEADLINE = 5.0
 ANSWER = Answer(("a", "b"), ("stop", "length"), 9)
 GOOD = Outcome("200", 1.0, ANSWER)
-TWO = Wanted(choices=2)
+TWO = Expected(choices=2)
 SIZES = Sizes(context=256, words_per_token=0.3, sequences=4, max_queue=3, max_body_bytes=1000)
 
 
-def verdict(outcome: Outcome, wanted: Wanted = TWO) -> str:
-    found, why = judge(outcome, wanted, DEADLINE)
-    assert bool(why) == (found == "lost")
-    return found
+def verdict(outcome: Outcome, expected: Expected = TWO) -> str:
+    name, reason = judge(outcome, expected, DEADLINE)
+    assert bool(reason) == (name == "lost")
+    return name
 
 
 def test_answers():
     assert verdict(GOOD) == "finished"
-    assert verdict(GOOD, Wanted(choices=2, answer=ANSWER, tokens=9)) == "finished"
+    assert verdict(GOOD, Expected(choices=2, answer=ANSWER, tokens=9)) == "finished"
     for other in (
         dataclasses.replace(ANSWER, texts=("a", "c")),
         dataclasses.replace(ANSWER, reasons=("stop", "stop")),
         dataclasses.replace(ANSWER, tokens=8),
     ):
-        assert verdict(GOOD, Wanted(choices=2, answer=other)) == "lost"
-    assert verdict(GOOD, Wanted(choices=2, tokens=8)) == "lost"
-    assert verdict(GOOD, Wanted(choices=1)) == "lost"
+        assert verdict(GOOD, Expected(choices=2, answer=other)) == "lost"
+    assert verdict(GOOD, Expected(choices=2, tokens=8)) == "lost"
+    assert verdict(GOOD, Expected(choices=1)) == "lost"
     for reason in (None, "cancelled", "error"):
         assert verdict(Outcome("200", 1.0, dataclasses.replace(ANSWER, reasons=("stop", reason)))) == "lost"
 
@@ -72,20 +72,20 @@ def test_a_full_queue_must_say_when_to_come_again():
     assert verdict(Outcome("429", 0.1, code="queue_full", retry_after="1")) == "refused"
     for header in (None, "", "soon"):
         assert verdict(Outcome("429", 0.1, retry_after=header)) == "lost"
-    assert verdict(Outcome("429", 0.1, retry_after="1"), Wanted(frozenset({"401"}), queues=False)) == "lost"
+    assert verdict(Outcome("429", 0.1, retry_after="1"), Expected(frozenset({"401"}), queues=False)) == "lost"
 
 
 def test_refusals_must_be_the_right_ones():
-    wanted = Wanted(frozenset({"413", "ReadError"}))
-    assert verdict(Outcome("413", 0.1), wanted) == verdict(Outcome("ReadError", 0.1), wanted) == "refused"
+    expected = Expected(frozenset({"413", "ReadError"}))
+    assert verdict(Outcome("413", 0.1), expected) == verdict(Outcome("ReadError", 0.1), expected) == "refused"
     for outcome in (Outcome("400", 0.1), GOOD, Outcome("500", 0.1), Outcome("413 malformed", 0.1)):
-        assert verdict(outcome, wanted) == "lost"
+        assert verdict(outcome, expected) == "lost"
 
 
 def test_only_who_means_to_may_go_away():
-    assert verdict(Outcome(DROPPED, 1.0), Wanted(drops=True)) == "dropped"
-    assert verdict(Outcome(DROPPED, 1.0), Wanted()) == "lost"
-    assert verdict(Outcome("500", 1.0), Wanted(drops=True)) == "lost"
+    assert verdict(Outcome(DROPPED, 1.0), Expected(drops=True)) == "dropped"
+    assert verdict(Outcome(DROPPED, 1.0), Expected()) == "lost"
+    assert verdict(Outcome("500", 1.0), Expected(drops=True)) == "lost"
 
 
 def test_the_ledger_counts_by_kind_and_status():
@@ -94,15 +94,15 @@ def test_the_ledger_counts_by_kind_and_status():
     ledger.add("greedy", Outcome("429", 0.1, retry_after="1"), TWO)
     ledger.add("greedy", Outcome("200", 7.0, None, "deadline_exceeded"), TWO)
     ledger.add("seeded", Outcome("500", 0.1, message="it broke"), TWO)
-    found = ledger.summary()
-    assert found["statuses"] == {
+    summary = ledger.summary()
+    assert summary["statuses"] == {
         "greedy": {"200": 1, "200 deadline_exceeded": 1, "429": 1},
         "seeded": {"500": 1},
     }
-    assert found["verdicts"] == {"expired": 1, "finished": 1, "lost": 1, "refused": 1}
-    assert (found["requests"], found["lost"], found["lost_because"]) == (4, 1, ["seeded: status 500 it broke"])
-    assert found["finished_seconds"]["all"]["p50"] == 1.0 and found["first_event_seconds"]["p99"] == 0.5
-    assert set(found["finished_seconds"]) == {"all", "greedy"}
+    assert summary["verdicts"] == {"expired": 1, "finished": 1, "lost": 1, "refused": 1}
+    assert (summary["requests"], summary["lost"], summary["lost_because"]) == (4, 1, ["seeded: status 500 it broke"])
+    assert summary["finished_seconds"]["all"]["p50"] == 1.0 and summary["first_event_seconds"]["p99"] == 0.5
+    assert set(summary["finished_seconds"]) == {"all", "greedy"}
     for _ in range(100):
         ledger.add("seeded", Outcome("500", 0.1), TWO)
     assert ledger.lost == 101 and len(ledger.summary()["lost_because"]) < 30
@@ -116,13 +116,13 @@ def test_gauges_are_those_of_the_server():
     summary |= dict.fromkeys(prometheus.LATENCIES) | {"cache": cache | {"internal_fragmentation": 0.5}}
     collector = prometheus.EngineCollector(summary, ready=True, failed_steps=8, statuses={200: 9})
     text = prometheus.text(collector).decode()
-    found = gauges(text)
-    assert (found.running, found.waiting, found.in_use, found.cached, found.free) == (1, 2, 3, 4, 5)
-    assert (found.tokens_asked, found.tokens_found, found.evictions, found.failed_steps) == (10, 6, 7, 8)
-    assert (found.preemptions, found.steps) == (counts["preemptions"], counts["steps"])
-    assert not found.idle and dataclasses.replace(found, running=0, waiting=0, in_use=0).idle
-    earlier = dataclasses.replace(found, preemptions=found.preemptions - 3, tokens_asked=2, tokens_found=2)
-    assert found.since(earlier)["preemptions"] == 3 and found.since(earlier)["hit_rate"] == 0.5
+    read = gauges(text)
+    assert (read.running, read.waiting, read.in_use, read.cached, read.free) == (1, 2, 3, 4, 5)
+    assert (read.tokens_asked, read.tokens_found, read.evictions, read.failed_steps) == (10, 6, 7, 8)
+    assert (read.preemptions, read.steps) == (counts["preemptions"], counts["steps"])
+    assert not read.idle and dataclasses.replace(read, running=0, waiting=0, in_use=0).idle
+    earlier = dataclasses.replace(read, preemptions=read.preemptions - 3, tokens_asked=2, tokens_found=2)
+    assert read.since(earlier)["preemptions"] == 3 and read.since(earlier)["hit_rate"] == 0.5
     for name in SAMPLES.values():
         without = "\n".join(line for line in text.splitlines() if not line.startswith(f"{name} "))
         with pytest.raises(UserError, match=r"/metrics: .* is missing"):
@@ -145,7 +145,7 @@ SOUND = {
 
 def test_failures():
     assert failures(SOUND) == []
-    for change, said in (
+    for change, failure in (
         ({"lost": 2}, "2 requests lost"),
         ({"leaked": 1}, "1 blocks leaked"),
         ({"leaked": None}, "the blocks in use at the end are not known"),
@@ -157,7 +157,7 @@ def test_failures():
         ({"verdicts": {"refused": 5}}, "no request was answered"),
         ({"answers_at_the_end": False}, "the last request was not answered"),
     ):
-        assert failures(SOUND | change) == [said]
+        assert failures(SOUND | change) == [failure]
 
 
 def test_streams_and_whole_answers_are_the_same():
@@ -183,9 +183,9 @@ def test_streams_and_whole_answers_are_the_same():
 
 
 def test_traffic_has_every_kind_and_only_depends_on_its_seed():
-    asked = questions(SIZES, random.Random(0))
-    assert asked == questions(SIZES, random.Random(0)) != questions(SIZES, random.Random(1))
-    known = [(question, ANSWER) for question in asked]
+    all_questions = questions(SIZES, random.Random(0))
+    assert all_questions == questions(SIZES, random.Random(0)) != questions(SIZES, random.Random(1))
+    known = [(question, ANSWER) for question in all_questions]
 
     def drawn(seed: int) -> list:
         traffic = Traffic(SIZES, known, random.Random(seed))
@@ -197,9 +197,9 @@ def test_traffic_has_every_kind_and_only_depends_on_its_seed():
     assert {kind for kind in KINDS if kind not in ("question", "refused")} <= kinds
     assert {"greedy", "chat, streamed", "wrong key", "oversize", "NaN", "dropped, streamed"} <= kinds
     for call in calls:
-        drops, refused = call.wanted.drops, bool(call.wanted.refusal)
+        drops, refused = call.expected.drops, bool(call.expected.refusal)
         assert (call.leaves is not None) == drops == call.kind.startswith("dropped")
-        assert not (drops and refused) and (call.wanted.answer is None) == (
+        assert not (drops and refused) and (call.expected.answer is None) == (
             refused or call.kind.split(",")[0] in ("fresh", "flood", "long", "dropped")
         )
     assert len({call.kind for call in Traffic(SIZES, known, random.Random(0)).refusals()}) > 20
@@ -219,7 +219,7 @@ def test_a_server_that_does_not_start_shows_its_output():
 
 
 def test_wrong_flags(capsys):
-    for flags, said in (
+    for flags, message in (
         (["--seconds", "nan"], "--seconds: nan"),
         (["--clients", "0"], "--clients: 0; must be in 1..256"),
         (["--max-queue", "1"], "--max-queue: 1; must be in 2..64"),
@@ -227,7 +227,7 @@ def test_wrong_flags(capsys):
     ):
         assert main(flags) == 2
         captured = capsys.readouterr()
-        assert said in captured.err and captured.err.startswith("error: ") and not captured.out
+        assert message in captured.err and captured.err.startswith("error: ") and not captured.out
 
 
 @pytest.mark.slow
@@ -246,4 +246,4 @@ def test_a_soak():
     assert result["failures"] == [] and result["lost"] == result["leaked"] == 0 and result["exit_code"] == 0
     assert result["under_load"]["preemptions"] and result["under_load"]["evictions"]
     assert result["under_load"]["tokens_found"] and result["verdicts"]["dropped"] and result["verdicts"]["refused"]
-    assert any("429" in found for found in result["statuses"].values())
+    assert any("429" in status for status in result["statuses"].values())

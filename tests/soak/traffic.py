@@ -1,4 +1,4 @@
-"""What the clients ask for."""
+"""Makes the requests of a soak's clients."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from tests.soak.accounting import Answer, Wanted
+from tests.soak.accounting import Answer, Expected
 from tests.soak.client import Call
 
 __all__ = ["KINDS", "MODEL", "Question", "Sizes", "Traffic", "questions"]
@@ -18,15 +18,15 @@ WORDS = (
     "remove search print archive network kernel device read write the a of to is with from and when"
 ).split()
 KINDS = {"question": 40, "fresh": 16, "dropped": 14, "refused": 18, "flood": 4, "long": 4}
-"""How often each is chosen; a question is also asked with a salt and as a stream."""
+"""The weight of each kind; a question is also sent with a salt and as a stream."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What fits into the server.
+    """The sizes that fit into the server.
 
     Attributes:
-      context: tokens of a prompt with what follows it.
+      context: tokens of a prompt and of its answer together.
       words_per_token: of texts made of `WORDS`.
       sequences: that run at a time.
       max_queue, max_body_bytes: limits of the server.
@@ -40,11 +40,11 @@ class Sizes:
 
     @property
     def burst(self) -> int:
-        """Requests at once that a queue cannot hold."""
+        """The number of requests at once that a queue cannot hold."""
         return self.sequences + self.max_queue + 2
 
     def text(self, rng: random.Random, share: float) -> str:
-        """About so much of the context."""
+        """A text that takes about this share of the context."""
         count = max(1, int(share * self.context * self.words_per_token))
         return " ".join(rng.choices(WORDS, k=count))
 
@@ -59,7 +59,7 @@ class Question:
     chat: bool = False
 
     def call(self, answer: Answer | None, *, stream: bool = False, salt: str = "", kind: str | None = None) -> Call:
-        """As a request, whole or streamed, which must get `answer`."""
+        """A request for the answer, whole or streamed, which must be `answer`."""
         body: dict[str, Any] = {"model": MODEL, **self.body}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -67,17 +67,17 @@ class Question:
             body["cache_salt"] = salt
         name = kind or f"{self.kind}{', salted' if salt else ''}{', streamed' if stream else ''}"
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        wanted = Wanted(choices=self.choices, answer=answer)
-        return Call(name, wanted, json.dumps(body).encode(), path, streams=stream)
+        expected = Expected(choices=self.choices, answer=answer)
+        return Call(name, expected, json.dumps(body).encode(), path, streams=stream)
 
 
 def questions(sizes: Sizes, rng: random.Random) -> list[Question]:
-    """One of each kind, and some that begin alike."""
+    """One question of each kind, and some that have a common prefix."""
     greedy: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
     seeded: dict[str, Any] = {"max_tokens": 16, "temperature": 0.8, "top_p": 0.9}
     chat = [{"role": "user", "content": "What does tar do?"}]
     prefixes = [sizes.text(rng, 0.3) for _ in range(2)]
-    found = [
+    all_questions = [
         Question("greedy", greedy | {"prompt": "To install a package"}),
         Question("seeded", seeded | {"prompt": "The options of the command", "seed": 1}),
         Question("chat", greedy | {"messages": chat}, chat=True),
@@ -87,10 +87,10 @@ def questions(sizes: Sizes, rng: random.Random) -> list[Question]:
         Question("stop", greedy | {"prompt": sizes.text(rng, 0.05), "stop": ["e", "\n"], "logprobs": 2}),
     ]
     for number, prefix in enumerate(prefixes):
-        for how in (greedy, seeded | {"seed": 4, "n": 2}):
-            body = how | {"prompt": f"{prefix} {sizes.text(rng, 0.03)}", "ignore_eos": True}
-            found.append(Question(f"prefix {number}", body, how.get("n", 1)))
-    return found
+        for sampling in (greedy, seeded | {"seed": 4, "n": 2}):
+            body = sampling | {"prompt": f"{prefix} {sizes.text(rng, 0.03)}", "ignore_eos": True}
+            all_questions.append(Question(f"prefix {number}", body, sampling.get("n", 1)))
+    return all_questions
 
 
 class Traffic:
@@ -98,7 +98,7 @@ class Traffic:
 
     Args:
       sizes: of the server.
-      known: questions, with what they were answered alone.
+      known: questions, with their answers without load.
       rng: of this client.
     """
 
@@ -124,18 +124,20 @@ class Traffic:
         body = {"prompt": self.sizes.text(self.rng, share), "max_tokens": tokens, "ignore_eos": True}
         body["temperature"] = self.rng.choice((0, 0.7))
         call = Question(kind, body).call(None, stream=self.rng.random() < 0.5)
-        return dataclasses.replace(call, kind=kind, wanted=Wanted(tokens=tokens))
+        return dataclasses.replace(call, kind=kind, expected=Expected(tokens=tokens))
 
     def _long(self) -> Call:
         """Most of the cache for one sequence: younger ones must make room, and the deadline may come first."""
         return self._fresh("long", 0.05, int(0.7 * self.sizes.context))
 
     def _dropped(self) -> Call:
-        """A stream that is left after some events, or an answer that is not waited for."""
+        """A request whose client disconnects after some events of its stream, or before its answer."""
         call = self._fresh("dropped", tokens=self.rng.randint(24, 48))
         leaves = float(self.rng.randint(0, 12)) if call.streams else self.rng.uniform(0.05, 2.0)
         kind = "dropped, streamed" if call.streams else "dropped"
-        return dataclasses.replace(call, kind=kind, wanted=dataclasses.replace(call.wanted, drops=True), leaves=leaves)
+        return dataclasses.replace(
+            call, kind=kind, expected=dataclasses.replace(call.expected, drops=True), leaves=leaves
+        )
 
     def _refused(self) -> Call:
         return self.rng.choice(self.refusals())
@@ -181,8 +183,8 @@ class Traffic:
         ]
 
 
-def _refusal(*statuses: str, queues: bool = True) -> Wanted:
-    return Wanted(refusal=frozenset(statuses), queues=queues)
+def _refusal(*statuses: str, queues: bool = True) -> Expected:
+    return Expected(refusal=frozenset(statuses), queues=queues)
 
 
 def _chat(role: str) -> dict[str, Any]:

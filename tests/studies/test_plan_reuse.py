@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments.studies.plan_reuse import ReusingMoE, agreement, measure, reusing
+from dsv32_jax.experiments.studies.plan_reuse import agreement, measure, reusing
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.moe import MoE
+from pallas_kernels.moe_dispatch import route
 
 
 @functools.cache
@@ -30,18 +30,21 @@ def test_a_plan_of_one_step_changes_nothing_and_a_longer_one_does():
 
 
 def test_tokens_take_the_choice_of_the_first_of_their_period():
-    lm = small()
-    moe = next(layer.ffn for layer in lm.model.layers if isinstance(layer.ffn, MoE))
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((10, lm.config.hidden_size)), jnp.float32)
-    fresh, weights = moe.route(x, lm.config)
-    experts, reused = ReusingMoE(moe, 4).route(x, lm.config)
+    config = small().config
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.standard_normal((10, config.n_routed_experts)), jnp.float32)
+    arrays = (logits, jnp.zeros(config.n_routed_experts))
+    choice = {"num_groups": 4, "groups_kept": 2, "experts_per_token": 3, "normalize": True, "scaling_factor": 2.5}
+    fresh, weights = route(*arrays, **choice)
+    experts, reused = reusing(4)(*arrays, **choice)
+    first = jnp.array([0, 4, 8])
     np.testing.assert_array_equal(experts, fresh[jnp.array([0, 0, 0, 0, 4, 4, 4, 4, 8, 8])])
-    np.testing.assert_allclose(reused[jnp.array([0, 4, 8])], weights[jnp.array([0, 4, 8])], rtol=1e-5)
+    np.testing.assert_allclose(reused[first], weights[first], rtol=1e-5)
 
 
-def test_the_model_that_was_given_stays_as_it_is():
-    reusing(small(), 2)
-    assert not any(isinstance(layer.ffn, ReusingMoE) for layer in small().model.layers)
+def test_the_same_period_is_the_same_part():
+    assert small().with_parts(route=reusing(2)).options == small().with_parts(route=reusing(2)).options
+    assert small().with_parts(route=reusing(2)).options != small().with_parts(route=reusing(4)).options
 
 
 def test_agreement_is_a_share_of_each_choice():

@@ -11,7 +11,6 @@ from dsv32_jax.convert.quantization import uniform
 from dsv32_jax.experiments.studies.quantization_speed import (
     FORMS,
     Run,
-    ToldMoE,
     experts_used,
     full_sizes,
     layer_in,
@@ -97,19 +96,16 @@ def test_experts_that_some_token_chose():
     assert experts_used(jnp.array([[[1, 2], [2, 3]], [[7, 0], [7, 0]]])) == [3, 2]
 
 
-def test_a_layer_that_tells_its_choices_is_the_layer():
+def test_a_layer_call_also_gives_its_choices():
+    layer = random_parameters(layer_in(CONFIG, FORMS["bf16"]), 0.1)
+    leaves, structure = jax.tree.flatten(layer)
+    x = jax.random.normal(jax.random.key(1), (5, CONFIG.hidden_size), jnp.bfloat16)
+    out, chosen = jax.jit(layer_call(structure, CONFIG, "reference"))(leaves, x)
     numerics = Numerics(act_quant=True, scale_fmt="ue8m0", backend="reference")
-    x, valid = jax.random.normal(jax.random.key(1), (5, CONFIG.hidden_size), jnp.bfloat16), jnp.ones(5, bool)
-
-    @jax.jit
-    def results(moe):
-        chosen = []
-        told = ToldMoE(moe, chosen.append)(x, valid, CONFIG, numerics)
-        return moe(x, valid, CONFIG, numerics), told, moe.route(x, CONFIG)[0], chosen[0]
-
-    expected, found, experts, told = results(random_parameters(layer_in(CONFIG, FORMS["bf16"]), 0.1))
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(told, experts)
+    positions = jnp.arange(5)
+    expected = jax.jit(lambda moe, x: moe(x, positions, CONFIG, numerics))(layer, x)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(chosen, layer.route(x, positions, CONFIG, numerics)[0][None])
 
 
 def test_fewer_layers_where_bfloat16_does_not_fit():

@@ -17,7 +17,6 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.model import DecoderLayer, DeepseekV32
-from dsv32_jax.model.norm import add_rms_norm
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
 from dsv32_jax.model.sequence import Run, Sequences, decoder_layer, log_likelihoods, product
 from pallas_kernels.matmul import dense
@@ -51,7 +50,7 @@ def megabytes(model: DeepseekV32) -> dict[str, float]:
 
 @partial(jax.jit, static_argnames=("config", "run", "shape"))
 def _layer(layer: DecoderLayer, state: State, config: ModelConfig, run: Run, shape: tuple[int, int]) -> State:
-    return decoder_layer(layer, *state, 0, Sequences(config, run, *shape, jnp.asarray(0)))[:2]
+    return decoder_layer(layer, *state, 0, Sequences(config, run, *shape))[:2]
 
 
 def forward(model: DeepseekV32, ids: np.ndarray, run: Run, first: int = 0, state: State | None = None) -> list[State]:
@@ -74,10 +73,11 @@ def forward(model: DeepseekV32, ids: np.ndarray, run: Run, first: int = 0, state
     return states
 
 
-@partial(jax.jit, static_argnames=("eps", "shape"))
-def _hidden(state: State, norm: jax.Array, eps: float, shape: tuple[int, int]) -> jax.Array:
+@partial(jax.jit, static_argnames=("config", "run", "shape"))
+def _hidden(state: State, norm: jax.Array, config: ModelConfig, run: Run, shape: tuple[int, int]) -> jax.Array:
     """States after the final norm [B, T, D]."""
-    return add_rms_norm(*state, norm, eps)[1].reshape(*shape, -1)
+    numerics = Sequences(config, run, *shape).numerics
+    return numerics.add_rms_norm(*state, norm, config.rms_norm_eps)[1].reshape(*shape, -1)
 
 
 @jax.jit
@@ -119,7 +119,7 @@ class Ruler:
 
     @staticmethod
     def _hidden(model: DeepseekV32, state: State, rows: np.ndarray) -> jax.Array:
-        return _hidden(state, model.norm, model.config.rms_norm_eps, rows.shape)[:, :-1]
+        return _hidden(state, model.norm, model.config, PLAIN_RUN, rows.shape)[:, :-1]
 
     def _found(self, model: DeepseekV32, hidden: list[jax.Array]) -> list[np.ndarray]:
         rows = [

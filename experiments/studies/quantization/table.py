@@ -49,6 +49,7 @@ def table(setting: Setting, out: Path = RESULT, plan: Path = PLAN, report: Calla
         result = {"settings": settings, "date": environment()["date"], "rows": {}, "arithmetic": {}, "caches": {}}
     ruler = Ruler(setting.plain_base, setting.texts.evaluation)
     window = setting.texts.evaluation[0, :TRACED]
+    assert setting.lm.tokenizer is not None
     made = needles(setting.lm.tokenizer, setting.texts.long, (LENGTH, LONGEST), NEEDLES_EACH)
     variants = dict(VARIANTS)
     if plan.exists():

@@ -13,10 +13,10 @@ import numpy as np
 
 from dsv32_jax.common.files import whole_file
 from dsv32_jax.convert.calibration import calibrate
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import named_parameters
 
 LENGTH, LONGEST, SHORTEST = 1024, 2048, 512
@@ -57,7 +57,7 @@ def statistics(lm: LanguageModel, windows: np.ndarray, folder: Path = KEPT) -> d
         arrays = {f"{path}/{name}": np.asarray(getattr(own, name)) for path, own in found.items() for name in fields}
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as temporary, open(temporary, "wb") as out:
-            np.savez(out, **arrays)
+            np.savez(out, allow_pickle=False, **arrays)
     with np.load(file) as arrays:
         paths = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
         return {path: Statistics(*(jnp.asarray(arrays[f"{path}/{name}"]) for name in fields)) for path in paths}

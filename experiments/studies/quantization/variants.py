@@ -8,6 +8,7 @@ from typing import Any
 
 from dsv32_jax.convert.migration import migrate
 from dsv32_jax.convert.quantization import UNQUANTISED, quantize_model, uniform
+from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.experiments.results import environment
 from dsv32_jax.experiments.studies.quantization.measure import BATCH, dequantised
 from dsv32_jax.experiments.studies.quantization.texts import (
@@ -22,7 +23,6 @@ from dsv32_jax.experiments.train_demo.evaluate import weights_digest
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import find, load
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.observation import Statistics
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
 
 

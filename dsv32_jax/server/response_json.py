@@ -1,4 +1,4 @@
-"""Answers as JSON: the objects `text_completion`, `chat.completion` and `chat.completion.chunk` of OpenAI's API."""
+"""The JSON of answers: the objects `text_completion`, `chat.completion` and `chat.completion.chunk` of OpenAI's API."""
 
 import math
 import secrets
@@ -7,21 +7,21 @@ from typing import Any
 
 from dsv32_jax import __version__
 from dsv32_jax.generate.tokenizer import Tokenizer
-from dsv32_jax.server.ask import Ask
+from dsv32_jax.server.api_request import ApiRequest
 from dsv32_jax.server.worker import Piece, Usage
 
-__all__ = ["ChatWording", "CompletionWording", "Wording"]
+__all__ = ["ChatJson", "CompletionJson", "ResponseJson"]
 
-LEAST = -9999.0
+MINUS_INFINITY = -9999.0
 """Stands for a log-probability of minus infinity, which JSON does not have; as with OpenAI."""
 
 
-class Wording:
+class ResponseJson:
     """The JSON of one answer.
 
     Args:
       model: its name.
-      ask: what is answered.
+      request: that is answered.
       tokenizer: for the tokens' texts.
     """
 
@@ -29,8 +29,8 @@ class Wording:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, ask: Ask, tokenizer: Tokenizer):
-        self.ask = ask
+    def __init__(self, model: str, request: ApiRequest, tokenizer: Tokenizer):
+        self.request = request
         self.tokenizer = tokenizer
         self._common = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
@@ -38,15 +38,15 @@ class Wording:
             "model": model,
             "system_fingerprint": f"dsv32-jax-{__version__}",
         }
-        self._offsets = [0] * ask.choices  # characters of each choice's tokens so far
+        self._offsets = [0] * request.choices  # characters of each choice's tokens so far
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
-        """The answer at once."""
+        """The whole answer of a request without `stream`."""
         choices = []
-        for index in range(self.ask.choices):
-            own = [piece for piece in pieces if piece.choice == index]
-            content = self._content("".join(piece.text for piece in own))
-            choices.append(self._choice(index, content, own))
+        for index in range(self.request.choices):
+            choice_pieces = [piece for piece in pieces if piece.choice == index]
+            content = self._content("".join(piece.text for piece in choice_pieces))
+            choices.append(self._choice(index, content, choice_pieces))
         return {**self._common, "object": self.whole_object, "choices": choices, "usage": usage_json(usage)}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class Wording:
         return []
 
     def chunk(self, piece: Piece) -> dict[str, Any] | None:
-        """Of a token; None if there is nothing to say."""
+        """The chunk of a token; None if it has nothing to send."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return None
         return self._chunk([self._choice(piece.choice, self._delta(piece.text), [piece])])
@@ -64,16 +64,16 @@ class Wording:
         return {**self._chunk([]), "usage": usage_json(usage)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.ask.include_usage else {}
+        usage = {"usage": None} if self.request.include_usage else {}
         return {**self._common, "object": self.chunk_object, "choices": choices, **usage}
 
     def _choice(self, index: int, content: dict[str, Any], pieces: list[Piece]) -> dict[str, Any]:
-        told = None if self.ask.params.logprobs is None else self._logprobs(index, pieces)
+        logprobs = None if self.request.params.logprobs is None else self._logprobs(index, pieces)
         reason = pieces[-1].finish_reason if pieces else None
-        return {"index": index, **content, "logprobs": told, "finish_reason": reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _token(self, id: int) -> tuple[str, list[int]]:
-        """A token's text and bytes; where it is no whole text, its bytes or number instead."""
+        """A token's text and bytes; where its bytes are not a text, they or its id stand for it."""
         data = self.tokenizer.token_bytes(id)
         if not data:
             return f"token_id:{id}", []
@@ -92,8 +92,8 @@ class Wording:
         raise NotImplementedError
 
 
-class CompletionWording(Wording):
-    """Of `/v1/completions`."""
+class CompletionJson(ResponseJson):
+    """The JSON of `/v1/completions`."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -103,22 +103,22 @@ class CompletionWording(Wording):
     _delta = _content
 
     def _logprobs(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        """Lists by token. The drawn token is among the likeliest in any case, as with OpenAI."""
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        """Lists by token. The sampled token is always among the likeliest, as with OpenAI."""
+        logprobs: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             assert piece.logprobs is not None
             token, data = self._token(piece.token)
-            found["tokens"].append(token)
-            found["token_logprobs"].append(finite(piece.logprobs.token))
+            logprobs["tokens"].append(token)
+            logprobs["token_logprobs"].append(finite(piece.logprobs.token))
             likeliest = {self._token(id)[0]: finite(value) for id, value in piece.logprobs.likeliest.items()}
-            found["top_logprobs"].append({**likeliest, token: finite(piece.logprobs.token)})
-            found["text_offset"].append(self._offsets[index])
+            logprobs["top_logprobs"].append({**likeliest, token: finite(piece.logprobs.token)})
+            logprobs["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(bytes(data).decode(errors="ignore"))
-        return found
+        return logprobs
 
 
-class ChatWording(Wording):
-    """Of `/v1/chat/completions`."""
+class ChatJson(ResponseJson):
+    """The JSON of `/v1/chat/completions`."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -126,7 +126,7 @@ class ChatWording(Wording):
         role = {"role": "assistant", "content": ""}
         return [
             self._chunk([{"index": index, "delta": role, "logprobs": None, "finish_reason": None}])
-            for index in range(self.ask.choices)
+            for index in range(self.request.choices)
         ]
 
     def _content(self, text: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class ChatWording(Wording):
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage`."""
+    """The object `usage` of OpenAI's API."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -159,5 +159,5 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can say."""
-    return logprob if math.isfinite(logprob) else LEAST
+    """A log-probability that JSON can express."""
+    return logprob if math.isfinite(logprob) else MINUS_INFINITY

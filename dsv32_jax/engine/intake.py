@@ -1,4 +1,4 @@
-"""Requests as they come, are read, and go: what an engine does besides steps."""
+"""Adds, streams and cancels requests: what an engine does besides steps."""
 
 import itertools
 from collections import deque
@@ -6,20 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from dsv32_jax.common.arguments import instance
-from dsv32_jax.engine.admission import Admitted, admitted, resolved, rows_of
-from dsv32_jax.engine.changes import Changing
+from dsv32_jax.engine.admission import Admitted, admit, resolve, rows_of
 from dsv32_jax.engine.metrics import Metrics
 from dsv32_jax.engine.request import Event, Request, SamplingParams
 from dsv32_jax.engine.scheduler import Scheduler, Sequence
 from dsv32_jax.engine.streams import Outbox, Stream
+from dsv32_jax.engine.transactions import Transactional
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.snapshot import Snapshot
 
-__all__ = ["Reception"]
+__all__ = ["RequestIntake"]
 
 
-class Reception(Changing):
+class RequestIntake(Transactional):
     """Takes requests, ends them, and hands out their events.
 
     Args:
@@ -31,12 +31,12 @@ class Reception(Changing):
         super().__init__()
         self.lm = lm
         self.options = lm.options
-        self._made_of = Snapshot(lm)
+        self._snapshot = Snapshot(lm)
         self.scheduler = scheduler
         self.metrics = Metrics()
         self._numbers = itertools.count()
         self._owner: dict[Sequence, tuple[Request, int]] = {}
-        self._leaving: deque[Request] = deque()  # cancelled, and still to be ended
+        self._cancelled: deque[Request] = deque()  # by their readers; their sequences still have to be ended
         self._outbox = Outbox()
 
     def step(self) -> list[Event]:
@@ -44,8 +44,8 @@ class Reception(Changing):
         raise NotImplementedError
 
     def check_unedited(self) -> None:
-        """Raises `UserError` if the model is not what it was when the engine was made: the cache has values of it."""
-        if not self._made_of.shows(self.lm):
+        """Raises `UserError` if the model was edited after the engine was made: the cache has values of the old one."""
+        if not self._snapshot.shows(self.lm):
             raise UserError(
                 "the model, its options or its config were edited after this Engine was made, and its cache holds what "
                 "the old ones computed; make a new Engine, or edit another model: `m.with_parts(weights=...)`"
@@ -57,38 +57,38 @@ class Reception(Changing):
         Args:
           prompt: a text, or ids.
           params: how it is continued.
-          salt: only prompts with equal salts find each other's blocks in the cache; of a tenant, say.
+          salt: only prompts with equal salts share blocks in the cache; for instance one for each tenant.
 
         Raises:
-          UserError: an argument is wrong, the prompt could never run (it does not fit into the cache with what may
-            follow it), or the model was edited.
+          UserError: an argument is wrong, the prompt could never run (it does not fit into the cache with the tokens
+            that may follow it), or the model was edited.
         """
         self.check_unedited()
         rows = self.lm.rows(prompt)
         if len(rows) > 1:
             raise UserError(f"prompt: {len(rows)} of them; add one after the other")
-        new = admitted(self.lm, self.scheduler, rows[0], resolved(self.lm, params), salt)
-        request, _ = new
+        admitted = admit(self.lm, self.scheduler, rows[0], resolve(self.lm, params), salt)
+        request, _ = admitted
         try:
-            self.change(self._enqueue, [new])
+            self.transact(self._enqueue, [admitted])
             return request
         except BaseException:
-            self._give_up([request])  # nobody will know of it
+            self._cancel_all([request])  # the caller does not get it
             raise
 
     def cancel(self, request: Request) -> None:
         """Ends a request; its blocks are free for the next step."""
         self._check_known(request)
         if not request.finished:
-            self._give_up([request])
+            self._cancel_all([request])
 
     def stream(self, request: Request) -> Stream:
-        """Events of one request as they come, also those of before, while all others go on too.
+        """Events of one request as they come, earlier ones included, while all others go on too.
 
         Leaving the stream cancels the request: see `Stream`.
 
         Raises:
-          UserError: it is another engine's.
+          UserError: the request is another engine's.
         """
         self._check_known(request)
         return Stream(request, self._step_for_readers, self.cancel)
@@ -101,21 +101,22 @@ class Reception(Changing):
           params: of all.
 
         Raises:
-          UserError: naming the prompt that is wrong, by its number; none has been added then. Or the model was edited.
+          UserError: a prompt is wrong, which the error names by its number, or the model was edited; none has been
+            added then.
         """
         self.check_unedited()
-        rows, params = rows_of(self.lm, prompts), resolved(self.lm, params)
-        new = [admitted(self.lm, self.scheduler, ids, params, prompt=number) for number, ids in enumerate(rows)]
-        requests = [request for request, _ in new]
+        rows, params = rows_of(self.lm, prompts), resolve(self.lm, params)
+        admitted = [admit(self.lm, self.scheduler, ids, params, prompt=number) for number, ids in enumerate(rows)]
+        requests = [request for request, _ in admitted]
         try:
             for request in requests:
-                request.readers += 1  # its events are not for `step`
-            self.change(self._enqueue, new)
+                request.readers += 1  # so that `step` does not return its events
+            self.transact(self._enqueue, admitted)
             while not all(request.finished for request in requests):
                 self._step_for_readers()
             return requests
         except BaseException:
-            self._give_up(requests)
+            self._cancel_all(requests)
             raise
         finally:
             for request in requests:
@@ -130,29 +131,29 @@ class Reception(Changing):
     def _step_for_readers(self) -> None:
         self._outbox.for_readers(self.step)
 
-    def _enqueue(self, new: list[Admitted]) -> None:
-        for request, sequences in new:
+    def _enqueue(self, admitted: list[Admitted]) -> None:
+        for request, sequences in admitted:
             request.number = next(self._numbers)
             self._owner |= {sequence: (request, n) for n, sequence in enumerate(sequences)}
             self.scheduler.add(sequences[0])
 
-    def _give_up(self, requests: list[Request]) -> None:
-        """Cancels what still runs of requests."""
-        self._leaving.extend(requests)
-        self.settle_or_leave()
+    def _cancel_all(self, requests: list[Request]) -> None:
+        """Cancels the completions of these requests that still run."""
+        self._cancelled.extend(requests)
+        self.apply_or_defer()
 
-    def settle(self) -> None:
+    def apply_deferred(self) -> None:
         """Ends the requests that were cancelled."""
-        while self._leaving:
-            request = self._leaving[0]
+        while self._cancelled:
+            request = self._cancelled[0]
             for sequence, (owner, n) in list(self._owner.items()):
                 if owner is request:
                     request.completions[n].finish_reason = "cancelled"
                     self._finish(sequence)
-            self._leaving.popleft()
+            self._cancelled.popleft()
 
     def _finish(self, sequence: Sequence) -> None:
-        """Of a completion that has its `finish_reason`."""
+        """Ends the sequence of a completion that has its `finish_reason`, and counts it."""
         self.scheduler.finish(sequence)
         request, n = self._owner.pop(sequence)
         self.metrics.finished[request.completions[n].finish_reason or ""] += 1

@@ -1,9 +1,6 @@
-"""What goes into each linear of a model: statistics gathered in the jitted forward, for calibration."""
+"""Statistics of what goes into a linear, gathered by a tap of the jitted step, for calibration."""
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -56,51 +53,30 @@ class Statistics:
         return 2.0 ** (SMALLEST + jnp.argmax(below, -1).astype(jnp.float32))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["path"])
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """A weight (an array) whose inputs are looked at; `path` is its parameter's."""
+def of_inputs(
+    x: jax.Array,
+    row_token: jax.Array | None = None,
+    tile_expert: jax.Array | None = None,
+    num_experts: int | None = None,
+) -> Statistics:
+    """What a tap on a linear's input computes.
 
-    weight: jax.Array
-    path: str
+    Args:
+      x: [R, K], or rows [P, K] of a routing plan.
+      row_token: int32 [P], of a plan; -1 for padding.
+      tile_expert: int32 [tiles], of a plan.
+      num_experts: E, where x is of a plan.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.weight.shape
-
-
-_gathered: contextvars.ContextVar[dict[str, Statistics]] = contextvars.ContextVar("gathered")
-
-
-@contextlib.contextmanager
-def observing() -> Iterator[dict[str, Statistics]]:
-    """Takes what `see` and `see_experts` are told meanwhile, by path; for use inside the traced function."""
-    token = _gathered.set({})
-    try:
-        yield _gathered.get()
-    finally:
-        _gathered.reset(token)
-
-
-def see(weight: Observed, x: jax.Array, present: jax.Array | None = None) -> None:
-    """Adds the rows x [R, K] that a weight is multiplied with."""
-    _add(weight.path, Statistics.of(x, jnp.ones(x.shape[0], bool) if present is None else present))
-
-
-def see_experts(weight: Observed, rows: jax.Array, row_token: jax.Array, tile_expert: jax.Array) -> None:
-    """Adds rows [P, K] to their experts': of a routing plan, in tiles, -1 in `row_token` marks padding."""
+    Returns:
+      Of all rows; of a plan, those of each expert: a leading axis [E].
+    """
+    if row_token is None or tile_expert is None or num_experts is None:
+        return Statistics.of(x, jnp.ones(x.shape[0], bool))
     tiles = tile_expert.shape[0]
-    by_tile = jax.vmap(Statistics.of)(rows.reshape(tiles, -1, rows.shape[1]), (row_token >= 0).reshape(tiles, -1))
+    by_tile = jax.vmap(Statistics.of)(x.reshape(tiles, -1, x.shape[1]), (row_token >= 0).reshape(tiles, -1))
 
-    def by_expert(of_tiles: jax.Array, how: str) -> jax.Array:
-        empty = jnp.zeros((weight.shape[0], *of_tiles.shape[1:]))
-        return getattr(empty.at[tile_expert], how)(of_tiles)
+    def summed(of_tiles: jax.Array) -> jax.Array:
+        return jnp.zeros((num_experts, *of_tiles.shape[1:])).at[tile_expert].add(of_tiles)
 
-    sums = {name: by_expert(getattr(by_tile, name), "add") for name in ("rows", "moments", "histogram")}
-    _add(weight.path, Statistics(largest=by_expert(by_tile.largest, "max"), **sums))
-
-
-def _add(path: str, statistics: Statistics) -> None:
-    gathered = _gathered.get()
-    gathered[path] = gathered[path] + statistics if path in gathered else statistics
+    largest = jnp.zeros((num_experts, x.shape[1])).at[tile_expert].max(by_tile.largest)
+    return Statistics(summed(by_tile.rows), largest, summed(by_tile.moments), summed(by_tile.histogram))

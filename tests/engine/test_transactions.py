@@ -1,4 +1,4 @@
-"""Interrupts at any point of an engine's calls: what was under way goes on or ends, and nothing is half done."""
+"""Interrupts at any point of an engine's calls: requests go on or end, and no change is half made."""
 
 import signal
 import sys
@@ -9,17 +9,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from dsv32_jax.engine import changes
 from dsv32_jax.engine import engine as engine_module
-from dsv32_jax.engine.changes import Changing
+from dsv32_jax.engine import transactions
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import SamplingParams
+from dsv32_jax.engine.transactions import Transactional
 from tests.engine.test_engine import TEXTS
 from tests.engine.test_speculation import guessing
 
-HOST = ("engine", "reception", "admission", "changes", "streams", "scheduler", "blocks", "packing", "speculation")
+HOST = ("engine", "intake", "admission", "transactions", "streams", "scheduler", "blocks", "packing", "speculation")
 HOST += ("device_step", "request", "metrics")
-FILES = {str(Path(changes.__file__).parent / f"{name}.py") for name in HOST}
+FILES = {str(Path(transactions.__file__).parent / f"{name}.py") for name in HOST}
 
 
 class Interrupt:
@@ -61,7 +61,7 @@ CASES = [  # text, tokens of the prompt, new ones, temperature, seed, continuati
 ]
 
 
-def asked(case) -> tuple[list[int], SamplingParams]:
+def arguments_of(case) -> tuple[list[int], SamplingParams]:
     text, length, new, temperature, seed, n = case
     return TEXTS[text][:length], SamplingParams(new, temperature, 0.9, seed, n, ignore_eos=True)
 
@@ -71,12 +71,12 @@ def tokens(request) -> list[list[int]]:
 
 
 def run(engine: Engine) -> None:
-    """To the end; after each step no block is lost, held twice or found by what it does not hold."""
+    """Runs to the end, and checks after each step that no block is lost, counted twice or both free and in use."""
     while True:
-        held = [block for sequence in engine.scheduler.running for block in sequence.table.blocks]
+        blocks = [block for sequence in engine.scheduler.running for block in sequence.table.blocks]
         pool = engine.pool
-        assert pool._references == [held.count(block) for block in range(pool.num_blocks)]
-        assert sorted({*pool._free, *pool._unused, *held}) == list(range(pool.num_blocks))
+        assert pool._references == [blocks.count(block) for block in range(pool.num_blocks)]
+        assert sorted({*pool._free, *pool._unused, *blocks}) == list(range(pool.num_blocks))
         if not engine.busy:
             break
         engine.step()
@@ -91,28 +91,28 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
-def alone(engine):
-    """What each case gets when nothing else runs and nothing is cached."""
-    found = {}
+def tokens_alone(engine):
+    """The tokens of each case when nothing else runs and nothing is cached."""
+    tokens_of = {}
     for case in CASES:
         engine.pool.forget()
-        found[case] = tokens(engine.generate([asked(case)[0]], asked(case)[1])[0])
-    return found
+        tokens_of[case] = tokens(engine.generate([arguments_of(case)[0]], arguments_of(case)[1])[0])
+    return tokens_of
 
 
-def add(engine, found):
-    found.append((CASES[3], engine.add(*asked(CASES[3]))))
+def add(engine, requests):
+    requests.append((CASES[3], engine.add(*arguments_of(CASES[3]))))
 
 
 def generate(engine, _):
     engine.generate([TEXTS[0][:60], TEXTS[1][:20]], SamplingParams(9, ignore_eos=True))
 
 
-CALLS = {  # with how many instructions of the engine's own code they have, about
+CALLS = {  # with about how many instructions of the engine's own code they run
     "step": (lambda engine, _: engine.step(), 2000),
     "add": (add, 700),
-    "cancel": (lambda engine, found: engine.cancel(found[0][1]), 400),
-    "stream": (lambda engine, found: list(engine.stream(found[0][1])), 20_000),
+    "cancel": (lambda engine, requests: engine.cancel(requests[0][1]), 400),
+    "stream": (lambda engine, requests: list(engine.stream(requests[0][1])), 20_000),
     "generate": (generate, 20_000),
 }
 
@@ -125,49 +125,49 @@ CALLS = {  # with how many instructions of the engine's own code they have, abou
     at=st.floats(0, 1),
     again=st.sampled_from([None, None, 1, 40, 300]),
 )
-def test_an_interrupt_at_any_point_of_a_call(engine, alone, cases, steps, call, at, again):
-    found = [(case, engine.add(*asked(case))) for case in cases]
+def test_an_interrupt_at_any_point_of_a_call(engine, tokens_alone, cases, steps, call, at, again):
+    requests = [(case, engine.add(*arguments_of(case))) for case in cases]
     for _ in range(steps):
         engine.step()
     interrupted, instructions = CALLS[call]
     try:
         with Interrupt(1 + int(at * instructions), again):
-            interrupted(engine, found)
+            interrupted(engine, requests)
     except KeyboardInterrupt:
         pass
     engine.summary()  # any call completes what an interrupt of the clearing up has left
     run(engine)
-    for case, request in found:
-        for completion, want in zip(request.completions, alone[case], strict=True):
+    for case, request in requests:
+        for completion, want in zip(request.completions, tokens_alone[case], strict=True):
             assert completion.finish_reason in ("length", "error", "cancelled")
-            whole = completion.finish_reason == "length"
-            assert completion.tokens == (want if whole else want[: len(completion.tokens)])
+            complete = completion.finish_reason == "length"
+            assert completion.tokens == (want if complete else want[: len(completion.tokens)])
             assert (completion.error is None) == (completion.finish_reason != "error")
     # Nothing is found in the cache that was not written.
-    again_ = [engine.add(*asked(case)) for case, _ in found]
+    repeated = [engine.add(*arguments_of(case)) for case, _ in requests]
     run(engine)
-    assert [tokens(request) for request in again_] == [alone[case] for case, _ in found]
+    assert [tokens(request) for request in repeated] == [tokens_alone[case] for case, _ in requests]
 
 
 @pytest.mark.parametrize(
-    ("where", "error"),
+    ("place", "error"),
     [
         ("_start", KeyboardInterrupt),
         ("_run", SystemExit),
-        ("_draws", RuntimeError),
+        ("_sampling", RuntimeError),
         ("scheduler.schedule", KeyboardInterrupt),
         ("scheduler.publish", MemoryError),
         ("scheduler.receive", KeyboardInterrupt),
-        ("_empty", KeyboardInterrupt),
+        ("_reset_device_memory", KeyboardInterrupt),
     ],
 )
-def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone, monkeypatch, error, where):
-    """In the middle of a prompt of 130 tokens, which then comes again."""
+def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, tokens_alone, monkeypatch, error, place):
+    """The step ends in the middle of a prompt of 130 tokens, which is then added again."""
     case = CASES[1]
-    owner, _, name = where.rpartition(".")
+    owner, _, name = place.rpartition(".")
     target = getattr(engine, owner) if owner else engine
     engine.pool.forget()
-    request, other = engine.add(*asked(case)), engine.add(*asked(CASES[0]))
+    request, other = engine.add(*arguments_of(case)), engine.add(*arguments_of(CASES[0]))
     for _ in range(20):
         engine.step()
 
@@ -176,29 +176,29 @@ def test_whatever_ends_a_step_leaves_no_block_that_was_not_written(engine, alone
 
     with monkeypatch.context() as patch:
         patch.setattr(target, name, broken)
-        if where == "_empty":  # while it clears up after another
+        if place == "_reset_device_memory":  # while it clears up after another
             patch.setattr(engine, "_start", broken)
         with pytest.raises(error):
             while engine.busy:
                 engine.step()
     engine.cancel(request)
-    again = engine.add(*asked(case))
+    again = engine.add(*arguments_of(case))
     run(engine)
-    assert tokens(again) == alone[case]
+    assert tokens(again) == tokens_alone[case]
     assert request.completions[0].finish_reason == other.completions[0].finish_reason == "error"
-    assert "in the middle" in other.completions[0].error or where == "_empty"
+    assert "in the middle" in other.completions[0].error or place == "_reset_device_memory"
 
 
-def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine, alone, monkeypatch):
-    found = [(case, engine.add(*asked(case))) for case in CASES]
-    fetched, waits = engine_module.Drawn.fetched, iter(range(10_000))
+def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine, tokens_alone, monkeypatch):
+    requests = [(case, engine.add(*arguments_of(case))) for case in CASES]
+    fetched, waits = engine_module.SampledTokens.fetched, iter(range(10_000))
 
-    def waiting(drawn):
+    def waiting(sampled):
         if next(waits) % 3 == 0:
             raise KeyboardInterrupt
-        return fetched(drawn)
+        return fetched(sampled)
 
-    monkeypatch.setattr(engine_module.Drawn, "fetched", waiting)
+    monkeypatch.setattr(engine_module.SampledTokens, "fetched", waiting)
     interrupts, events = 0, []
     while engine.busy:
         try:
@@ -206,15 +206,15 @@ def test_an_interrupt_while_the_host_waits_for_the_device_changes_nothing(engine
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts > 9
-    for case, request in found:
-        assert tokens(request) == alone[case]
+    for case, request in requests:
+        assert tokens(request) == tokens_alone[case]
         for n, completion in enumerate(request.completions):
             assert [e.token for e in events if e.request is request and e.index == n] == completion.tokens
 
 
-def test_a_signal_ends_a_call_in_the_middle(engine, alone):
-    """A real one, after whatever time."""
-    request = engine.add(*asked(CASES[0]))
+def test_a_signal_ends_a_call_in_the_middle(engine, tokens_alone):
+    """A real signal, at an arbitrary time."""
+    request = engine.add(*arguments_of(CASES[0]))
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -224,38 +224,38 @@ def test_a_signal_ends_a_call_in_the_middle(engine, alone):
     finally:
         signal.signal(signal.SIGALRM, before)
     run(engine)
-    assert tokens(request)[0] == alone[CASES[0]][0][: len(tokens(request)[0])]
-    again = engine.add(*asked(CASES[0]))
+    assert tokens(request)[0] == tokens_alone[CASES[0]][0][: len(tokens(request)[0])]
+    again = engine.add(*arguments_of(CASES[0]))
     run(engine)
-    assert tokens(again) == alone[CASES[0]]
+    assert tokens(again) == tokens_alone[CASES[0]]
 
 
-def test_a_failure_on_the_device_is_noticed_with_its_tokens(engine, alone, monkeypatch):
-    request = engine.add(*asked(CASES[0]))
+def test_a_failure_on_the_device_is_noticed_with_its_tokens(engine, tokens_alone, monkeypatch):
+    request = engine.add(*arguments_of(CASES[0]))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module.Drawn, "fetched", lambda _: 1 / 0)
+        patch.setattr(engine_module.SampledTokens, "fetched", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             while True:
                 engine.step()
     assert request.completions[0].error == "ZeroDivisionError: division by zero" and not engine.busy
-    again = engine.add(*asked(CASES[0]))
+    again = engine.add(*arguments_of(CASES[0]))
     run(engine)
-    assert again.cached_tokens == 0 and tokens(again) == alone[CASES[0]]
+    assert again.cached_tokens == 0 and tokens(again) == tokens_alone[CASES[0]]
 
 
-class Pair(Changing):
+class Pair(Transactional):
     """Two numbers that are always equal."""
 
     def __init__(self):
         super().__init__()
         self.values, self.settled, self.errors = [0, 0], 0, []
 
-    def start_anew(self, error):
+    def recover(self, error):
         self.errors.append(error)
         self.values = [0, 0]
 
-    def settle(self):
+    def apply_deferred(self):
         self.settled += 1
 
     def set(self, value, between=lambda: None):
@@ -267,13 +267,13 @@ class Pair(Changing):
 
 def test_a_change_is_whole_or_not_at_all():
     pair = Pair()
-    assert pair.change(pair.set, 3) == 3 and pair.values == [3, 3]
+    assert pair.transact(pair.set, 3) == 3 and pair.values == [3, 3]
 
     def interrupt():
         raise KeyboardInterrupt("so\nit ends")
 
     with pytest.raises(KeyboardInterrupt):
-        pair.change(pair.set, 4, interrupt)
+        pair.transact(pair.set, 4, interrupt)
     assert pair.values == [0, 0] and pair.errors == ["KeyboardInterrupt: so it ends"] and not pair.torn
 
 
@@ -282,12 +282,12 @@ def test_an_interrupt_at_each_instruction_of_a_change():
         pair = Pair()
         try:
             with Interrupt(at) as interrupt:
-                pair.change(pair.set, 3)
+                pair.transact(pair.set, 3)
         except KeyboardInterrupt:
             pass
         pair.repair()
         assert pair.values[0] == pair.values[1] and not pair.torn
-        assert pair.change(pair.set, 4) == 4 and pair.values == [4, 4]
+        assert pair.transact(pair.set, 4) == 4 and pair.values == [4, 4]
         if interrupt.count < at:
             break
     assert 20 < at < 999
@@ -297,13 +297,13 @@ def test_code_that_interrupts_a_change_may_leave_something_but_change_nothing():
     pair = Pair()
 
     def finalizer():
-        pair.settle_or_leave()
+        pair.apply_or_defer()
         with pytest.raises(RuntimeError, match="interrupts a change"):
-            pair.change(pair.set, 9)
+            pair.transact(pair.set, 9)
 
-    pair.change(pair.set, 3, finalizer)
+    pair.transact(pair.set, 3, finalizer)
     assert pair.values == [3, 3] and pair.settled == 1 and not pair.errors
-    pair.settle_or_leave()
+    pair.apply_or_defer()
     assert pair.settled == 2
 
 
@@ -314,8 +314,8 @@ def test_other_threads_wait():
         inside.set()
         go.wait(60)
 
-    first = threading.Thread(target=pair.change, args=(pair.set, 3, wait))
-    second = threading.Thread(target=pair.change, args=(pair.set, 4))
+    first = threading.Thread(target=pair.transact, args=(pair.set, 3, wait))
+    second = threading.Thread(target=pair.transact, args=(pair.set, 4))
     first.start()
     inside.wait(60)
     second.start()

@@ -1,0 +1,80 @@
+"""Products with weights, quantised or not: dense ones, and those of the experts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import matmul as kernels
+from pallas_kernels import moe_dispatch
+from pallas_kernels.backend import KERNEL, resolve
+from pallas_kernels.matmul import BLOCK, FP8_BLOCK, Weight, grouped_matmul, grouped_swiglu, is_qtensor, scheme_of
+from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, gather_rows_fp8
+
+__all__ = ["all_fp8", "experts", "float32_matmul", "grouped_matmul", "matmul", "matmul_swiglu", "swiglu", "tile_rows"]
+
+matmul = kernels.matmul
+swiglu, matmul_swiglu = kernels.silu_product, kernels.swiglu
+"""SwiGLU of two products, and behind two products of x."""
+
+
+def experts(
+    x: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    plan: RoutingPlan,
+    *,
+    quantize_input: bool,
+    scale_fmt: str | None = "ue8m0",
+    backend: str = "auto",
+) -> jax.Array:
+    """The chosen experts of every token: [P, D] in the plan's order, in x's dtype.
+
+    Args:
+      x: float [T, D].
+      gate, up, down: [E, W, D], [E, W, D] and [E, D, W], arrays or `QTensor`s.
+      plan: of the tokens.
+      quantize_input, scale_fmt, backend: see `matmul`.
+    """
+    rounding: dict[str, Any] = {"quantize_input": quantize_input, "scale_fmt": scale_fmt, "backend": backend}
+    tiles: dict[str, Any] = {"tile_expert": plan.tile_expert, "used_tiles": plan.used_tiles, **rounding}
+    if quantize_input and all_fp8(gate, up, down) and x.dtype == jnp.bfloat16:
+        # A token is quantised once for all its experts, and each expert's hidden rows once.
+        order = {"scales_by_group": plan.tile % BLOCK == 0}  # what the kernels for these tiles take
+        rows, row_scales = gather_rows_fp8(x, plan, scale_fmt, **order, backend=backend)
+        hidden: Any
+        hidden, hidden_scales = grouped_swiglu(
+            rows, gate, up, row_scales=row_scales, quantize_result=True, **order, **tiles
+        )
+        return grouped_matmul(hidden, down, row_scales=hidden_scales, **order, **tiles)
+    rows = gather_rows(x, plan, backend=backend)
+    if all_fp8(gate, up, down) or not any(map(is_qtensor, (gate, up, down))):
+        hidden = grouped_swiglu(rows, gate, up, **tiles)
+    else:
+        hidden = swiglu(*(grouped_matmul(rows, weight, **tiles) for weight in (gate, up)))
+    return grouped_matmul(hidden, down, **tiles)
+
+
+def tile_rows(choices: int, *weights: Weight, backend: str) -> int | None:
+    """Rows of a routing plan's tiles for `experts` with weights [E, N, K], of so many choices.
+
+    No fewer than the kernels take of each weight: smaller tiles would go to a loop. None: the plan's own default.
+    """
+    if resolve(backend, "experts", KERNEL) == "reference":
+        return None
+    return max(kernels.tile_rows(*weights), moe_dispatch.tile_rows(choices, weights[0].shape[0]))
+
+
+def all_fp8(*weights: Weight) -> bool:
+    """Whether each is a QTensor in the checkpoint's own scheme."""
+    return all(scheme_of(weight) == FP8_BLOCK for weight in weights)
+
+
+def float32_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [M, K] times weight [N, K] transposed in float32, [M, N]: head, router and the indexer's head weights.
+
+    Operands of one narrow type stay in it: their products are exact in the float32 accumulator.
+    """
+    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    return jnp.matmul(x.astype(dtype), weight.astype(dtype).T, precision="highest", preferred_element_type=jnp.float32)

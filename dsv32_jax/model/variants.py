@@ -1,0 +1,182 @@
+"""Functions for parts, by name: what the project compares, and what a command line can ask for.
+
+`--part index_select=recent` takes one of these; `--part index_select=package.module:function` takes anybody's own.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv32_jax.errors import UserError
+from dsv32_jax.model.parts import NAMES
+from pallas_kernels import rowwise
+from pallas_kernels.matmul import Weight, dense
+from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows
+from pallas_kernels.paging import BLOCK_SIZE
+from pallas_kernels.sparse_mla.reference import attend
+from pallas_kernels.top_k import top_k
+
+__all__ = ["VARIANTS", "named_part", "parts_of"]
+
+# ---- which keys a token attends to: index_select ----
+
+
+def every_key(queries, head_weights, index, layer, block_tables, sequence, positions):
+    """Every visible position: dense attention by way of a selection."""
+    everything = jnp.arange(block_tables.shape[1] * BLOCK_SIZE, dtype=jnp.int32)
+    return jnp.where(everything <= positions[:, None], everything, -1)
+
+
+def recent(queries, head_weights, index, layer, block_tables, sequence, positions, *, k):
+    """The last k positions: a sliding window."""
+    chosen = positions[:, None] - jnp.arange(k, dtype=jnp.int32)
+    return jnp.where(chosen >= 0, chosen, -1)
+
+
+def recent_and_first(queries, head_weights, index, layer, block_tables, sequence, positions, *, k):
+    """Position 0, on which attention with nothing to look at rests, and the last ones (StreamingLLM, 2309.17453)."""
+    chosen = positions[:, None] - jnp.arange(k, dtype=jnp.int32)
+    last = jnp.arange(k) == k - 1
+    return jnp.where((positions[:, None] >= k) & last, 0, jnp.where(chosen >= 0, chosen, -1))
+
+
+def random(queries, head_weights, index, layer, block_tables, sequence, positions, *, k, seed=0, backend="auto"):
+    """k visible positions by chance: which ones, only the layer, the position and the seed decide."""
+    key = jax.random.fold_in(jax.random.key(seed), layer)
+    length = block_tables.shape[1] * BLOCK_SIZE
+    of_position = jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position), (length,)))
+    scores = of_position(jnp.maximum(positions, 0))
+    return top_k(scores, k, lengths=positions + 1, backend=backend)
+
+
+def oracle(queries, head_weights, index, layer, block_tables, sequence, positions, *, k, attention, backend="auto"):
+    """The k positions that dense attention weighs most, mean over heads: what an indexer could at best know."""
+    return top_k(attention, k, lengths=positions + 1, backend=backend)
+
+
+# ---- attention over the chosen keys: sparse_mla ----
+
+
+def masked(queries, kv, layer, slots, *, scale, rope_dim, lengths=None):
+    """The official demo's form: scores of every row that the cache holds, and a mask of those that were chosen.
+
+    Source: `MLA.forward` in the official `inference/model.py` of DeepSeek-V3.2-Exp; its price grows with the cache.
+    """
+    rows = unpacked(kv, layer, rope_dim, queries.dtype)
+    present = slots >= 0 if lengths is None else jnp.arange(slots.shape[1]) < lengths[:, None]
+    tokens = jnp.arange(len(slots))[:, None]
+    mask = jnp.zeros((len(slots), len(rows)), bool)
+    mask = mask.at[tokens, jnp.where(present, slots, len(rows))].set(True, mode="drop")
+    # Rows that nobody chose may hold anything, and 0 * NaN is NaN.
+    rows = jnp.where(mask.any(0)[:, None], rows, 0)
+    values = rows[:, : queries.shape[2] - rope_dim]
+
+    def of_token(query, seen):
+        return attend(query, rows, values, seen, scale)[:2]
+
+    return jax.lax.map(lambda token: of_token(*token), (queries, mask))
+
+
+def unpacked(kv: jax.Array, layer: Any, rope_dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """All rows of a layer, [blocks * 64, latent + rope]."""
+    from pallas_kernels.cache_write import unpack_latents
+
+    rows = unpack_latents(kv[layer], rope_dim, dtype)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+# ---- the experts' products: experts ----
+
+
+def one_by_one(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+    """Each expert over every row of the plan, one after the other, weights dequantised: the simplest form.
+
+    E times the work of the others; activations are not quantised.
+    """
+    rows = gather_rows(x, plan, backend="reference")
+    expert_of_row = jnp.repeat(plan.tile_expert, plan.tile)
+
+    def add(out: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        number, *expert = weights
+        g, u, d = (dense(weight, x.dtype) for weight in expert)
+        hidden = jax.nn.silu(rows @ g.T) * (rows @ u.T)
+        return jnp.where((expert_of_row == number)[:, None], hidden @ d.T, out), None
+
+    numbers = jnp.arange(gate.shape[0])
+    return jax.lax.scan(add, jnp.zeros((len(rows), x.shape[1]), x.dtype), (numbers, gate, up, down))[0]
+
+
+def ragged(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+    """`jax.lax.ragged_dot`, what stock JAX has for it; weights dequantised, activations not quantised."""
+    rows = gather_rows(x, plan, backend="reference")
+    sizes = jnp.zeros(gate.shape[0], jnp.int32).at[plan.tile_expert].add(plan.tile)
+
+    def product(rows: jax.Array, weight: Weight) -> jax.Array:
+        return jax.lax.ragged_dot(rows, jnp.swapaxes(dense(weight, x.dtype), 1, 2), sizes, precision="highest")
+
+    return product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
+
+
+VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "index_select": {
+        "dense": every_key,
+        "recent": recent,
+        "recent_and_first": recent_and_first,
+        "random": random,
+        "oracle": oracle,
+    },
+    "sparse_mla": {"masked": masked},
+    "index_rope": {"interleaved": rowwise.rope_interleaved},
+    "experts": {"one_by_one": one_by_one, "ragged": ragged},
+}
+"""By part. index_rope=interleaved is the bug of the first official demo: neighbouring features in pairs, where the
+weights were trained for the two halves."""
+
+
+def named_part(text: str) -> tuple[str, Callable[..., Any]]:
+    """The part and the function of "index_select=recent" or "index_select=package.module:function".
+
+    Raises:
+      UserError: another form, no such part, variant, module or function.
+    """
+    part, equals, name = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"part {text!r}: must be PART=VARIANT or PART=package.module:function")
+    if part not in NAMES:
+        raise UserError(f"part {part!r} is unknown; it is one of {', '.join(NAMES)}")
+    if ":" in name:
+        return part, imported(*name.split(":", 1), part)
+    variants = VARIANTS.get(part, {})
+    if name not in variants:
+        known = f"it is one of {', '.join(variants)}, or" if variants else "it has none; give"
+        raise UserError(f"part {part}: variant {name!r} is unknown; {known} package.module:function")
+    return part, variants[name]
+
+
+def parts_of(texts: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Functions by part, of several such texts; raises UserError for a part that is named twice."""
+    functions: dict[str, Callable[..., Any]] = {}
+    for part, function in map(named_part, texts):
+        if part in functions:
+            raise UserError(f"part {part}: is named twice")
+        functions[part] = function
+    return functions
+
+
+def imported(module: str, name: str, part: str) -> Callable[..., Any]:
+    """A user's own function; modules in the working directory are found too."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        function: Any = importlib.import_module(module)
+        for attribute in name.split("."):
+            function = getattr(function, attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"part {part}: {module}:{name} cannot be imported ({error})") from error
+    return function
