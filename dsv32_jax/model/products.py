@@ -13,9 +13,15 @@ from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, gather_rows_fp
 
 __all__ = ["all_fp8", "experts", "float32_matmul", "grouped_matmul", "matmul", "matmul_swiglu", "swiglu", "tile_rows"]
 
-matmul = kernels.matmul
-swiglu, matmul_swiglu = kernels.silu_product, kernels.swiglu
-"""SwiGLU of two products, and behind two products of x."""
+matmul, swiglu = kernels.matmul, kernels.silu_product
+
+
+def matmul_swiglu(
+    x: jax.Array, gate: Weight, up: Weight, *, scale_fmt: str | None = "ue8m0", backend: str = "auto"
+) -> jax.Array:
+    """`swiglu` of two products of x [M, K] with weights [W, K] in FP8, and of x in FP8, as one: [M, W] in x's dtype."""
+    hidden: Any = kernels.swiglu(x, gate, up, scale_fmt=scale_fmt, backend=backend)
+    return hidden
 
 
 def experts(
