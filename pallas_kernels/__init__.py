@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 # Beside the ops: what they are called with or refer to.
-_HELPERS = ("backend", "paging", "rowwise", "shapes", "tuning")
+_HELPERS = ("backend", "cache_format", "configs", "paging", "rowwise", "shapes")
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that `import pallas_kernels.shapes` does not import jax.
+    # Late, so that `import pallas_kernels` does not import jax.
     if name in __all__ or name in _HELPERS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ class BackendError(ValueError):
 
 
 def on_hopper() -> bool:
-    """Whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200).
+    """Returns whether JAX runs on GPUs that the kernels are written for: compute capability 9.0 (H100, H200).
 
     Under `jax.default_device` it is that device which counts.
     """
@@ -42,7 +42,7 @@ def _is_hopper(device: jax.Device) -> bool:
 
 
 def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), unsupported: str | None = None) -> str:
-    """The backend that `op` shall run on.
+    """Returns the backend that `op` shall run on.
 
     Args:
       backend: one of `BACKENDS`.

@@ -9,7 +9,7 @@ BLOCK_SIZE = 64
 
 
 def physical_slots(positions: jax.Array, sequence: jax.Array, block_tables: jax.Array) -> jax.Array:
-    """Slots (block * 64 + offset) of logical positions; -1 stays -1.
+    """Returns slots (block * 64 + offset) of logical positions; -1 stays -1.
 
     Args:
       positions: int32 [T, K], logical positions in the token's sequence or -1.

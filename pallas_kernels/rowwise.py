@@ -1,6 +1,6 @@
 """Norms and rotations of rows, in plain jax.numpy, for the model and for the references of kernels that contain them.
 
-Callers write `rowwise.rope_half_split` and the like, so that a test can plant a bug for all of them in one place.
+Those of the model and of the references can be replaced: see `cache_write.reference`.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def rope_leading(x: jax.Array, cos: jax.Array, sin: jax.Array, rope: Rotation = rope_half_split) -> jax.Array:
-    """`rope` of the first R features of x [T, ..., D]: index queries and keys, where MLA has them last."""
+    """Rotates the first R features of x [T, ..., D] by `rope`: index queries and keys, where MLA has them last."""
     leading, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     return jnp.concatenate([rope(leading, cos, sin), rest], axis=-1)
 

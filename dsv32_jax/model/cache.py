@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.config import ModelConfig
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.paging import BLOCK_SIZE
 
 __all__ = ["BLOCK_SIZE", "FORMS", "KVCache"]
@@ -20,7 +20,7 @@ FORMS = ("float32", "bfloat16", "fp8")
 @partial(jax.tree_util.register_dataclass, data_fields=["kv", "index"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Latent rows and index keys of every layer and block; formats in `pallas_kernels.cache_write`.
+    """Latent rows and index keys of every layer and block; formats in `pallas_kernels.cache_format`.
 
     Attributes:
       kv: [layers, blocks, 64, latent + rope], or uint8 [layers, blocks, 64, record bytes].

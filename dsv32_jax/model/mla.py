@@ -13,7 +13,8 @@ from dsv32_jax.model.context import StepContext
 from dsv32_jax.model.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
-from pallas_kernels.cache_write import KeyNorms, latents, read_latents, scatter
+from pallas_kernels.cache_format import read_latents, store_keys
+from pallas_kernels.cache_write import KeyNorms, latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
 from pallas_kernels.matmul import dense
 from pallas_kernels.paging import physical_slots
@@ -118,7 +119,7 @@ class MLA(nnx.Module):
             index_key = indexer.rotated(index_key, ctx.angles, numerics)
             latent, rope_key = self.latents(kv_a, ctx.angles, ctx.config, numerics)
             arrays = (cache.kv, cache.index, layer, slots, latent, rope_key, index_key)
-            return KVCache(*scatter(*arrays, scale_fmt=numerics.scale_fmt))
+            return KVCache(*store_keys(*arrays, scale_fmt=numerics.scale_fmt))
         kv, index = ctx.seams.call(
             "cache_write",
             cache.kv,

@@ -66,7 +66,7 @@ class MoE(nnx.Module):
         seams.tap("experts", experts)
         seams.tap("expert_weights", weights)
         tile = tile_rows(experts.size, *self.experts.weights, backend=backend)
-        plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile, backend=backend)
+        plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile=tile, backend=backend)
         rows = self.experts(x, plan, numerics)
         routed = seams.call("combine", rows, weights, plan, backend=backend)
         with seams.scope("shared"):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.parts import NAMES
 from pallas_kernels import rowwise
+from pallas_kernels.cache_format import unpack_rows
 from pallas_kernels.matmul import Weight, dense
 from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows
 from pallas_kernels.paging import BLOCK_SIZE
@@ -84,9 +85,7 @@ def masked(queries, kv, layer, slots, *, scale, rope_dim, lengths=None):
 
 def unpacked(kv: jax.Array, layer: Any, rope_dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """All rows of a layer, [blocks * 64, latent + rope]."""
-    from pallas_kernels.cache_write import unpack_latents
-
-    rows = unpack_latents(kv[layer], rope_dim, dtype)
+    rows = unpack_rows(kv[layer], rope_dim, dtype)
     return rows.reshape(-1, rows.shape[-1])
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments.bench import cases
 from dsv32_jax.experiments.bench.cases import LAYER, SCALE, Case, compile_, normal
+from dsv32_jax.experiments.bench.shapes import Attention
 from pallas_kernels.index_select import index_select
 from pallas_kernels.paging import physical_slots
-from pallas_kernels.shapes import Attention
 from pallas_kernels.sparse_mla import sparse_mla
 
 VALUE_DIM, NOPE_DIM = 128, 128

@@ -12,23 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
-from pallas_kernels.cache_write import KeyNorms, cache_write, index_block_bytes, record_bytes
-from pallas_kernels.cache_write.reference import pack_latents, to_bytes
+from dsv32_jax.experiments.bench.shapes import Attention
+from pallas_kernels.cache_format import index_block_bytes, pack_record, record_bytes, to_bytes
+from pallas_kernels.cache_write import KeyNorms, cache_write
+from pallas_kernels.cache_write import config as cache_write_config
+from pallas_kernels.cache_write.shapes import CacheWrite
 from pallas_kernels.index_select import index_select
+from pallas_kernels.index_select.shapes import IndexSelect
+from pallas_kernels.indexer_logits import config as indexer_logits_config
 from pallas_kernels.indexer_logits import indexer_logits
+from pallas_kernels.indexer_logits.shapes import IndexerLogits
+from pallas_kernels.named_shape import Shape
 from pallas_kernels.paging import BLOCK_SIZE, physical_slots
-from pallas_kernels.shapes import (
-    Attention,
-    CacheWrite,
-    IndexerLogits,
-    IndexSelect,
-    Shape,
-    SparseMLA,
-    TopK,
-)
+from pallas_kernels.sparse_mla import config as sparse_mla_config
 from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels.sparse_mla.shapes import SparseMLA
+from pallas_kernels.top_k import config as top_k_config
 from pallas_kernels.top_k import top_k
+from pallas_kernels.top_k.shapes import TopK
 
 LAYERS, LAYER = 2, 1
 """Of the caches, and the one that is used: a call that copied its layer would show it."""
@@ -168,13 +169,13 @@ def config(shape: Shape) -> dict[str, Any]:
     match shape:
         case SparseMLA() | Attention():
             heads = -(-shape.heads // 64)
-            chosen: Any = tuning.sparse_mla(shape.tokens, heads, shape.chosen, fp8=shape.cache == "fp8")
+            chosen: Any = sparse_mla_config.choose_config(shape.tokens, heads, shape.chosen, fp8=shape.cache == "fp8")
         case IndexerLogits() | IndexSelect():
-            chosen = tuning.indexer_logits(shape.tokens, shape.sequences)
+            chosen = indexer_logits_config.choose_config(shape.tokens, shape.sequences)
         case TopK():
-            chosen = tuning.top_k(shape.tokens, shape.context)
+            chosen = top_k_config.choose_config(shape.tokens, shape.context)
         case CacheWrite():
-            chosen = tuning.CACHE_WRITE
+            chosen = cache_write_config.CONFIG
         case _:
             return {}
     return dataclasses.asdict(chosen)
@@ -234,7 +235,7 @@ def latent_cache(key: jax.Array, blocks: int, latent: int, rope: int, form: str)
 
     def block(block_key: jax.Array) -> jax.Array:
         values = normal(block_key, (BLOCK_SIZE, latent + rope)) / 8
-        return pack_latents(values[:, :latent], values[:, latent:], "ue8m0")
+        return pack_record(values[:, :latent], values[:, latent:], "ue8m0")
 
     def fill(key: jax.Array) -> jax.Array:
         block_keys = jax.random.split(key, LAYERS * blocks)

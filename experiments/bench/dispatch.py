@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
 from dsv32_jax.experiments.bench.matmuls import scales_by_group
-from pallas_kernels import tuning
 from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows_fp8, make_plan, route
+from pallas_kernels.moe_dispatch.config import choose_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
-from pallas_kernels.quantize import GROUP, quantize, quantize_int8, rms_norm_quantize
-from pallas_kernels.shapes import MoEDispatch, MoELayer, Quantize
+from pallas_kernels.moe_dispatch.shapes import MoEDispatch
+from pallas_kernels.quantize import GROUP, quantize, quantize_int8
+from pallas_kernels.quantize.shapes import Quantize
+from pallas_kernels.shapes import MoELayer
 
 SCALING_FACTOR = 2.5
 """Of the chosen experts' weights, in the model's config."""
@@ -34,7 +36,7 @@ def build_reference(shape: Quantize | MoEDispatch) -> Case:
 def config(shape: Quantize | MoEDispatch) -> dict[str, Any]:
     """The sizes that the routing plan's kernel takes at this shape; the other kernels have none to choose."""
     if isinstance(shape, MoEDispatch) and shape.step == "plan":
-        return dataclasses.asdict(tuning.moe_plan(shape.tokens * shape.chosen))
+        return dataclasses.asdict(choose_config(shape.tokens * shape.chosen))
     return {}
 
 
@@ -54,17 +56,14 @@ def case(
 
 
 def build_quantize(shape: Quantize, backend: str) -> Case:
-    arguments = made(
-        lambda key: (normal(next(key), (shape.tokens, shape.width)), 1 + normal(next(key), (shape.width,)) / 8)
-    )
-    ops: dict[str, Callable[[Any, Any], Any]] = {
-        "ue8m0": lambda x, weight: quantize(x, "ue8m0", backend=backend),
-        "exact": lambda x, weight: quantize(x, None, backend=backend),
-        "int8": lambda x, weight: quantize_int8(x, backend=backend),
-        "norm": lambda x, weight: rms_norm_quantize(x, weight, 1e-6, "ue8m0", backend=backend),
+    arguments = made(lambda key: (normal(next(key), (shape.tokens, shape.width)),))
+    ops: dict[str, Callable[[Any], Any]] = {
+        "ue8m0": lambda x: quantize(x, "ue8m0", backend=backend),
+        "exact": lambda x: quantize(x, None, backend=backend),
+        "int8": lambda x: quantize_int8(x, backend=backend),
     }
     scales = 1 if shape.form == "int8" else shape.width // GROUP
-    bytes_ = shape.tokens * (3 * shape.width + 4 * scales) + (2 * shape.width if shape.form == "norm" else 0)
+    bytes_ = shape.tokens * (3 * shape.width + 4 * scales)
     return case(compile_(ops[shape.form], *arguments), arguments, shape, bytes_)
 
 

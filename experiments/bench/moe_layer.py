@@ -15,7 +15,6 @@ import numpy as np
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
 from dsv32_jax.experiments.bench.dispatch import routed
 from dsv32_jax.experiments.bench.matmuls import Fp8, config_of, fewer, fp8_weight, scales_by_group, weights
-from pallas_kernels import tuning
 from pallas_kernels.backend import on_hopper
 from pallas_kernels.matmul import (
     BLOCK,
@@ -29,6 +28,7 @@ from pallas_kernels.matmul import (
     swiglu,
 )
 from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
+from pallas_kernels.moe_dispatch.config import choose_config as plan_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.quantize import quantize
 from pallas_kernels.shapes import MoELayer
@@ -183,7 +183,7 @@ def config(shape: MoELayer) -> dict[str, Any]:
     down = dataclasses.replace(gate_and_up, columns=shape.hidden, depth=shape.width, swiglu=False)
     shared = {"rows": shape.tokens, "tiles": None}
     return {
-        "plan": dataclasses.asdict(tuning.moe_plan(choices)),
+        "plan": dataclasses.asdict(plan_config(choices)),
         "gate and up": config_of(gate_and_up),
         "down": config_of(down),
         "shared gate and up": config_of(dataclasses.replace(gate_and_up, **shared)),

@@ -11,8 +11,9 @@ from typing import Any
 
 from dsv32_jax.common.reading import decoded, parsed_json
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.bench.targets import PeerRow, peers_of
 from dsv32_jax.experiments.bench.timer import FLUSH
-from pallas_kernels.shapes import PeerRow, Shape
+from pallas_kernels.named_shape import Shape
 
 EMPTY = PeerRow("torch", "empty call", "nothing")
 """What the peers' timer says of no work at all."""
@@ -77,7 +78,7 @@ class Peers:
     def join(self, shape: Shape) -> dict[str, Any] | None:
         """The fastest alternative that was measured whole: its name, rows and seconds; None if there is none."""
         best: dict[str, Any] | None = None
-        for rows in shape.peers:
+        for rows in peers_of(shape):
             times = [time for row in rows if (time := self.seconds(row)) is not None]
             if len(times) < len(rows):
                 continue

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
-from pallas_kernels import tuning
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
+from pallas_kernels.configs import CONFIGS
 from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
 from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8, PLAIN, few_rows, few_rows_swiglu, many_rows, many_rows_swiglu
 from pallas_kernels.matmul.swiglu import Result
 from pallas_kernels.moe_dispatch import planning
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
+from pallas_kernels.sparse_mla.config import FP8
 from pallas_kernels.top_k import mosaic_gpu as top_k
 
 RESULT = RESULTS / "kernel_registers.json"
@@ -37,14 +38,14 @@ SERIALISED = re.compile(r"\(C75(?:10|12)\)")
 """ptxas' warnings that it waits after each product; C7519, which every kernel has, is harmless."""
 
 
-def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDtypeStruct]]]:
-    """(op, config, function, what it takes) of every configuration that `tuning` can choose."""
+def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
+    """(op, config, function, what it takes) of every configuration that an op can choose."""
     of = jax.ShapeDtypeStruct
     fp8_rows, fp8_keys = of((1, 8, 64, record_bytes(512, 64)), jnp.uint8), of((1, 8, index_block_bytes(128)), jnp.uint8)
     layer = of((), jnp.int32)
 
-    for config in tuning.CONFIGS["sparse_mla"]:
-        fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    for config in CONFIGS["sparse_mla"]:
+        fp8 = config.registers == FP8.registers
 
         def attend(queries, kv, layer, slots, lengths, config=config):
             return sparse_mla.sparse_mla(queries, kv, layer, slots, lengths, 0.1, config=config)
@@ -53,7 +54,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         tokens = [of((3, 128, 576), jnp.bfloat16), kv, layer, of((3, 2048), jnp.int32), of((3,), jnp.int32)]
         yield "sparse_mla", config, attend, tokens
 
-    for config in tuning.CONFIGS["indexer_logits"]:
+    for config in CONFIGS["indexer_logits"]:
 
         def scores(*arrays, config=config):
             return indexer_logits.indexer_logits(*arrays, config=config)
@@ -62,27 +63,28 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         queries = [of((12, 64, 128), jnp.float8_e4m3fn), of((12, 64), jnp.float32)]
         yield "indexer_logits", config, scores, [*queries, fp8_keys, layer, of((12, 8), jnp.int32), count, count]
 
-    for config in tuning.CONFIGS["top_k"]:
+    for config in CONFIGS["top_k"]:
 
         def select(scores, lengths, config=config):
             return top_k.top_k(scores, 2048, lengths=lengths, config=config)
 
         yield "top_k", config, select, [of((3, 65536), jnp.float32), of((3,), jnp.int32)]
 
-    for config in tuning.CONFIGS["cache_write"]:
+    for config in CONFIGS["cache_write"]:
 
-        def write(*arrays, config=config):
-            how = {"quantize_latent": True, "scale_fmt": "ue8m0", "config": config}
-            return cache_write.cache_write(*arrays, eps=(1e-6, 1e-6), **how)
+        def write(*arguments, config=config):
+            return cache_write.cache_write(
+                *arguments, eps=(1e-6, 1e-6), quantize_latent=True, scale_fmt="ue8m0", config=config
+            )
 
-        projections = [of((3, 576), jnp.bfloat16), of((3, 128), jnp.bfloat16)]
-        weights = [of((n,), jnp.float32) for n in (512, 128, 128)]
-        angles = [of((3, 32), jnp.float32)] * 2
-        arrays = [fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32), *projections, *weights, *angles]
-        yield "cache_write", config, write, arrays
+        projections = (of((3, 576), jnp.bfloat16), of((3, 128), jnp.bfloat16))
+        of_norms = tuple(of((n,), jnp.float32) for n in (512, 128, 128))
+        angles = (of((3, 32), jnp.float32),) * 2
+        caches = (fp8_rows, fp8_keys, of((1,), jnp.int32), of((3,), jnp.int32))
+        yield "cache_write", config, write, [*caches, projections, of_norms, angles]
 
     quantised = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
-    for config in tuning.CONFIGS["many_rows"]:
+    for config in CONFIGS["many_rows"]:
 
         def products(x, row_scales, weights, weight_scales, experts, used, dense_x, dense_weights, config=config):
             tiles, stage = (experts, used), FP8_BLOCK.many_rows
@@ -96,7 +98,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((3, 512, 512), fp8), of((3, 4, 4), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
         yield "many_rows", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
 
-    for config in tuning.CONFIGS["many_rows_int8"]:
+    for config in CONFIGS["many_rows_int8"]:
 
         def int8_products(x, x_scales, weights, scales, experts, used, config=config):
             options = {"stage": INT8.many_rows, "config": config}
@@ -107,7 +109,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((3, 512, 512), jnp.int8), of((3, 512), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
         yield "many_rows_int8", config, int8_products, [*rows, *weights]
 
-    for config in tuning.CONFIGS["few_rows"]:
+    for config in CONFIGS["few_rows"]:
 
         def few_rows_products(
             x, x_scales, weight, scales, int8_x, int8_x_scales, int8_weight, int8_scales, config=config
@@ -122,7 +124,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         arrays = [*rows, weight, of((4, 4), jnp.float32), *int8_rows, int8_weight, of((512,), jnp.float32)]
         yield "few_rows", config, few_rows_products, arrays
 
-    for config in tuning.CONFIGS["few_rows_swiglu"]:
+    for config in CONFIGS["few_rows_swiglu"]:
 
         def gate_and_up(x, x_scales, gate, up, scales, config=config):
             pairs = (gate, up), (scales, scales)
@@ -133,7 +135,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         x = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
         yield "few_rows_swiglu", config, gate_and_up, [*x, *[of((512, 512), fp8)] * 2, of((4, 4), jnp.float32)]
 
-    for config in tuning.CONFIGS["few_rows_int4"]:
+    for config in CONFIGS["few_rows_int4"]:
 
         def int4_product(x, values, scales, config=config):
             return few_rows.matmul(x, None, values, scales, stage=INT4.few_rows, config=config)
@@ -141,7 +143,7 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[jax.ShapeDty
         weights = [of((512, 256), jnp.uint8), of((4, 512), jnp.uint32)]
         yield "few_rows_int4", config, int4_product, [of((config.tile, 512), jnp.bfloat16), *weights]
 
-    for config in tuning.CONFIGS["moe_dispatch"]:
+    for config in CONFIGS["moe_dispatch"]:
 
         def plan(experts, valid, config=config):
             return planning.make_plan(experts, valid, num_experts=256, tile=8, config=config)
@@ -196,7 +198,7 @@ def main() -> None:
     os.environ[DUMP] = "1"
     rows = []
     for op, config, function, shapes in programs():
-        arrays = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+        arrays = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         with captured() as report:
             jax.block_until_ready(jax.jit(function)(*arrays))
             kernels = parsed(report())

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.experiments.bench.shapes import SHAPES
 from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import RESULTS, read_result
-from pallas_kernels.shapes import SHAPES
 
 NAME = "kernels"
 RESULT = RESULTS / f"{NAME}.json"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
-from pallas_kernels.shapes import PeerRow
+from dsv32_jax.experiments.bench.targets import PeerRow
 
 CEILINGS = ("copy", "bf16", "fp8")
 """Bytes/s of a copy (read and write both counted), FLOP/s of bf16 and of FP8 products."""

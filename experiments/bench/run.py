@@ -20,20 +20,15 @@ from dsv32_jax.experiments.bench import attention, cases, dispatch, matmuls, moe
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.report import three
+from dsv32_jax.experiments.bench.shapes import SHAPES, TINY, Attention
+from dsv32_jax.experiments.bench.targets import target_of
 from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import environment, write_json
 from pallas_kernels.backend import BACKENDS, on_hopper
-from pallas_kernels.shapes import (
-    SHAPES,
-    TINY,
-    Attention,
-    GroupedMatmul,
-    Matmul,
-    MoEDispatch,
-    MoELayer,
-    Quantize,
-    Shape,
-)
+from pallas_kernels.moe_dispatch.shapes import MoEDispatch
+from pallas_kernels.named_shape import Shape
+from pallas_kernels.quantize.shapes import Quantize
+from pallas_kernels.shapes import GroupedMatmul, Matmul, MoELayer
 
 REST_SECONDS = 0.25
 """Between measurements, so that the power limit does not carry over from one to the next."""
@@ -99,7 +94,7 @@ def chosen_shapes(settings: Settings) -> list[Shape]:
         if not named:
             raise UserError(f"--shape {settings.shape}: unknown; shapes are {', '.join(shape.name for shape in found)}")
         found = named
-    return [shape for shape in found if shape.target is not None] if settings.quick else found
+    return [shape for shape in found if target_of(shape) is not None] if settings.quick else found
 
 
 def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Content, int]:
@@ -207,8 +202,8 @@ def one(
 ) -> dict[str, Any]:
     """The row of one shape, by its compiled `programs`. Whatever stops it, out of memory too, is in `error`."""
     row: dict[str, Any] = {"op": shape.op, "shape": shape.name, "dims": shape.dims()}
-    if shape.target is not None:
-        row["target"] = dataclasses.asdict(shape.target)
+    if (target := target_of(shape)) is not None:
+        row["target"] = dataclasses.asdict(target)
     module = module_of(shape)
     build = functools.partial(module.build, shape, measured_backend(settings.backend, shape))
     with cases.compiled(programs):

@@ -25,9 +25,9 @@ from dsv32_jax.experiments.bench.cases import made
 from dsv32_jax.experiments.bench.matmuls import build, inputs, scheme_of
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.generate.compiling import all_at_once
-from pallas_kernels import tuning
+from pallas_kernels.hopper import SHARED_BYTES, SMS
 from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8, Product, choose, few_rows, many_rows
-from pallas_kernels.matmul.config import TILES, FewRows, FewRowsInt4, ManyRows
+from pallas_kernels.matmul.config import TILES, FewRows, FewRowsInt4, ManyRows, distinct
 from pallas_kernels.quantize import quantize_int8
 from pallas_kernels.shapes import SHAPES, Matmul
 
@@ -50,7 +50,7 @@ def shape_of(name: str) -> Matmul:
 def fitting(make: Callable[[int, int], Any], items: int, most: int) -> Iterator[Any]:
     """`make(stages, ctas)` for one CTA on a multiprocessor and for several, each with as many stages as fit."""
     for together in range(1, most + 1):
-        ctas = together * tuning.SMS
+        ctas = together * SMS
         if items < BUSY * -(-items // ctas) * ctas:
             continue
         for stages in range(12, 1, -1):
@@ -58,7 +58,7 @@ def fitting(make: Callable[[int, int], Any], items: int, most: int) -> Iterator[
                 config = make(stages, ctas)
             except ValueError:
                 continue
-            if config.shared_bytes + 1024 <= (tuning.SHARED_BYTES + 1024) // together:
+            if config.shared_bytes + 1024 <= (SHARED_BYTES + 1024) // together:
                 yield config
                 break
 
@@ -132,7 +132,7 @@ def programs(shape: Matmul) -> tuple[tuple[Any, ...], Callable[..., jax.Array], 
 def sweep(shape: Matmul, timer: timing.Timer, deadline: float) -> list[dict[str, Any]]:
     """A row for each configuration, the fastest first; the tuned one says so."""
     arguments, function, tuned, candidates = programs(shape)
-    configs = tuning.distinct([tuned], candidates)
+    configs = distinct([tuned], candidates)
 
     def compile_one(config: Any) -> Any:
         try:

@@ -46,7 +46,7 @@ from dsv32_jax.model.prepared import prepared
 from dsv32_jax.model.seams import Seams
 from dsv32_jax.model.taps import Taps
 from pallas_kernels.backend import BACKENDS
-from pallas_kernels.cache_write import index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 
 RESULT = RESULTS / "quantization_speed.json"
 

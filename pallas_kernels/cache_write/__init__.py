@@ -1,45 +1,22 @@
-"""Writing new tokens into the block cache, and the cache's formats.
+"""Writing new tokens' keys into the block cache, whose forms `pallas_kernels.cache_format` describes."""
 
-One token and layer is a latent row and an index key:
-
-  latent row    float [latent + rope], or the FP8 record of bytes: latent x e4m3, latent / 128 x float32 scale,
-                rope x bf16 (656 bytes for 512 + 64: the layout of FlashMLA);
-  index key     float [dim], or, for a block of 64 tokens, 64 x dim e4m3 values and then 64 float32 scales (DeepGEMM).
-"""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.arguments import FLOAT32, FLOATS, INT32, check, check_layer
 from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu, reference
-from pallas_kernels.cache_write.reference import (
-    KeyNorms,
-    index_block_bytes,
-    index_keys,
-    latents,
-    read_index_keys,
-    read_latents,
-    record_bytes,
-    scatter,
-    unpack_latents,
-)
+from pallas_kernels.cache_write.config import CONFIG
+from pallas_kernels.cache_write.reference import KeyNorms, index_keys, latents
 from pallas_kernels.operators import callable_package
+from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize import SCALE_FORMATS
 
-__all__ = [
-    "KeyNorms",
-    "cache_write",
-    "index_block_bytes",
-    "index_keys",
-    "latents",
-    "read_index_keys",
-    "read_latents",
-    "record_bytes",
-    "scatter",
-    "unpack_latents",
-]
+__all__ = ["KeyNorms", "cache_write", "index_keys", "latents"]
 
 callable_package(__name__)
 
@@ -77,7 +54,7 @@ def cache_write(
     scale_fmt: str | None = "ue8m0",
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys of T tokens from their raw projections: norms, rotations, FP8, into their slots.
+    """Writes one layer's keys of T tokens into their slots, from their raw projections: norms, rotations, FP8.
 
     The latent passes an RMSNorm, the rope key RoPE on neighbouring pairs; the index key a LayerNorm, RoPE on the halves
     of its first `rope` features, and a Hadamard transform. Each step ends in the projections' dtype.
@@ -111,9 +88,9 @@ def cache_write(
         )
     shapes = [array.shape for array in (index_key, norms.index_weight, norms.index_bias, *angles)]
     angle_shape = (slots.shape[0], rope_dim // 2)
-    row = reference.record_bytes(latent_dim, rope_dim) if kv.dtype == jnp.uint8 else latent_dim + rope_dim
-    key = (reference.index_block_bytes(dim),) if index.dtype == jnp.uint8 else (reference.BLOCK_SIZE, dim)
-    if kv.shape[2:] != (reference.BLOCK_SIZE, row) or index.shape != (*kv.shape[:2], *key):
+    row = record_bytes(latent_dim, rope_dim) if kv.dtype == jnp.uint8 else latent_dim + rope_dim
+    key = (index_block_bytes(dim),) if index.dtype == jnp.uint8 else (BLOCK_SIZE, dim)
+    if kv.shape[2:] != (BLOCK_SIZE, row) or index.shape != (*kv.shape[:2], *key):
         raise ValueError(
             f"caches kv and index of shapes {kv.shape} and {index.shape} do not hold rows of {row} and keys of {dim}"
         )
@@ -134,17 +111,17 @@ def cache_write(
             kv, index, layer, slots, kv_a, index_key, norms, angles, quantize_latent, scale_fmt
         )
 
-    def kernel(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def kernel(*arrays: Any) -> tuple[jax.Array, jax.Array]:
         return mosaic_gpu.cache_write(
             *arrays,
             eps=(norms.latent_eps, norms.index_eps),
             quantize_latent=quantize_latent,
             scale_fmt=scale_fmt,
-            config=tuning.CACHE_WRITE,
+            config=CONFIG,
             interpret=mosaic.interpret_on(chosen),
         )
 
     layer = jnp.full((1,), layer, jnp.int32)
     weights = (norms.latent_weight, norms.index_weight, norms.index_bias)
     kernel = without_gradient(launched(kernel, "cache_write", chosen), "cache_write")
-    return kernel(kv, index, layer, slots, kv_a, index_key, *weights, *angles)
+    return kernel(kv, index, layer, slots, (kv_a, index_key), weights, angles)

@@ -20,12 +20,14 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic, rowwise
+from pallas_kernels.cache_format import index_block_bytes, pack_rows, record_bytes, to_bytes
 from pallas_kernels.cache_write import reference
-from pallas_kernels.fp8 import group_maximum, power_of_two, quantize
+from pallas_kernels.cache_write.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic.fp8 import group_maximum, power_of_two, quantize
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX
-from pallas_kernels.tuning import CacheWrite
+from pallas_kernels.quantize.reference import quantize as reference_quantize
 
 LATENT, ROPE, DIM = 512, 64, 128
 HADAMARD_ENTRY = float(np.asarray(DIM**-0.5, jnp.bfloat16))
@@ -35,7 +37,7 @@ WARPS = 4
 
 
 def unsupported(kv, index, kv_a, index_key, norms: reference.KeyNorms, angles) -> str | None:
-    """What of the arguments of `cache_write` the kernel does not take, and what it would."""
+    """Says which arguments of `cache_write` the kernel does not take, and which it does; None if it takes all."""
     if (norms.latent_weight.shape[0], 2 * angles[0].shape[1], index_key.shape[1]) != (LATENT, ROPE, DIM):
         return (
             f"kv_a of shape {kv_a.shape} and index_key of shape {index_key.shape}; it takes [T, {LATENT} + {ROPE}] and "
@@ -88,19 +90,19 @@ class Shapes:
     @property
     def row_bytes(self) -> int:
         """Of a latent row."""
-        return reference.record_bytes(LATENT, ROPE) if self.fp8_rows else 2 * (LATENT + ROPE)
+        return record_bytes(LATENT, ROPE) if self.fp8_rows else 2 * (LATENT + ROPE)
 
     @property
     def block_bytes(self) -> int:
         """Of a block of index keys."""
-        return reference.index_block_bytes(DIM) if self.fp8_keys else 2 * BLOCK_SIZE * DIM
+        return index_block_bytes(DIM) if self.fp8_keys else 2 * BLOCK_SIZE * DIM
 
 
 # ---- device code: FP8 ------------------------------------------------------------------------------------------
 
 
 def fake_quantize(words: list[Word], lanes: int, scale_fmt: str | None) -> list[Word]:
-    """Packed bfloat16 values rounded to what FP8 holds."""
+    """Returns packed bfloat16 values rounded to what FP8 holds."""
     values, scale = quantize(words, lanes, scale_fmt)
     return mosaic.pack_bf16([x * scale for x in mosaic.unpack_e4m3(values)])
 
@@ -140,7 +142,7 @@ class Writer:
         )
 
     def weights(self, address, count: int, is_float32: bool) -> list[Float]:
-        """The `count` weights of this lane's features."""
+        """Returns the `count` weights of this lane's features."""
         size = 4 if is_float32 else 2
         words = mosaic.load_read_only(mosaic.offset(address, self.lane, count * size), count * size // 4)
         return [Float.of_bits(word) for word in words] if is_float32 else mosaic.unpack_bf16(words)
@@ -179,7 +181,7 @@ class Writer:
         self.write_key(mosaic.offset(self.index, block, self.shapes.block_bytes), slot & 63, keys, exists)
 
     def normed_latent(self, latent: list[Word], loaded: list[Word]) -> list[Word]:
-        """The latents after RMSNorm, once all that was loaded is there."""
+        """Returns the latents after RMSNorm, once all that was loaded is there."""
         values = mosaic.unpack_bf16(latent)
         square = mosaic.zero_after([*loaded, self.layer])
         for x in values:
@@ -189,13 +191,13 @@ class Writer:
 
     @staticmethod
     def rotated_pair(rope: Word, cos: Float, sin: Float) -> Word:
-        """The rope key's pair, of neighbours, turned."""
+        """Returns the rope key's pair, of neighbours, turned."""
         first, second = mosaic.unpack_bf16([rope])
         [word] = mosaic.pack_bf16([first * cos - second * sin, first * sin + second * cos])
         return word
 
     def keys(self, key: list[Word], cosines: list[Float], sines: list[Float]) -> list[Word]:
-        """The index features after LayerNorm, rotation of the halves of the first `rope`, and Hadamard."""
+        """Returns the index features after LayerNorm, rotation of the halves of the first `rope`, and Hadamard."""
         values = mosaic.unpack_bf16(key)
         mean = mosaic.warp_sum(sum(values, Float(0.0))) * (1 / DIM)
         values = [x - mean for x in values]
@@ -203,23 +205,23 @@ class Writer:
         for x in values:
             square = x.times_plus(x, square)
         factor = (mosaic.warp_sum(square) * (1 / DIM) + self.shapes.eps[1]).reciprocal_sqrt()
-        own = mosaic.pack_bf16(
+        normed = mosaic.pack_bf16(
             [x * factor * w + b for x, w, b in zip(values, self.index_weight, self.index_bias, strict=True)]
         )
         # Features 4 l + j and 4 (l + 8) + j are a pair: the lower one is first * cos - second * sin.
-        others = mosaic.unpack_bf16([mosaic.shuffle("bfly", word, ROPE // 8) for word in own])
+        others = mosaic.unpack_bf16([mosaic.shuffle("bfly", word, ROPE // 8) for word in normed])
         sign = (self.lane & (ROPE // 8)).equals(0).where(1 << 31, 0)
         rotated = mosaic.pack_bf16(
             [
                 x * cos + other * Float.of_bits(sin.bits() ^ sign)
-                for x, other, cos, sin in zip(mosaic.unpack_bf16(own), others, cosines, sines, strict=True)
+                for x, other, cos, sin in zip(mosaic.unpack_bf16(normed), others, cosines, sines, strict=True)
             ]
         )
         in_rope = self.lane < ROPE // 4
-        return self.hadamard([in_rope.where(a, b) for a, b in zip(rotated, own, strict=True)])
+        return self.hadamard([in_rope.where(a, b) for a, b in zip(rotated, normed, strict=True)])
 
     def hadamard(self, words: list[Word]) -> list[Word]:
-        """The transform over 4 features a lane: two butterflies in the lane, five across lanes."""
+        """Transforms 4 features a lane: two butterflies in the lane, five across lanes."""
         a, b, c, d = mosaic.unpack_bf16(words)
         a, b, c, d = a + b, a - b, c + d, c - d
         values = [a + c, b + d, a - c, b - d]
@@ -259,7 +261,7 @@ class Writer:
 
 
 def device_write(shapes: Shapes):
-    """A warpgroup's tokens; `first` is the first of them. One warp takes every fourth."""
+    """Returns the function of a warpgroup's tokens, `first` and after. One warp takes every fourth."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * 11, SCALAR))
     def write(ctx, slots, layer, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin, kv, index, first):
@@ -269,7 +271,7 @@ def device_write(shapes: Shapes):
         first = mosaic.scalar(first) + ((mosaic.thread_index() >> 5) & 3)
 
         def at(i: Word | int) -> tuple[Word, Word]:
-            """The warp's i-th token, the last one in place of one that does not exist; whether it exists."""
+            """Returns the warp's i-th token, the last one in place of one that does not exist; whether it exists."""
             token = first + mosaic.as_word(i) * WARPS
             return token.min(shapes.tokens - 1), token < shapes.tokens
 
@@ -297,7 +299,7 @@ def butterflies(x: jax.Array) -> jax.Array:
 
 
 def interpreted_write(shapes: Shapes):
-    """`device_write` for the interpreter: token by token, through the reference's functions."""
+    """Returns the twin of `device_write`: token by token, through the reference's functions."""
 
     def write(slots, layer, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin, kv, index, first):
         norms = reference.KeyNorms(latent_weight[...], index_weight[...], index_bias[...], *shapes.eps)
@@ -308,7 +310,7 @@ def interpreted_write(shapes: Shapes):
             latent, rope_key = reference.latents(
                 kv_a[here], norms.latent_weight, norms.latent_eps, angles, shapes.quantize_latent, shapes.scale_fmt
             )
-            row = reference.rows_of(latent, rope_key, kv.dtype, shapes.scale_fmt)
+            row = pack_rows(latent, rope_key, kv.dtype, shapes.scale_fmt)
             key = rowwise.layer_norm(index_key[here], norms.index_weight, norms.index_bias, norms.index_eps)
             key = butterflies(rowwise.rope_leading(key, *angles))
 
@@ -319,9 +321,9 @@ def interpreted_write(shapes: Shapes):
                 if not shapes.fp8_keys:
                     index[layer[0], block, pl.ds(place, 1)] = key
                     return
-                values, scale = reference.quantize(key, shapes.scale_fmt, DIM)
-                index[layer[0], block, pl.ds(place * DIM, DIM)] = reference.to_bytes(values)[0]
-                index[layer[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = reference.to_bytes(scale)[0]
+                values, scale = reference_quantize(key, shapes.scale_fmt, DIM)
+                index[layer[0], block, pl.ds(place * DIM, DIM)] = to_bytes(values)[0]
+                index[layer[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = to_bytes(scale)[0]
 
         for i in range(WARPS * shapes.each):
             pl.when(first + i < shapes.tokens)(functools.partial(one, first + i))
@@ -335,28 +337,35 @@ def cache_write(
     index: jax.Array,
     layer: jax.Array,
     slots: jax.Array,
-    kv_a: jax.Array,
-    index_key: jax.Array,
-    latent_weight: jax.Array,
-    index_weight: jax.Array,
-    index_bias: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    projections: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    angles: tuple[jax.Array, jax.Array],
     *,
     eps: tuple[float, float],
     quantize_latent: bool,
     scale_fmt: str | None,
-    config: CacheWrite,
+    config: Config,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The op's kernel, of at least one token; layer is int32 [1]."""
+    """Runs the op's kernel on at least one token.
+
+    Args:
+      kv, index, slots, quantize_latent, scale_fmt: see the op.
+      layer: int32 [1].
+      projections: kv_a and index_key.
+      weights: latent weight, index weight and index bias.
+      angles: cos and sin.
+      eps: of the latent's norm and of the index key's.
+      config: how the work is divided.
+      interpret: parameters of Pallas' interpreter, or None.
+    """
     shapes = Shapes(
         tokens=slots.shape[0],
         layers=kv.shape[0],
         blocks=kv.shape[1],
         fp8_rows=kv.dtype == jnp.uint8,
         fp8_keys=index.dtype == jnp.uint8,
-        float32_weights=tuple(weight.dtype == jnp.float32 for weight in (latent_weight, index_weight, index_bias)),
+        float32_weights=tuple(weight.dtype == jnp.float32 for weight in weights),
         eps=eps,
         quantize_latent=quantize_latent,
         scale_fmt=scale_fmt,
@@ -378,5 +387,5 @@ def cache_write(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
-    inputs = (slots, layer, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin)
+    inputs = (slots, layer, *projections, *weights, *angles)
     return pl.run_state(lambda caches: kernel(*inputs, *caches))((kv, index))

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import indexer_logits, top_k, tuning
+from pallas_kernels import indexer_logits, top_k
+from pallas_kernels.index_select.config import chunk_tokens
 from pallas_kernels.indexer_logits import mosaic_gpu as logits_kernel
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.top_k import mosaic_gpu as selection_kernel
@@ -18,7 +19,7 @@ UNROLLED = 32
 
 
 def unsupported(queries, head_weights, index, layer, block_tables, sequence, positions, k: int) -> str | None:
-    """What the two kernels do not take of these arguments; None if they take all."""
+    """Says which arguments the two kernels do not take, and which they do; None if they take all."""
     width = -(-block_tables.shape[1] // ROW_BLOCKS) * ROW_BLOCKS * BLOCK_SIZE
     return indexer_logits.unsupported(queries, index) or top_k.unsupported((queries.shape[0], width), jnp.float32, k)
 
@@ -42,7 +43,7 @@ def index_select(
         return jnp.zeros((0, k), jnp.int32)
     block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % ROW_BLOCKS)), constant_values=-1)
     width = block_tables.shape[1] * BLOCK_SIZE
-    chunk = tuning.index_select_chunk(count, max(1, chunk_bytes // (4 * width)))
+    chunk = chunk_tokens(count, max(1, chunk_bytes // (4 * width)))
     queries, head_weights = logits_kernel.pad_heads(queries, head_weights)
     pad = -count % chunk if chunk < count else 0
     # A last chunk's missing tokens are at position -1: they see nothing.

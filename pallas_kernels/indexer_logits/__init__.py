@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import E4M3, FLOAT32, FLOATS, INT32, check, check_layer
 from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
-from pallas_kernels.cache_write import index_block_bytes
+from pallas_kernels.cache_format import index_block_bytes
 from pallas_kernels.chunking import CHUNK_BYTES
 from pallas_kernels.indexer_logits import mosaic_gpu, reference
 from pallas_kernels.indexer_logits.mosaic_gpu import unsupported
@@ -69,7 +69,7 @@ def indexer_logits(
     Args:
       queries: [T, H, D]; float8_e4m3fn values when the keys are FP8 (their scales belong into `head_weights`).
       head_weights: float32 [T, H], every factor of the query side included.
-      index: the cache of index keys, all layers (see `cache_write`).
+      index: the cache of index keys, all layers (see `cache_format`).
       layer: which layer; an array does as well.
       block_tables: int32 [S, N], -1 where there is no block; a token's blocks up to its position must be there.
       sequence: int32 [T], row of the block tables. The kernel is fast where tokens of a sequence are neighbours.

@@ -19,19 +19,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
-from pallas_kernels.indexer_logits.shares import share_function, share_twin, shares
+from pallas_kernels.indexer_logits.config import Config, choose_config
+from pallas_kernels.indexer_logits.shares import device_share, interpreted_share, shares
 from pallas_kernels.indexer_logits.tile import (
     COLUMNS,
     DIM,
     HEADS,
-    fill_function,
-    fill_twin,
-    tile_function,
-    tile_twin,
+    device_fill,
+    device_tile,
+    interpreted_fill,
+    interpreted_tile,
 )
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import SWIZZLE
 
 ROWS = BLOCK_SIZE + 2
 """A cache block as rows of 128 bytes: 64 keys, then their float32 scales."""
@@ -49,45 +49,62 @@ def remainder(x, by: int):
     return lax.rem(x, jnp.int32(by))
 
 
-def body(which, tables, sequence, positions, queries, weights, cache, *refs, config, blocks_of_layer, fill, interpret):
-    """See the module. `which` are the layer and the part; `refs` begin with the parts' shares, if they were planned;
-    then the output and the scratch. A token's number is its place in the part, which is its row of the output.
+def body(
+    which_gmem,
+    tables_gmem,
+    sequence_gmem,
+    positions_gmem,
+    queries_gmem,
+    weights_gmem,
+    cache_gmem,
+    *refs,
+    config,
+    blocks_of_layer,
+    fill,
+    interpret,
+):
+    """See the module. `which_gmem` holds the layer and the part; `refs` begin with the parts' shares, if they were
+    planned; then come the output and the scratch. A token's number is its place in the part, which is its row of the
+    output.
     """
-    plan, (out, q_s, k_s, scale_s, q_full, q_free, full, free) = refs[:-8], refs[-8:]
+    plan_gmem, scratch = refs[:-8], refs[-8:]
+    out_gmem, q_smem, k_smem, scale_smem, q_full_bar, q_free_bar, full_bar, free_bar = scratch
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    count, (sequences, blocks) = out.shape[0], tables.shape
-    layer, part = which[0], which[1]
-    first_token, last_row = part * count, queries.shape[0] // HEADS - 1
-    limit, row = blocks * BLOCK_SIZE, out.shape[1]
+    count, (sequences, blocks) = out_gmem.shape[0], tables_gmem.shape
+    layer, part = which_gmem[0], which_gmem[1]
+    first_token, last_row = part * count, queries_gmem.shape[0] // HEADS - 1
+    limit, row = blocks * BLOCK_SIZE, out_gmem.shape[1]
     tile_blocks = config.tile_keys // BLOCK_SIZE
-    tile_of = (tile_twin if interpret else tile_function)(config, row)
-    if plan:
-        token, tile, total = (plan[0][part, i, cta] for i in range(3))
+    tile_of = (interpreted_tile if interpret else device_tile)(config, row)
+    if plan_gmem:
+        token, tile, total = (plan_gmem[0][part, i, cta] for i in range(3))
     else:
-        token, tile, total = (share_twin if interpret else share_function)(count, limit, config)(positions, cta)
+        token, tile, total = (interpreted_share if interpret else device_share)(count, limit, config)(
+            positions_gmem, cta
+        )
 
     def end_of(token):
-        """Keys that a token sees."""
-        return jnp.clip(positions[first_token + token] + 1, 0, limit)
+        """Returns how many keys a token sees."""
+        return jnp.clip(positions_gmem[first_token + token] + 1, 0, limit)
 
     def row_of(token):
-        """The first of a token's rows in queries and weights."""
+        """Returns the first of a token's rows in queries and weights."""
         return jnp.minimum(first_token + token, last_row) * HEADS
 
     def tiles_up_to(end):
         return jnp.maximum(quotient(end + (config.tile_keys - 1), config.tile_keys), 1)
 
     def run_at(token):
-        """The run that begins with `token`: (token, tokens, sequence, tiles)."""
-        length, most, own = token * 0 + 1, end_of(token), sequence[first_token + token]
+        """Returns the run that begins with `token`: (token, tokens, sequence, tiles)."""
+        length, most, owner = token * 0 + 1, end_of(token), sequence_gmem[first_token + token]
         same = token >= 0
         for i in range(1, config.group):
             other = jnp.minimum(token + i, count - 1)
             in_group = remainder(token, config.group) + i < config.group
-            same = same & in_group & (token + i < count) & (sequence[first_token + other] == own)
+            same = same & in_group & (token + i < count) & (sequence_gmem[first_token + other] == owner)
             length = length + same.astype(jnp.int32)
             most = jnp.where(same, jnp.maximum(most, end_of(other)), most)
-        return token, length, jnp.clip(own, 0, sequences - 1), tiles_up_to(most)
+        return token, length, jnp.clip(owner, 0, sequences - 1), tiles_up_to(most)
 
     # The first warpgroup also starts all copies. Its cursor (run, tile of the run, segment, number of the tile in the
     # CTA's share, the tile's blocks; a segment is the CTA's part of a run) goes some tiles ahead of the
@@ -97,42 +114,44 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     first_block = layer * blocks_of_layer
 
     def blocks_of(owner, tile):
-        """Entries of the block table; what lies past the tokens is masked: any block will do."""
-        return tuple(tables[owner, jnp.minimum(tile * tile_blocks + i, blocks - 1)] for i in range(tile_blocks))
+        """Returns entries of the block table; what lies past the tokens is masked: any block will do."""
+        return tuple(tables_gmem[owner, jnp.minimum(tile * tile_blocks + i, blocks - 1)] for i in range(tile_blocks))
 
     def load_queries(token, segment):
         slot = remainder(segment, config.query_slots)
 
         @pl.when(segment >= config.query_slots)
         def _():
-            plgpu.barrier_wait(q_free.at[slot])
+            plgpu.barrier_wait(q_free_bar.at[slot])
 
         for i in range(config.group):  # those of other runs are loaded too, so that the barrier counts the same
             rows = pl.ds(row_of(jnp.minimum(token + i, count - 1)), HEADS)
-            plgpu.copy_gmem_to_smem(queries.at[rows], q_s.at[slot, pl.ds(i * HEADS, HEADS)], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                queries_gmem.at[rows], q_smem.at[slot, pl.ds(i * HEADS, HEADS)], q_full_bar.at[slot]
+            )
 
-    def load_keys(number, found):
+    def load_keys(number, blocks_of_tile):
         slot = remainder(number, config.stages)
 
         @pl.when(number >= config.stages)
         def _():
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait(free_bar.at[slot])
 
-        for i, block in enumerate(found):
+        for i, block in enumerate(blocks_of_tile):
             at = (first_block + jnp.maximum(block, 0)) * ROWS
-            keys_at = k_s.at[slot, pl.ds(i * BLOCK_SIZE, BLOCK_SIZE)]
-            plgpu.copy_gmem_to_smem(cache.at[pl.ds(at, BLOCK_SIZE)], keys_at, full.at[slot])
+            keys_at = k_smem.at[slot, pl.ds(i * BLOCK_SIZE, BLOCK_SIZE)]
+            plgpu.copy_gmem_to_smem(cache_gmem.at[pl.ds(at, BLOCK_SIZE)], keys_at, full_bar.at[slot])
             plgpu.copy_gmem_to_smem(
-                cache.at[pl.ds(at + BLOCK_SIZE, 2)], scale_s.at[slot, pl.ds(2 * i, 2)], full.at[slot]
+                cache_gmem.at[pl.ds(at + BLOCK_SIZE, 2)], scale_smem.at[slot, pl.ds(2 * i, 2)], full_bar.at[slot]
             )
 
     def load_next(cursor):
-        run, tile, segment, number, found = cursor
+        run, tile, segment, number, blocks_of_tile = cursor
         token, length, _, tiles = run
 
         pl.when((tile == 0) | (number == 0))(lambda: load_queries(token, segment))
 
-        load_keys(number, found)
+        load_keys(number, blocks_of_tile)
         run, tile, segment = lax.cond(
             (tile + 1 == tiles) & (number + 1 < total),
             lambda: (run_at(token + length), tile * 0, segment + 1),
@@ -155,7 +174,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
     cursor = load_ahead((run, tile, none, none, blocks_of(run[2], tile)), none, none)
 
     if fill:
-        fill_row = (fill_twin if interpret else fill_function)(row)
+        fill_row = (interpreted_fill if interpret else device_fill)(row)
         workers = config.ctas * config.warpgroups
         # Short of tokens, several warpgroups share a row.
         piece = BLOCK_SIZE * pl.cdiv(blocks, pl.cdiv(2 * workers, count))
@@ -166,7 +185,7 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
             item = first + i * workers
             at, begin = quotient(item, pieces), remainder(item, pieces) * piece
             seen = quotient(end_of(at) + (BLOCK_SIZE - 1), BLOCK_SIZE) * BLOCK_SIZE
-            fill_row(out, at, jnp.maximum(begin, seen), jnp.minimum(begin + piece, limit))
+            fill_row(out_gmem, at, jnp.maximum(begin, seen), jnp.minimum(begin + piece, limit))
 
         items = jnp.maximum(count * pieces - first + (workers - 1), 0)
         lax.fori_loop(0, quotient(items, workers), fill_piece, None)
@@ -176,29 +195,41 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
         del owner
         steps = jnp.minimum(tiles - tile, total - done)
         q_slot = remainder(segment, config.query_slots)
-        mine = token if config.split_keys else token + warpgroup * config.tokens
-        own_weights, ends = [], []
+        first_of_warpgroup = token if config.split_keys else token + warpgroup * config.tokens
+        head_weights, ends = [], []
         for i in range(config.tokens):
-            at = jnp.minimum(mine + i, count - 1)
+            at = jnp.minimum(first_of_warpgroup + i, count - 1)
             rows = pl.ds(row_of(at), HEADS)
-            own_weights.append(plgpu.load(weights.at[rows], layout=COLUMNS, optimized=False))
-            ends.append(jnp.where(mine + i < token + length, end_of(at), 0))
-        plgpu.barrier_wait(q_full.at[q_slot])
+            head_weights.append(plgpu.load(weights_gmem.at[rows], layout=COLUMNS, optimized=False))
+            ends.append(jnp.where(first_of_warpgroup + i < token + length, end_of(at), 0))
+        plgpu.barrier_wait(q_full_bar.at[q_slot])
 
         def step(i, cursor):
             number = done + i
             cursor = load_ahead(cursor, segment, number)
             slot = remainder(number, config.stages)
-            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_wait(full_bar.at[slot])
             key = (tile + i) * config.tile_keys
             if config.split_keys:
                 key = key + warpgroup * (config.blocks * BLOCK_SIZE)
-            tile_of(q_s, k_s, scale_s, out, tuple(own_weights), tuple(ends), mine, key, q_slot, slot, warpgroup)
-            plgpu.barrier_arrive(free.at[slot])
+            tile_of(
+                q_smem,
+                k_smem,
+                scale_smem,
+                out_gmem,
+                tuple(head_weights),
+                tuple(ends),
+                first_of_warpgroup,
+                key,
+                q_slot,
+                slot,
+                warpgroup,
+            )
+            plgpu.barrier_arrive(free_bar.at[slot])
             return cursor
 
         cursor = lax.fori_loop(0, steps, step, cursor)
-        plgpu.barrier_arrive(q_free.at[q_slot])
+        plgpu.barrier_arrive(q_free_bar.at[q_slot])
         after = run_at(jnp.minimum(token + length, count - 1))
         return after, tile * 0, segment + 1, done + steps, cursor
 
@@ -211,12 +242,12 @@ def body(which, tables, sequence, positions, queries, weights, cache, *refs, con
             first = jnp.maximum(used - slots, 0)
             lax.fori_loop(first, used, lambda i, _: plgpu.barrier_wait(barriers.at[remainder(i, slots)]), None)
 
-        drain(free, config.stages, done)
-        drain(q_free, config.query_slots, segments)
+        drain(free_bar, config.stages, done)
+        drain(q_free_bar, config.query_slots, segments)
 
 
 def unsupported(queries: jax.Array, index: jax.Array) -> str | None:
-    """What the kernel does not take of these arguments; None if it takes all."""
+    """Says which arguments the kernel does not take, and which it does; None if it takes all."""
     if index.dtype != jnp.uint8:
         return f"index keys of dtype {index.dtype}; it takes the FP8 form of the cache (uint8)"
     if queries.dtype != jnp.float8_e4m3fn:
@@ -247,7 +278,7 @@ class Part:
 def shares_of_parts(sequence: jax.Array, positions: jax.Array, block_tables: jax.Array, tokens: int) -> jax.Array:
     """`Part.shares` of parts of `tokens` tokens, a divisor of T; by the config that `indexer_logits` takes for them."""
     sequences, blocks = block_tables.shape
-    config = tuning.indexer_logits(tokens, sequences)
+    config = choose_config(tokens, sequences)
     cut = [x.reshape(-1, tokens) for x in (sequence, positions)]
     return jax.vmap(functools.partial(shares, limit=blocks * BLOCK_SIZE, config=config))(*cut)
 
@@ -271,7 +302,7 @@ def indexer_logits(
     fill: bool = True,
     part: Part | None = None,
     interpret: Any = None,
-    config: tuning.IndexerLogits | None = None,
+    config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.indexer_logits`; for what is not `unsupported`.
 
@@ -279,7 +310,7 @@ def indexer_logits(
       fill: without it, blocks of 64 scores that lie wholly past a token's position are not written.
       part: the scores of one part of the tokens alone; `sequence` and `positions` then have whole parts, the last one
         filled up with tokens at position -1.
-      config: for measurements; the default is the choice of `tuning`.
+      config: for measurements; the default is that of `choose_config`.
 
     Returns:
       float32 [T, N * 64], or [part.tokens, N * 64].
@@ -289,7 +320,7 @@ def indexer_logits(
         tokens = part.tokens
     if tokens == 0 or blocks == 0:
         return jnp.full((tokens, blocks * BLOCK_SIZE), -jnp.inf, jnp.float32)
-    config = config or tuning.indexer_logits(tokens, sequences)
+    config = config or choose_config(tokens, sequences)
     layers, blocks_of_layer, _ = index.shape
     if heads < HEADS:
         queries, head_weights = pad_heads(queries, head_weights)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cache_write import read_index_keys
+from pallas_kernels.cache_format import read_index_keys
 from pallas_kernels.chunking import map_tokens
 
 

@@ -9,11 +9,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
+from pallas_kernels.indexer_logits.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, Word
 
 
-def shares(sequence: jax.Array, positions: jax.Array, limit: int, config: tuning.IndexerLogits) -> jax.Array:
+def shares(sequence: jax.Array, positions: jax.Array, limit: int, config: Config) -> jax.Array:
     """Where each CTA begins and how much it does: int32 [3, CTAs] of run (its first token), tile in the run, tiles.
 
     Runs are tokens of the same sequence, cut at multiples of `config.group` tokens; a run has at least one tile.
@@ -42,7 +43,7 @@ def shares(sequence: jax.Array, positions: jax.Array, limit: int, config: tuning
     return jnp.stack([run, first - (through[run] - tiles[run]), bounds[1:] - first]).astype(jnp.int32)
 
 
-def share_function(count: int, limit: int, config: tuning.IndexerLogits):
+def device_share(count: int, limit: int, config: Config):
     """`share(positions, cta)`: a column of `shares` for runs of one token, found by each warp for itself."""
     chunks = pl.cdiv(count, 32)
 
@@ -75,11 +76,11 @@ def share_function(count: int, limit: int, config: tuning.IndexerLogits):
     return share
 
 
-def share_twin(count: int, limit: int, config: tuning.IndexerLogits):
-    """`share_function` for the interpreter."""
+def interpreted_share(count: int, limit: int, config: Config):
+    """Returns the twin of `device_share`."""
 
     def share(positions, cta):
-        found = shares(jnp.arange(count), positions[...], limit, config)[:, cta]
-        return found[0], found[1], found[2]
+        share_of_cta = shares(jnp.arange(count), positions[...], limit, config)[:, cta]
+        return share_of_cta[0], share_of_cta[1], share_of_cta[2]
 
     return share

@@ -11,10 +11,11 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
+from pallas_kernels.indexer_logits.config import Config
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
+from pallas_kernels.mosaic.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 from pallas_kernels.paging import BLOCK_SIZE
-from pallas_kernels.wgmma import DIM, SWIZZLED, descriptor, finish, first_row, floats, numbers_of, start_product
 
 HEADS = 64
 """Of the products; fewer heads are padded with weights of zero."""
@@ -24,7 +25,7 @@ COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 def head_sum(product: list[ir.Value], weights: list[ir.Value]) -> list[ir.Value]:
-    """Sums of relu(product) * weight over a thread's 16 of 64 columns, for both rows of a thread."""
+    """Returns sums of relu(product) * weight over a thread's 16 of 64 columns, for both rows of a thread."""
     text = "{ .reg .f32 t, e0, e1, o0, o1;\n" + "".join(f"mov.f32 {x}, 0f00000000;\n" for x in ("e0", "e1", "o0", "o1"))
     for j in range(8):
         for column, parity in enumerate("eo"):
@@ -51,12 +52,12 @@ def reduce_scatter(values: list[ir.Value], bit: Word, mask: int) -> list[ir.Valu
 
 
 def minus_infinity() -> ir.Value:
-    """The constant."""
+    """Returns the constant."""
     return arith.constant(ir.F32Type.get(), float("-inf"))
 
 
-def tile_function(config: tuning.IndexerLogits, row: int):
-    """A function of a warpgroup: its part of a tile.
+def device_tile(config: Config, row: int):
+    """Returns a function of a warpgroup: its part of a tile.
 
     Its arguments:
       queries: e4m3 [query_slots, group * 64, 128] in shared memory.
@@ -93,7 +94,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
         # sums, or two (4 tokens), or both lanes that differ in `low` the same one (1 token).
         thread = mosaic.thread_index() & 127
         low, high = thread & 1, (thread >> 1) & 1
-        own = first_row(thread)
+        stored_row = first_row(thread)
         end = ends[0]
         if tokens == 2:
             token, end = token + low, low.differs(0).where(ends[1], ends[0])
@@ -101,9 +102,9 @@ def tile_function(config: tuning.IndexerLogits, row: int):
             of_pair = [low.differs(0).where(ends[i + 2], ends[i]) for i in range(2)]
             token, end = token + (low << 1) + high, high.differs(0).where(of_pair[1], of_pair[0])
         else:
-            own = own + (high << 3)
-        own_scales = SharedWords(scales).part(first_key + own)
-        address = mosaic.offset(mosaic.offset(mosaic.global_address(out), token, 4 * row), key + own, 4)
+            stored_row = stored_row + (high << 3)
+        row_scales = SharedWords(scales).part(first_key + stored_row)
+        address = mosaic.offset(mosaic.offset(mosaic.global_address(out), token, 4 * row), key + stored_row, 4)
 
         def quad_sum(sums):
             if tokens == 1:
@@ -117,7 +118,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
             if tokens == 1:
                 stored = Word(arith.andi(stored.value, low.equals(0).value))
             for i, (x, scale) in enumerate(zip(quad_sum(sums), scales, strict=True)):
-                visible = start + own + 8 * i < end
+                visible = start + stored_row + 8 * i < end
                 x = arith.select(visible.value, arith.mulf(x, scale), minus_infinity())
                 at = arith.addi(address, mosaic.i64(4 * (block * BLOCK_SIZE + 8 * i)))
                 mosaic.ptx("st.global.f32 [$0], $1;", at, x, predicate=stored)
@@ -136,7 +137,7 @@ def tile_function(config: tuning.IndexerLogits, row: int):
             if config.overlap and following:
                 flying = start(*following)
             if pair == 0:
-                at = [own_scales.address(block * BLOCK_SIZE + 8 * i) for i in range(rows)]
+                at = [row_scales.address(block * BLOCK_SIZE + 8 * i) for i in range(rows)]
                 sums, block_scales = [], [floats("ld.shared.f32 $0, [$1];", 1, x)[0] for x in at]
             product = finish(product, flying=1 if config.overlap and following else 0)
             for i in range(min(2, tokens)):
@@ -149,8 +150,8 @@ def tile_function(config: tuning.IndexerLogits, row: int):
     return tile
 
 
-def tile_twin(config: tuning.IndexerLogits, row: int):
-    """`tile_function` for the interpreter."""
+def interpreted_tile(config: Config, row: int):
+    """Returns the twin of `device_tile`."""
     del row
     tokens, blocks = config.tokens, config.blocks
 
@@ -182,7 +183,7 @@ def tile_twin(config: tuning.IndexerLogits, row: int):
 # ---- what lies past a token ------------------------------------------------------------------------------------
 
 
-def fill_function(row: int):
+def device_fill(row: int):
     """`fill(out, token, begin, end)`: -inf into out[token, begin:end], by a warpgroup; multiples of 64."""
 
     @plgpu.inline_mgpu(arg_types=(REF, SCALAR, SCALAR, SCALAR))
@@ -199,8 +200,8 @@ def fill_function(row: int):
     return fill
 
 
-def fill_twin(row: int):
-    """`fill_function` for the interpreter."""
+def interpreted_fill(row: int):
+    """Returns the twin of `device_fill`."""
     del row
 
     def fill(out, token, begin, end):

@@ -6,8 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
 
-from pallas_kernels.tuning.base import CONFIGS, SHARED_BYTES, SMS, distinct
+from pallas_kernels.hopper import SHARED_BYTES, SMS
+
+CONFIGS: dict[str, list[Any]] = {}
+"""By kernel: every config that a choice can return."""
+
+
+def distinct(*groups: Iterable[Any]) -> list[Any]:
+    """Returns the configurations of all groups, each once."""
+    return list(dict.fromkeys(itertools.chain(*groups)))
+
 
 TILES = (8, 16, 32, 64, 128)
 """Tokens that a tile of few rows can have."""

@@ -29,7 +29,7 @@ from jax import lax
 
 from pallas_kernels.matmul import few_rows_tile as tile_code
 from pallas_kernels.matmul.weight_stream import in_lines, plan_of, stream
-from pallas_kernels.wgmma import SWIZZLE
+from pallas_kernels.mosaic.wgmma import SWIZZLE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pallas_kernels.matmul.few_rows import Epilogue, Refs, Stage
 from pallas_kernels.matmul.few_rows_tile import first_column, layout_of, pack, part_of, unpack
 from pallas_kernels.matmul.weight_stream import copy_lines
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords
-from pallas_kernels.wgmma import SWIZZLED, descriptor, finish, first_row, start_product
+from pallas_kernels.mosaic.wgmma import SWIZZLED, descriptor, finish, first_row, start_product
 
 BLOCK = 128
 """Values of K, and rows of the weight, that share a scale."""

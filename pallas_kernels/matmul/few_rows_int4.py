@@ -27,7 +27,7 @@ from pallas_kernels.matmul.few_rows_tile import layout_of, pack, unpack
 from pallas_kernels.matmul.int4 import BIASED, GROUP, unpack_values
 from pallas_kernels.matmul.weight_stream import copy_lines
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, integer
-from pallas_kernels.wgmma import SWIZZLED, descriptor, finish, first_row, floats
+from pallas_kernels.mosaic.wgmma import SWIZZLED, descriptor, finish, first_row, floats
 
 
 def pairs_of(word: Word, zero: Word) -> list[Word]:

@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
 
-from pallas_kernels import fp8, mosaic
+from pallas_kernels import mosaic
 from pallas_kernels.matmul import few_rows, reference
 from pallas_kernels.matmul.config import FewRowsSwiGLU
 from pallas_kernels.matmul.few_rows import Problem
 from pallas_kernels.matmul.few_rows_tile import first_column, layout_of, unpack
 from pallas_kernels.matmul.swiglu import Epilogue, Result, silu_product, store_reference
 from pallas_kernels.matmul.weight_stream import plan_of
-from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word
+from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords, Word, fp8
+from pallas_kernels.mosaic.wgmma import first_row
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import GROUP
-from pallas_kernels.wgmma import first_row
 
 
 def stage_sums(config: FewRowsSwiGLU, address: Word, sums: Sequence[Float], warpgroup: Word) -> None:

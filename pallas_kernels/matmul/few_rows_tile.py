@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import mosaic
 from pallas_kernels.matmul.config import FewRows, FewRowsInt4
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word
-from pallas_kernels.wgmma import first_row
+from pallas_kernels.mosaic.wgmma import first_row
 
 Config = FewRows | FewRowsInt4
 

@@ -22,7 +22,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import mosaic
 from pallas_kernels.matmul.many_rows import BLOCK, COLUMNS, PART, Refs, Stage, slot_of
 from pallas_kernels.mosaic import REF, SCALAR, Float, SharedWords
-from pallas_kernels.wgmma import (
+from pallas_kernels.mosaic.wgmma import (
     DIM,
     SWIZZLE,
     SWIZZLED,

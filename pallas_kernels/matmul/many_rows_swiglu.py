@@ -24,7 +24,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels import fp8, mosaic
+from pallas_kernels import mosaic
 from pallas_kernels.matmul import reference
 from pallas_kernels.matmul.config import ManyRows
 from pallas_kernels.matmul.many_rows import BLOCK, MATH, PART, Problem, launch, whole_tiles
@@ -38,9 +38,9 @@ from pallas_kernels.matmul.swiglu import (
     store_reference,
     transpose_in_quad,
 )
-from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels.mosaic import REF, SCALAR, Float, Word, fp8
+from pallas_kernels.mosaic.wgmma import first_row, numbers_of
 from pallas_kernels.quantize.reference import GROUP
-from pallas_kernels.wgmma import first_row, numbers_of
 
 WORDS = 16
 """A thread's packed values of a row: 32 of the 128 columns."""

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic, quantize, tuning
+from pallas_kernels import mosaic, quantize
 from pallas_kernels.arguments import FLOAT32, FLOATS, INT32, check, check_size
 from pallas_kernels.backend import KERNEL, launched, resolve, without_gradient
 from pallas_kernels.moe_dispatch import mosaic_gpu, planning, reference, routing, rows
+from pallas_kernels.moe_dispatch.config import choose_config
 from pallas_kernels.moe_dispatch.reference import RoutingPlan, tile_rows
 from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize.reference import GROUP
@@ -20,7 +21,7 @@ callable_package(__name__)
 
 
 def chosen_backend(backend: str, op: str, unsupported: str | None, tokens: int) -> tuple[str, Any]:
-    """The backend, and the `interpret` argument of its kernel; without tokens there is nothing to launch."""
+    """Returns the backend, and the `interpret` argument of its kernel; without tokens there is nothing to launch."""
     chosen = resolve(backend, op, KERNEL, unsupported)
     if tokens == 0:
         chosen = "reference"
@@ -69,8 +70,10 @@ def route(
     check_choice(logits, bias, num_groups, groups_kept, experts_per_token)
     if chosen == "reference":
         return reference.route(logits, bias, num_groups, groups_kept, experts_per_token, normalize, scaling_factor)
-    how = (num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor))
-    kernel = functools.partial(mosaic_gpu.route, shapes=mosaic_gpu.Routing(*logits.shape, *how), interpret=interpret)
+    shapes = mosaic_gpu.Routing(
+        *logits.shape, num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor)
+    )
+    kernel = functools.partial(mosaic_gpu.route, shapes=shapes, interpret=interpret)
     return without_gradient(launched(kernel, "moe_dispatch.route", chosen), "moe_dispatch.route")(logits, bias)
 
 
@@ -106,7 +109,7 @@ def check_plan(op: str, plan: RoutingPlan, **arrays: jax.Array) -> None:
 def make_plan(
     experts: jax.Array, valid: jax.Array, num_experts: int, tile: int | None = None, *, backend: str = "auto"
 ) -> RoutingPlan:
-    """The plan for chosen experts: a stable sort of the choices by expert, padded to tiles.
+    """Returns the plan for chosen experts: a stable sort of the choices by expert, padded to tiles.
 
     Args:
       experts: int32 [T, K], each from 0 to num_experts - 1.
@@ -130,7 +133,7 @@ def make_plan(
     chosen, interpret = chosen_backend(backend, "moe_dispatch.make_plan", unsupported, experts.size)
     if chosen == "reference":
         return reference.make_plan(experts, valid, num_experts, tile)
-    tile, config = tile or tile_rows(experts.size, num_experts), tuning.moe_plan(experts.size)
+    tile, config = tile or tile_rows(experts.size, num_experts), choose_config(experts.size)
     kernel = functools.partial(
         mosaic_gpu.make_plan, num_experts=num_experts, tile=tile, config=config, interpret=interpret
     )
@@ -198,7 +201,7 @@ def gather_rows_fp8(
 
 
 def combine(expert_rows: jax.Array, weights: jax.Array, plan: RoutingPlan, *, backend: str = "auto") -> jax.Array:
-    """Rows of the plan [P, D] -> float32 [T, D]: each token's rows, weighted (float32 [T, K]) and summed.
+    """Returns float32 [T, D] of the plan's rows [P, D]: each token's rows, weighted (float32 [T, K]) and summed.
 
     The kernel adds up in the order of the choices, every product rounded to float32; it has no gradient. Raises
     ValueError for arrays of other dtypes or ranks, or that are not of the plan.

@@ -21,8 +21,8 @@ from jaxlib.mlir import ir
 
 from pallas_kernels import mosaic
 from pallas_kernels.moe_dispatch import reference
+from pallas_kernels.moe_dispatch.config import PlanConfig
 from pallas_kernels.mosaic import REF, SCALAR, SharedWords, Word
-from pallas_kernels.tuning import MoEPlan
 
 MOST_EXPERTS, MOST_CHOICES = 256, 2**20
 
@@ -98,7 +98,7 @@ class Planning:
 
 
 def unsupported(experts: jax.Array, num_experts: int) -> str | None:
-    """What of the arguments of `make_plan` the kernel does not take, and what it would."""
+    """Says which arguments of `make_plan` the kernel does not take, and which it does; None if it takes all."""
     if experts.dtype != jnp.int32 or experts.size > MOST_CHOICES:
         return f"experts {experts.dtype} {experts.shape}; it takes int32 [T, K] of at most {MOST_CHOICES} choices"
     if num_experts > MOST_EXPERTS:
@@ -131,7 +131,7 @@ class Planner:
         self.row_token, self.tile_expert, self.token_row = row_token, tile_expert, token_row
         self.all_counts, slots = shared, shapes.slots
         self.counts = shared.part(self.warp * slots)
-        self.own, self.earlier, self.sizes, self.first_rows, self.tile_ends = (
+        self.of_cta, self.earlier, self.sizes, self.first_rows, self.tile_ends = (
             shared.part((shapes.warps + i) * slots) for i in range(5)
         )
 
@@ -146,7 +146,7 @@ class Planner:
         mosaic.loop(0, self.shapes.batches, 1, [], one)
 
     def load(self, array: ir.Value, places: list[Word], last: int) -> list[Word]:
-        """A word of each place, or of the last one beyond it; all loads before their uses."""
+        """Returns a word of each place, or of the last one beyond it; all loads before their uses."""
         return [mosaic.load_global(mosaic.offset(array, place.min(last), 4))[0] for place in places]
 
     def clear(self) -> None:
@@ -197,7 +197,7 @@ class Planner:
                 for place, count in [(place, self.all_counts.load(place)) for place in places]:
                     self.all_counts.store(place, before)
                     before = before + count
-            self.own.store(e, before)
+            self.of_cta.store(e, before)
 
         mosaic.loop(self.thread, shapes.slots, shapes.threads, [], expert)
 
@@ -207,7 +207,7 @@ class Planner:
         def expert(e: Word) -> None:
             before = size = mosaic.as_word(0)
             for other in range(self.shapes.cluster):
-                [count] = self.own.load_of_peer(e, 1, other) if self.shapes.cluster > 1 else [self.own.load(e)]
+                [count] = self.of_cta.load_of_peer(e, 1, other) if self.shapes.cluster > 1 else [self.of_cta.load(e)]
                 before = before + (self.rank > other).where(count, 0)
                 size = size + count
             self.earlier.store(e, before)
@@ -222,8 +222,8 @@ class Planner:
         def scan() -> None:
             first = self.lane * each
             tiles = [(self.sizes.load(first + i) + (tile - 1)) // tile for i in range(each)]
-            own = mosaic.total(tiles)
-            end = mosaic.warp_prefix_sum(own, self.lane) - own
+            lane_tiles = mosaic.total(tiles)
+            end = mosaic.warp_prefix_sum(lane_tiles, self.lane) - lane_tiles
             for i in range(each):
                 self.first_rows.store(first + i, end * tile + self.earlier.load(first + i))
                 end = end + tiles[i]
@@ -236,12 +236,12 @@ class Planner:
         slots = self.shapes.slots
 
         def one(tile: Word) -> None:
-            found, step = mosaic.as_word(0), 1 << (slots.bit_length() - 1)
+            expert, step = mosaic.as_word(0), 1 << (slots.bit_length() - 1)
             while step:
-                further = found + step
+                further = expert + step
                 ended = (further <= slots) & (self.tile_ends.load((further - 1).min(slots - 1)) <= tile)
-                found, step = ended.where(further, found), step // 2
-            mosaic.store_global(mosaic.offset(self.tile_expert, tile, 4), [found.min(self.shapes.experts - 1)])
+                expert, step = ended.where(further, expert), step // 2
+            mosaic.store_global(mosaic.offset(self.tile_expert, tile, 4), [expert.min(self.shapes.experts - 1)])
 
         mosaic.loop(self.cluster_thread, self.shapes.tiles, self.shapes.all_threads, [], one)
 
@@ -281,7 +281,7 @@ class Planner:
 
 
 def device_plan(shapes: Planning):
-    """The plan by all CTAs; `rank` is that of one."""
+    """Returns the function by which all CTAs make the plan; `rank` is that of one."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * 6, SCALAR))
     def plan(ctx, experts, valid, row_token, tile_expert, token_row, shared, rank):
@@ -293,24 +293,24 @@ def device_plan(shapes: Planning):
 
 
 def interpreted_plan(shapes: Planning):
-    """`device_plan` for the interpreter, by the reference."""
+    """Returns the twin of `device_plan`, by the reference."""
 
     def plan(experts, valid, row_token, tile_expert, token_row, shared, rank):
         del shared
 
         @pl.when((rank == 0) & (lax.axis_index("warpgroup") == 0))
         def _():
-            found = reference.make_plan(experts[...], valid[...] != 0, shapes.experts, shapes.tile)
-            row_token[...], tile_expert[...], token_row[...] = found.row_token, found.tile_expert, found.token_row
+            plan = reference.make_plan(experts[...], valid[...] != 0, shapes.experts, shapes.tile)
+            row_token[...], tile_expert[...], token_row[...] = plan.row_token, plan.tile_expert, plan.token_row
 
     return plan
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "tile", "config", "interpret"))
 def make_plan(
-    experts: jax.Array, valid: jax.Array, *, num_experts: int, tile: int, config: MoEPlan, interpret: Any = None
+    experts: jax.Array, valid: jax.Array, *, num_experts: int, tile: int, config: PlanConfig, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The arrays of the op's plan, of at least one choice."""
+    """Returns the arrays of the op's plan, of at least one choice."""
     tokens, choices = experts.shape
     tiles = reference.tiles_of_plan(experts.size, num_experts, tile)
     shapes = Planning(tokens, choices, num_experts, tile, tiles, config.warpgroups, config.cluster)

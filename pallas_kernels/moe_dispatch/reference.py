@@ -56,7 +56,7 @@ class RoutingPlan:
 
 
 def tile_rows(choices: int, num_experts: int) -> int:
-    """Rows of a tile: about the mean number of rows of an expert, within 8 and 128."""
+    """Returns rows of a tile: about the mean number of rows of an expert, within 8 and 128."""
     return min(128, max(8, 1 << (choices // num_experts).bit_length()))
 
 
@@ -66,7 +66,7 @@ def tiles_of_plan(choices: int, num_experts: int, tile: int) -> int:
 
 
 def make_plan(experts: jax.Array, valid: jax.Array, num_experts: int, tile: int | None = None) -> RoutingPlan:
-    """The plan for chosen `experts` int32 [T, K]; tokens that are not `valid` (bool [T]) take no row."""
+    """Returns the plan for chosen `experts` int32 [T, K]; tokens that are not `valid` (bool [T]) take no row."""
     tokens, choices = experts.shape
     count = tokens * choices
     tile = tile or tile_rows(count, num_experts)

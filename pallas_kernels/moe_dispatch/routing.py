@@ -70,7 +70,7 @@ class Routing:
 
 
 def unsupported(logits: jax.Array, bias: jax.Array, num_groups: int, groups_kept: int, experts_per_token: int):
-    """What of the arguments of `route` the kernel does not take, and what it would."""
+    """Says which arguments of `route` the kernel does not take, and which it does; None if it takes all."""
     experts = logits.shape[1]
     if experts not in (8, 16, 32, 64, 128, 256):
         return f"logits of shape {logits.shape}; it takes [T, E] with E a power of two from 8 to 256"
@@ -100,18 +100,18 @@ def sigmoid(x: Float) -> Float:
 
 
 def key_of(x: Float) -> Word:
-    """A word in the order of the floats, NaN on top; there is no -0 here."""
+    """Returns a word in the order of the floats, NaN on top; there is no -0 here."""
     bits = x.bits()
     return bits ^ (bits.signed_shift_right(31) | (1 << 31))
 
 
 def float_of(key: Word) -> Float:
-    """The inverse of `key_of`."""
+    """Returns the inverse of `key_of`."""
     return Float.of_bits(key ^ ((key ^ -1).signed_shift_right(31) | (1 << 31)))
 
 
 def keep_groups(shapes: Routing, keys: list[Word], lane: Word) -> Word:
-    """Whether this lane's group is one of the best, by the sum of its two best scores."""
+    """Returns whether this lane's group is one of the best, by the sum of its two best scores."""
     best, second = keys[0], mosaic.as_word(0)
     for key in keys[1:]:
         second, best = second.max(best.min(key)), best.max(key)
@@ -120,16 +120,16 @@ def keep_groups(shapes: Routing, keys: list[Word], lane: Word) -> Word:
         other_best, other_second = (mosaic.shuffle("bfly", x, distance) for x in (best, second))
         second, best = second.max(other_second).max(best.min(other_best)), best.max(other_best)
         distance *= 2
-    own, group = key_of(float_of(best) + float_of(second)), lane >> (shapes.group_lanes.bit_length() - 1)
+    group_key, group = key_of(float_of(best) + float_of(second)), lane >> (shapes.group_lanes.bit_length() - 1)
     before = mosaic.as_word(0)
     for other in range(shapes.groups):
-        key = mosaic.shuffle("idx", own, other * shapes.group_lanes)
-        before = before + ((key > own) | (key.equals(own) & (group > other))).to_word()
+        key = mosaic.shuffle("idx", group_key, other * shapes.group_lanes)
+        before = before + ((key > group_key) | (key.equals(group_key) & (group > other))).to_word()
     return before < shapes.groups_kept
 
 
 def take_best(keys: list[Word], first: Word) -> Word:
-    """The warp's expert of the largest key, the lowest of equal ones; `first` is the lane's first expert."""
+    """Returns the warp's expert of the largest key, the lowest of equal ones; `first` is the lane's first expert."""
     largest = mosaic.warp_reduce("max", functools.reduce(Word.max, keys))
     places = [key.equals(largest).where(first + i, 0x7FFFFFFF) for i, key in enumerate(keys)]
     return mosaic.warp_reduce("min", functools.reduce(Word.min, places))
@@ -145,7 +145,7 @@ def route_token(
     experts: ir.Value,
     weights: ir.Value,
 ) -> None:
-    """One warp's token, between addresses."""
+    """Routes one warp's token, between addresses."""
     inside = lane < shapes.lanes
     first, width = lane * shapes.values, min(4, shapes.values)
     at = inside.where(first, 0)
@@ -183,7 +183,7 @@ def route_token(
 
 
 def device_route(shapes: Routing):
-    """A CTA's tokens; `first` is the first of them."""
+    """Returns the function of a CTA's tokens, `first` and after."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
     def route(ctx, logits, bias, experts, weights, first):
@@ -197,13 +197,13 @@ def device_route(shapes: Routing):
 
 
 def interpreted_route(shapes: Routing):
-    """`device_route` for the interpreter: token by token, through the reference."""
-    how = (shapes.groups, shapes.groups_kept, shapes.experts_per_token, shapes.normalize, shapes.scaling_factor)
+    """Returns the twin of `device_route`: token by token, through the reference."""
+    choice = (shapes.groups, shapes.groups_kept, shapes.experts_per_token, shapes.normalize, shapes.scaling_factor)
 
     def route(logits, bias, experts, weights, first):
         def one(token):
             here = pl.ds(token, 1)
-            experts[here], weights[here] = reference.route(logits[here], bias[...], *how)
+            experts[here], weights[here] = reference.route(logits[here], bias[...], *choice)
 
         for i in range(WARPS):
             pl.when(first + i < shapes.tokens)(functools.partial(one, first + i))
@@ -213,7 +213,7 @@ def interpreted_route(shapes: Routing):
 
 @functools.partial(jax.jit, static_argnames=("shapes", "interpret"))
 def route(logits: jax.Array, bias: jax.Array, *, shapes: Routing, interpret: Any = None):
-    """The op's kernel, of at least one token."""
+    """Runs the op's kernel on at least one token."""
     body = (interpreted_route if interpret else device_route)(shapes)
 
     def moe_route(*refs):

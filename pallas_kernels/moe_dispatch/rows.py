@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 
-from pallas_kernels import fp8, mosaic
-from pallas_kernels.mosaic import REF, SCALAR, Float, Word
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import REF, SCALAR, Float, Word, fp8
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SMALLEST_AMAX, round_up_to_power_of_two
 from pallas_kernels.quantize.reference import quantize as reference_quantize
 
@@ -84,7 +84,7 @@ class Rows:
         return 1 if self.fp8 else 2
 
     def scale_at(self, row, group):
-        """The place of a scale."""
+        """Returns the place of a scale."""
         return group * self.rows + row if self.scales_by_group else row * self.groups + group
 
     @property
@@ -97,7 +97,7 @@ class Rows:
 
 
 def unsupported(x: jax.Array, choices: int, dtypes: tuple[str, ...], name: str) -> str | None:
-    """What of the arguments of `gather_rows` and `combine` the kernels do not take, and what they would."""
+    """Says which arguments of `gather_rows` and `combine` the kernels do not take, and which they do; None if all."""
     if x.dtype not in map(jnp.dtype, dtypes):
         return f"{name} of dtype {x.dtype}; it takes {' or '.join(dtypes)}"
     if x.shape[1] % GROUP:
@@ -108,7 +108,7 @@ def unsupported(x: jax.Array, choices: int, dtypes: tuple[str, ...], name: str) 
 
 
 def load_rows(shapes: Rows, token_row: ir.Value, token: Word) -> list[Word]:
-    """The rows of a token's choices."""
+    """Returns the rows of a token's choices."""
     first = token * shapes.choices
     return [mosaic.load_read_only(mosaic.offset(token_row, first + i, 4))[0] for i in range(shapes.choices)]
 
@@ -158,7 +158,7 @@ def fill_padding(shapes: Rows, lane: Word, row: Word, row_token, values, scales)
 
 
 def device_gather(shapes: Rows):
-    """A CTA's tokens or rows of padding; `cta` is its number."""
+    """Returns the function of a CTA's tokens or rows of padding; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * (5 if shapes.fp8 else 4), SCALAR))
     def gather(ctx, x, row_token, token_row, values, *others):
@@ -177,7 +177,7 @@ def device_gather(shapes: Rows):
 
 
 def interpreted_gather(shapes: Rows):
-    """`device_gather` for the interpreter: group by group, through the reference."""
+    """Returns the twin of `device_gather`: group by group, through the reference."""
 
     def gather(x, row_token, token_row, values, *others):
         scales, cta = others[0], others[-1]
@@ -185,8 +185,8 @@ def interpreted_gather(shapes: Rows):
         def store(row, group, value, scale):
             values[pl.ds(row, 1), pl.ds(group * GROUP, GROUP)] = value
             if shapes.fp8:
-                where = (group, row) if shapes.scales_by_group else (row, group)
-                scales[where] = scale
+                place = (group, row) if shapes.scales_by_group else (row, group)
+                scales[place] = scale
 
         def take(token, group):
             value, scale = x[pl.ds(token, 1), pl.ds(group * GROUP, GROUP)], jnp.float32(0)
@@ -278,7 +278,7 @@ def return_token(shapes: Rows, lane: Word, unit: Word, rows, weights, token_row,
 
 
 def device_combine(shapes: Rows):
-    """A CTA's tokens; `cta` is its number."""
+    """Returns the function of a CTA's tokens; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
     def combine(ctx, rows, weights, token_row, out, cta):
@@ -291,7 +291,7 @@ def device_combine(shapes: Rows):
 
 
 def interpreted_combine(shapes: Rows):
-    """`device_combine` for the interpreter: 128 values at a time."""
+    """Returns the twin of `device_combine`: 128 values at a time."""
 
     def combine(rows, weights, token_row, out, cta):
         def one(token, column):
@@ -315,7 +315,7 @@ def interpreted_combine(shapes: Rows):
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def combine(rows: jax.Array, weights: jax.Array, token_row: jax.Array, *, interpret: Any = None) -> jax.Array:
-    """The op's kernel, of at least one token."""
+    """Runs the op's kernel on at least one token."""
     tokens, choices = token_row.shape
     shapes = Rows(tokens, choices, rows.shape[0], rows.shape[1], float32_rows=rows.dtype == jnp.float32)
     body = (interpreted_combine if interpret else device_combine)(shapes)

@@ -1,4 +1,4 @@
-"""Quantisation of activations: to FP8 in groups, alone or behind an RMSNorm, or int8 by token."""
+"""Quantisation of activations: to FP8 in groups, or to int8 by token."""
 
 import functools
 
@@ -26,7 +26,6 @@ __all__ = [
     "dequantize",
     "quantize",
     "quantize_int8",
-    "rms_norm_quantize",
 ]
 
 callable_package(__name__)
@@ -43,7 +42,7 @@ def check(x: jax.Array, scale_fmt: str | None, group: int) -> None:
 def quantize(
     x: jax.Array, scale_fmt: str | None = "ue8m0", *, group: int = GROUP, backend: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """FP8 values and scales of `x`, one scale for each `group` consecutive values.
+    """Returns FP8 values and scales of `x`, one scale for each `group` consecutive values.
 
     Source: `act_quant` in the official `inference/kernel.py` of DeepSeek-V3.2-Exp.
 
@@ -72,41 +71,8 @@ def quantize(
     return without_gradient(launched(kernel, "quantize", chosen), "quantize")(x)
 
 
-def rms_norm_quantize(
-    x: jax.Array, weight: jax.Array, eps: float, scale_fmt: str | None = "ue8m0", *, backend: str = "auto"
-) -> tuple[jax.Array, jax.Array]:
-    """`quantize(rms_norm(x, weight, eps), scale_fmt)` in one pass, the norm rounded to x's dtype in between.
-
-    Args:
-      x: float [..., N], N a multiple of 128.
-      weight: [N].
-      eps: added to the mean square.
-      scale_fmt: see `quantize`.
-      backend: "auto", "mosaic_gpu", "interpret" or "reference". None has a gradient;
-        it adds up the squares in another order, so a value may be the neighbour of the reference's.
-
-    Returns:
-      values float8_e4m3fn [..., N] and scales float32 [..., N / 128].
-
-    Raises:
-      ValueError: other dtypes or shapes than these, N is no multiple of 128, or `scale_fmt` is unknown.
-      BackendError: the kernel was asked for and does not take these arguments, or there is no such GPU.
-    """
-    check_arrays("rms_norm_quantize", x=(x, FLOATS, "... N"), weight=(weight, FLOATS, "N"))
-    if weight.shape[0] != x.shape[-1]:
-        raise ValueError(f"rms_norm_quantize needs weight [{x.shape[-1]}], as x has columns, not {weight.shape}")
-    unsupported = mosaic_gpu.norm_unsupported(x, weight)
-    chosen = resolve(backend, "rms_norm_quantize", KERNEL, unsupported)
-    check(x, scale_fmt, GROUP)
-    if chosen == "reference" or x.size == 0:
-        return reference.rms_norm_quantize(x, weight, eps, scale_fmt)
-    interpret = mosaic.interpret_on(chosen)
-    kernel = functools.partial(mosaic_gpu.rms_norm_quantize, eps=eps, scale_fmt=scale_fmt, interpret=interpret)
-    return without_gradient(launched(kernel, "rms_norm_quantize", chosen), "rms_norm_quantize")(x, weight)
-
-
 def quantize_int8(x: jax.Array, *, backend: str = "auto") -> tuple[jax.Array, jax.Array]:
-    """Symmetric int8 values of `x`, one scale for each row: its largest magnitude / 127.
+    """Returns symmetric int8 values of `x`, one scale for each row: its largest magnitude / 127.
 
     Args:
       x: float [..., N].

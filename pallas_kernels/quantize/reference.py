@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rowwise
 from pallas_kernels.backend import NO_GRADIENT_OF_ROUNDING, refuse_gradient
 
 FP8_MAX = 448.0
@@ -58,10 +57,6 @@ def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scales = jnp.where(jnp.isfinite(x).all(axis=-1), scales, jnp.nan)  # int8 would hide it
     values = jnp.clip(jnp.round(divide(x, scales)), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     return values, scales
-
-
-def rms_norm_quantize(x, weight, eps, scale_fmt):
-    return quantize(rowwise.rms_norm(x, weight, eps), scale_fmt, GROUP)
 
 
 def dequantize(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

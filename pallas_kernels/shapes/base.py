@@ -1,14 +1,19 @@
-"""What every shape has, and what may be asked of one."""
+"""What the products' shapes still say of the benchmark, whose own tables are in `experiments/bench/targets.py`."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
+
+from pallas_kernels import named_shape
+from pallas_kernels.named_shape import K
+
+__all__ = ["K", "PeerRow", "Shape", "Target"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerRow:
-    """One measurement in a peers' file: which library, which of its calls, at which shape."""
+    """Nothing reads this."""
 
     peer: str
     op: str
@@ -17,14 +22,7 @@ class PeerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a shape must reach (`floor`) and shall reach (`goal`).
-
-    Attributes:
-      of: in what: "peer" is the peer's time over ours, "reference" the reference's, "roofline" the fraction of what the
-        device could do.
-      enough: fraction of what the device could do with which the goal counts as reached in any case.
-      within: seconds that the goal asks for besides.
-    """
+    """Nothing reads this."""
 
     floor: float
     goal: float
@@ -34,29 +32,12 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What every shape has.
+class Shape(named_shape.Shape):
+    """A shape of a product; nothing reads `peers` and `target`."""
 
-    Attributes:
-      name: unique within the op.
-      peers: alternatives, of which the fastest counts; each is a sequence of rows whose times add up.
-      target: what is asked of it, if anything.
-      kernel: whether the op has a kernel for it; else it is left to XLA.
-    """
-
-    op: ClassVar[str]
-    name: str
     peers: tuple[tuple[PeerRow, ...], ...] = ()
     target: Target | None = None
-    kernel: bool = True
 
     def dims(self) -> dict[str, Any]:
-        """The sizes alone."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in {"name", "peers", "target", "kernel"}
-        }
-
-
-K = 1024
+        """Returns the sizes alone."""
+        return {name: value for name, value in super().dims().items() if name not in {"peers", "target"}}

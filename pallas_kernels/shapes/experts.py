@@ -1,4 +1,4 @@
-"""Shapes of the mixture-of-experts ops, of the quantised products and of quantisation."""
+"""Shapes of the products and of the mixture-of-experts layer."""
 
 from __future__ import annotations
 
@@ -44,30 +44,6 @@ class Matmul(Shape):
     tokens: int
     columns: int
     depth: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize(Shape):
-    """`tokens` rows of `width` to `form`: FP8 with "ue8m0" or "exact" scales, "int8", or "norm", a norm and "ue8m0"."""
-
-    op: ClassVar[str] = "quantize"
-    form: str
-    tokens: int
-    width: int = HIDDEN
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEDispatch(Shape):
-    """One step of moving `tokens` tokens: "plan" routing and the routing plan, "gather" to FP8 rows, or "combine"."""
-
-    op: ClassVar[str] = "moe_dispatch"
-    step: str
-    tokens: int
-    experts: int = 256
-    groups: int = 8
-    groups_kept: int = 4
-    chosen: int = 8
-    width: int = HIDDEN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,29 +172,6 @@ def _matmul() -> tuple[Matmul, ...]:
     return (*fp8, int8, *integers)
 
 
-def _quantize() -> tuple[Quantize, ...]:
-    many = [Quantize(name=f"{form}-4096", form=form, tokens=4096) for form in ("ue8m0", "exact", "int8", "norm")]
-    return (*many, Quantize(name="ue8m0-128", form="ue8m0", tokens=128))
-
-
-def _moe_dispatch() -> tuple[MoEDispatch, ...]:
-    plans = [
-        MoEDispatch(
-            name=f"plan-{tokens}",
-            step="plan",
-            tokens=tokens,
-            target=Target(5, 10, of="reference", within=15e-6 if tokens == 128 else None),
-        )
-        for tokens in (1, 32, 128, 1024, 4096)
-    ]
-    moves = [
-        MoEDispatch(name=f"{step}-{tokens}", step=step, tokens=tokens)
-        for step in ("gather", "combine")
-        for tokens in (128, 4096)
-    ]
-    return (*plans, *moves)
-
-
 def _moe_layer() -> tuple[MoELayer, ...]:
     ragged = MoELayer(name="prefill-4096", tokens=4096, target=Target(20, 60, of="reference"))
     loop = MoELayer(name="prefill-4096-loop", beside="loop", tokens=4096, target=Target(15, 35, of="reference"))
@@ -233,8 +186,6 @@ def _moe_layer() -> tuple[MoELayer, ...]:
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "grouped_matmul": _grouped_matmul(),
     "matmul": _matmul(),
-    "quantize": _quantize(),
-    "moe_dispatch": _moe_dispatch(),
     "moe_layer": _moe_layer(),
 }
 
@@ -249,13 +200,6 @@ TINY: dict[str, tuple[Shape, ...]] = {
         Matmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
         Matmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
         Matmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128, kernel=False),
-    ),
-    "quantize": tuple(
-        Quantize(name=f"tiny-{form}", form=form, tokens=3, width=256) for form in ("ue8m0", "exact", "int8", "norm")
-    ),
-    "moe_dispatch": tuple(
-        MoEDispatch(name=f"tiny-{step}", step=step, tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, width=128)
-        for step in ("plan", "gather", "combine")
     ),
     "moe_layer": tuple(
         MoELayer(
@@ -287,13 +231,6 @@ SMALL: dict[str, tuple[Shape, ...]] = {
         Matmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
         Matmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
         Matmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
-    ),
-    "quantize": tuple(
-        Quantize(name=f"small-{form}", form=form, tokens=3, width=640) for form in ("ue8m0", "exact", "int8", "norm")
-    ),
-    "moe_dispatch": tuple(
-        MoEDispatch(name=f"small-{step}", step=step, tokens=70, width=640, experts=64)
-        for step in ("plan", "gather", "combine")
     ),
     "moe_layer": (
         MoELayer(name="small", tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, hidden=512, width=512),

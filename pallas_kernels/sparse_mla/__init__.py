@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.arguments import FLOATS, INT32, check, check_layer, check_size
 from pallas_kernels.backend import KERNEL, gradient_of_reference, launched, resolve
-from pallas_kernels.cache_write import record_bytes
+from pallas_kernels.cache_format import record_bytes
 from pallas_kernels.chunking import CHUNK_BYTES
 from pallas_kernels.mosaic import interpret_on
 from pallas_kernels.operators import callable_package
@@ -29,7 +29,9 @@ def sparse_mla(
     chunk_bytes: int = CHUNK_BYTES,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of absorbed queries over the rows in `slots`; keys are whole rows, values their latent part.
+    """Computes softmax attention of absorbed queries over the rows in `slots`.
+
+    Keys are whole rows, values their latent part.
 
     Source: DeepSeek-V3.2-Exp report, section 1 (MQA form of MLA).
 
@@ -39,7 +41,7 @@ def sparse_mla(
 
     Args:
       queries: [T, H, latent + rope].
-      kv: the latent cache, all layers (see `cache_write`).
+      kv: the latent cache, all layers (see `cache_format`).
       layer: which layer.
       slots: int32 [T, K] physical slots of that layer; -1 is absent; a duplicate counts twice.
       scale: of the scores; no default, since YaRN changes it.

@@ -14,8 +14,8 @@ from jax import lax
 THREADS = 128
 
 
-def _body(parts, lse, out, lse_out, *, heads_per_cta: int):
-    _, splits, heads, width = parts.shape
+def _body(parts_gmem, lse_gmem, out_gmem, lse_out_gmem, *, heads_per_cta: int):
+    _, splits, heads, width = parts_gmem.shape
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // THREADS)
     cta = lax.axis_index("cta")
 
@@ -23,21 +23,23 @@ def _body(parts, lse, out, lse_out, *, heads_per_cta: int):
         row = cta * heads_per_cta + i
         token, head = lax.div(row, jnp.int32(heads)), lax.rem(row, jnp.int32(heads))
         # All loads of all splits are under way before the first is used.
-        numbers = [lse[token, split, head] for split in range(splits)]
-        values = [plgpu.load(parts.at[token, split, head], layout=layout, optimized=False) for split in range(splits)]
+        numbers = [lse_gmem[token, split, head] for split in range(splits)]
+        values = [
+            plgpu.load(parts_gmem.at[token, split, head], layout=layout, optimized=False) for split in range(splits)
+        ]
         top = functools.reduce(jnp.maximum, numbers)
         shift = jnp.where(top == -jnp.inf, 0.0, top)  # -inf less -inf is NaN
         weights = [jnp.exp(number - shift) for number in numbers]
         total = functools.reduce(operator.add, weights)
         inverse = jnp.where(total > 0, 1.0 / total, 0.0)
-        # The output of a split without keys was never written: it is left out, not multiplied by 0.
+        # The output of a split without keys was never written: it is left out_gmem, not multiplied by 0.
         everywhere = functools.partial(jnp.broadcast_to, shape=(width,))
         terms = [
             jnp.where(everywhere(number) > -jnp.inf, value.astype(jnp.float32) * everywhere(weight * inverse), 0.0)
             for number, weight, value in zip(numbers, weights, values, strict=True)
         ]
-        out.at[token, head][...] = functools.reduce(operator.add, terms).astype(out.dtype)
-        lse_out[token, head] = top + jnp.log(total)
+        out_gmem.at[token, head][...] = functools.reduce(operator.add, terms).astype(out_gmem.dtype)
+        lse_out_gmem[token, head] = top + jnp.log(total)
 
     lax.fori_loop(0, heads_per_cta, one, None)
 
@@ -45,7 +47,7 @@ def _body(parts, lse, out, lse_out, *, heads_per_cta: int):
 def combine(
     parts: jax.Array, lse: jax.Array, dtype: Any, *, heads_per_cta: int = 1, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The outputs of splits, weighted by their share of the whole sum.
+    """Returns the outputs of splits, weighted by their share of the whole sum.
 
     Args:
       parts: bf16 or float32 [T, S, H, D], D a multiple of 128; undefined where a split has no keys.

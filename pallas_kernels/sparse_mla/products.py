@@ -1,12 +1,11 @@
-"""Tensor-core products of a warpgroup, and the same for Pallas' interpreter, which knows fewer forms of them."""
+"""Tensor-core products of a warpgroup, and their twin for Pallas' interpreter, in which they can race."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -31,11 +30,11 @@ def zeros(shape: tuple[int, ...], layout: Any) -> Any:
 
 
 def rows(x: Any, shape: tuple[int, int]) -> Any:
-    """A number a row as a matrix."""
+    """Broadcasts a number a row to a matrix."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-class Products:
+class DeviceProducts:
     """Products in flight. In `run(f, *values)`, `f` gets a ref for each value and `run` returns what they hold then.
 
     A value from `accumulator` can be the target of `multiply`; all products are awaited at the end of `run`.
@@ -47,16 +46,23 @@ class Products:
     def accumulator(self, value: Any) -> Any:
         return plgpu.ACC.init(value)
 
-    def multiply(self, accumulator: Any, a: Any, b: Any) -> None:
-        """Begins accumulator += a @ b. `a`: a bf16 matrix in registers or a shared-memory ref; `b`: a ref."""
-        plgpu.wgmma(accumulator, a, b)
+    def multiply(self, accumulator: Any, a: Any, b: Any, *, transposed: bool = False) -> None:
+        """Begins accumulator += a @ b, or a @ b.T.
+
+        Args:
+          accumulator: a ref that `run` gave.
+          a: a bf16 matrix in registers, or a shared-memory ref.
+          b: a shared-memory ref.
+          transposed: multiply by b.T.
+        """
+        plgpu.wgmma(accumulator, a, b.transpose((1, 0)) if transposed else b)
 
     def wait(self, pending: int) -> None:
-        """Until at most so many products are under way."""
+        """Waits until at most so many products are under way."""
         plgpu.wgmma_wait(pending)
 
     def read(self, accumulator: Any, pending: int | None = None) -> Any:
-        """The accumulator's value, after `wait(pending)` unless that was done."""
+        """Returns the accumulator's value, after `wait(pending)` unless that was done."""
         return plgpu.wgmma_accumulator_load(accumulator, wait_n=pending)
 
     def rescale(self, matrix: Any, factors: Any) -> Any:
@@ -101,34 +107,53 @@ class Cell:
         self.value = value
 
 
+class Product(NamedTuple):
+    """A product that has begun: accumulator += a @ b, or a @ b.T."""
+
+    accumulator: Cell
+    a: Any
+    b: Any
+    transposed: bool
+
+
 class InterpretedProducts:
-    """The twin for Pallas' interpreter, whose wgmma takes two refs and a new accumulator, and is done at once."""
+    """The twin of `DeviceProducts`: products that are under way until they are awaited.
+
+    The interpreter does `plgpu.wgmma` at once and looks for no race in it. Here a product reads its operands by
+    ordinary loads, in which races are detected, and it does so twice: when it begins, by when they must have arrived,
+    and when it is awaited, until when nobody may write over them. Products end in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self.begun: list[Product] = []
 
     def run(self, f: Callable[..., Any], *values: Any) -> Any:
         cells = [Cell(value) for value in values]
         f(*cells)
+        self.wait(0)
         return tuple(cell.value for cell in cells)
 
     def accumulator(self, value: Any) -> Any:
         return value
 
-    def multiply(self, accumulator: Cell, a: Any, b: Any) -> None:
-        if isinstance(a, jax.Array):
-            added = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        else:
-
-            def product(fresh: Any) -> Any:
-                plgpu.wgmma(fresh, a, b)
-                return fresh[...]
-
-            added = pl.run_scoped(product, plgpu.ACC(accumulator.value.shape, jnp.float32))
-        accumulator.value = accumulator.value + added
+    def multiply(self, accumulator: Cell, a: Any, b: Any, *, transposed: bool = False) -> None:
+        for operand in (a, b):
+            _ = operand[...]
+        self.begun.append(Product(accumulator, a, b, transposed))
 
     def wait(self, pending: int) -> None:
-        del pending
+        ended = self.begun[: len(self.begun) - pending]
+        del self.begun[: len(ended)]
+        for accumulator, a, b, transposed in ended:
+            contracted = (((1,), (1 if transposed else 0,)), ((), ()))
+            added = lax.dot_general(a[...], b[...], contracted, preferred_element_type=jnp.float32)
+            accumulator.value = accumulator.value + added
 
     def read(self, accumulator: Cell, pending: int | None = None) -> Any:
-        del pending
+        if pending is not None:
+            self.wait(pending)
+        if any(product.accumulator is accumulator for product in self.begun):
+            raise AssertionError("an accumulator is read before its products were awaited")
         return accumulator.value
 
     def rescale(self, matrix: Any, factors: Any) -> Any:

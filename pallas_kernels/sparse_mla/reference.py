@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cache_write import unpack_latents
+from pallas_kernels.cache_format import unpack_rows
 from pallas_kernels.chunking import map_tokens
 from pallas_kernels.paging import BLOCK_SIZE
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, scale: float):
-    """One token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
+    """Attends for one token: query [H, D] over keys [K, D] and values [K, V] where `valid` [K].
 
     Returns out [H, V], lse [H] and probabilities [H, K]. Scores and softmax are float32; probabilities are rounded to
     the query's dtype for the second product.
@@ -40,7 +40,7 @@ def sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
         query, chosen, length = token
         valid = (chosen >= 0) & (jnp.arange(chosen.shape[0]) < length)
         at = jnp.where(valid, chosen, 0)
-        rows = unpack_latents(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
+        rows = unpack_rows(kv[layer, at // BLOCK_SIZE, at % BLOCK_SIZE], rope_dim, query.dtype)
         # Absent rows are zeroed too: slot 0 may hold anything, and 0 * NaN is NaN.
         rows = jnp.where(valid[:, None], rows, 0)
         return attend(query, rows, rows[:, :value_dim], valid, scale)[:2]
@@ -60,7 +60,7 @@ def dense_mla(
     chunk_bytes: int,
     mean_probabilities: bool = False,
 ):
-    """Causal attention over the whole context: what sparse attention replaces, in chunks of tokens.
+    """Computes causal attention over the whole context: what sparse attention replaces, in chunks of tokens.
 
     Args:
       queries: [T, H, latent + rope].

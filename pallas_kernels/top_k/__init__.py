@@ -11,7 +11,7 @@ from pallas_kernels.arguments import FLOAT32, INT32, check, check_size
 from pallas_kernels.backend import KERNEL, launched, resolve
 from pallas_kernels.operators import callable_package
 from pallas_kernels.top_k import mosaic_gpu, reference
-from pallas_kernels.tuning import TOP_K_LIMIT
+from pallas_kernels.top_k.config import LARGEST_K
 
 __all__ = ["LONGEST", "top_k", "unsupported"]
 
@@ -22,16 +22,16 @@ LONGEST = 163840
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, k: int) -> str | None:
-    """What the kernel does not take of scores and k; None if it takes all."""
+    """Says which scores or k the kernel does not take, and which it does; None if it takes these."""
     if len(shape) != 2 or shape[1] > LONGEST or dtype != jnp.float32:
         return f"scores of shape {tuple(shape)} and dtype {dtype}; it takes float32 [T, L] with L up to {LONGEST}"
-    if k > TOP_K_LIMIT:
-        return f"k={k}; it takes k up to {TOP_K_LIMIT}"
+    if k > LARGEST_K:
+        return f"k={k}; it takes k up to {LARGEST_K}"
     return None
 
 
 def top_k(scores: jax.Array, k: int, *, lengths: jax.Array | None = None, backend: str = "auto") -> jax.Array:
-    """Positions of the k largest scores of each row; equal scores go to the lowest position, always.
+    """Returns positions of the k largest scores of each row; equal scores go to the lowest position, always.
 
     Args:
       scores: float32 [T, L]; -inf and NaN are never chosen; -0 equals 0. The kernel copies scores whose L is not a

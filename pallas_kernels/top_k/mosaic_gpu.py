@@ -4,8 +4,8 @@ Each CTA takes rows in turn. A row streams through a ring of TMA copies, which r
 above a threshold from a sample becomes a candidate (`streaming.py`), and at the end of the row a selection in shared
 memory cuts the candidates to exactly k (`selection.py`). Few rows: the CTAs of a cluster take a row's chunks in turn.
 
-Those two files are device code that the interpreter cannot run. For it, `Twins` has the same steps in plain jax.numpy,
-so that the ring, the lengths and the order of rows and chunks are executed and checked for races.
+Those two files are device code that the interpreter cannot run. Their twin, `InterpretedSteps`, stands for all steps of
+a row: the ring of copies, the lengths and the order of rows and chunks are checked for races, the selection is not.
 """
 
 import functools
@@ -22,7 +22,6 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import without_gradient
 from pallas_kernels.mosaic import (
     INT32,
@@ -41,16 +40,15 @@ from pallas_kernels.mosaic import (
     splat,
     thread_index,
 )
+from pallas_kernels.top_k.config import INTERPRETED, Config, choose_config
 from pallas_kernels.top_k.selection import BINS, NEGATIVE_INFINITY, SCRATCH_WORDS
 from pallas_kernels.top_k.streaming import NO_HISTOGRAM, Progress, Streaming
 
 LANE_ROW = 256
 """Scores in a row of a TMA box: the most there can be. A row of scores is a whole number of these."""
 
-Config = tuning.TopK
 
-
-class Steps:
+class DeviceSteps:
     """The steps of a row on the GPU, run by all threads of the CTA.
 
     Refs: `scores` [T, L / 256, 256] and `out` [T, k] in device memory; the ring, the candidates, the histogram and the
@@ -64,9 +62,12 @@ class Steps:
         layout = plgpu.Layout.WG_STRIDED((vectors * 512,), vec_size=4)
 
         @plgpu.inline_mgpu(arg_types=(REF, REF))
-        def start(ctx, histogram, scratch):
+        def start(ctx, histogram_smem, scratch_smem):
             """Zeros, once."""
-            for ref, words in ((histogram, BINS * (1 if config.cluster == 1 else 2)), (scratch, SCRATCH_WORDS)):
+            for ref, words in (
+                (histogram_smem, BINS * (1 if config.cluster == 1 else 2)),
+                (scratch_smem, SCRATCH_WORDS),
+            ):
                 loop(thread_index(), words, threads, [], lambda i, ref=ref: SharedWords(ref).store(i, 0))
             barrier()
 
@@ -74,41 +75,56 @@ class Steps:
             arg_types=(REF,) * 4 + (SCALAR, SCALAR),
             return_type=plgpu.ShapeDtypeStruct((vectors * 512,), jnp.int32, layout=layout),
         )
-        def load_sample(ctx, scores, candidates, histogram, scratch, row, length):
+        def load_sample(ctx, scores_gmem, candidates_smem, histogram_smem, scratch_smem, row, length):
             """Starts the loads of a row's sample; each thread has the bits of its part."""
-            address = offset(global_address(scores), scalar(row), 4 * row_length)
-            places = streaming(candidates, histogram, scratch).sample_places(scalar(length))
+            address = offset(global_address(scores_gmem), scalar(row), 4 * row_length)
+            places = streaming(candidates_smem, histogram_smem, scratch_smem).sample_places(scalar(length))
             registers = [vector(load_global(offset(address, place, 4), 4)) for place in places]
             return mgpu.FragmentedArray(
                 _registers=np.array(registers, dtype=object), _layout=layout.to_mgpu(), _is_signed=True
             )
 
         @plgpu.inline_mgpu(arg_types=(REF,) * 3 + (layout, SCALAR), return_type=(INT32, INT32))
-        def first_threshold(ctx, candidates, histogram, scratch, sample, length):
+        def first_threshold(ctx, candidates_smem, histogram_smem, scratch_smem, sample, length):
             """(threshold, shift) of a row from its sample."""
             words = [Word(llvm.extractelement(x, i32(i))) for x in sample.registers.flat for i in range(4)]
-            found = streaming(candidates, histogram, scratch).first_threshold(words, scalar(length), k)
-            return tuple(splat(x) for x in found)
+            threshold = streaming(candidates_smem, histogram_smem, scratch_smem).first_threshold(
+                words, scalar(length), k
+            )
+            return tuple(splat(x) for x in threshold)
 
         @plgpu.inline_mgpu(arg_types=(REF,) * 4 + (SCALAR,) * 8, return_type=(INT32,) * 4)
-        def take(ctx, ring, candidates, histogram, scratch, slot, first, length, step, *progress):
+        def take(ctx, ring_smem, candidates_smem, histogram_smem, scratch_smem, slot, first, length, step, *progress):
             """Takes the candidates of the chunk in a slot, which starts at position `first` -> progress."""
-            device = streaming(candidates, histogram, scratch)
+            device = streaming(candidates_smem, histogram_smem, scratch_smem)
             slot, first, length, step = map(scalar, (slot, first, length, step))
-            chunk = SharedWords(ring).part(slot * config.chunk + device.thread * 4)
+            chunk = SharedWords(ring_smem).part(slot * config.chunk + device.thread * 4)
             scores: list[Word] = []
             for i in range(0, config.per_thread, 4):
                 scores += chunk.load_many(device.score_distance(i), 4)
-            found = device.absorb(scores, first, length, step, Progress(*map(scalar, progress)), k)
-            return tuple(splat(x) for x in found)
+            after = device.absorb(scores, first, length, step, Progress(*map(scalar, progress)), k)
+            return tuple(splat(x) for x in after)
 
         @plgpu.inline_mgpu(arg_types=(REF,) * 5 + (SCALAR,) * 9)
-        def finish(ctx, scores, out, candidates, histogram, scratch, row, to_row, length, rank, threshold, *progress):
+        def finish(
+            ctx,
+            scores_gmem,
+            out_gmem,
+            candidates_smem,
+            histogram_smem,
+            scratch_smem,
+            row,
+            to_row,
+            length,
+            rank,
+            threshold,
+            *progress,
+        ):
             """Writes the row's k best into `to_row`; `threshold` is what it started with."""
             row, to_row, length, rank, threshold = map(scalar, (row, to_row, length, rank, threshold))
-            source = offset(global_address(scores), row, 4 * row_length)
-            to = offset(global_address(out), to_row, 4 * k)
-            device = streaming(candidates, histogram, scratch)
+            source = offset(global_address(scores_gmem), row, 4 * row_length)
+            to = offset(global_address(out_gmem), to_row, 4 * k)
+            device = streaming(candidates_smem, histogram_smem, scratch_smem)
             device.finish(source, to, length, Progress(*map(scalar, progress)), threshold, rank, k)
 
         self.start, self.load_sample, self.first_threshold = start, load_sample, first_threshold
@@ -116,61 +132,87 @@ class Steps:
 
 
 def vector(words: list[Word]) -> ir.Value:
-    """Words as a vector, which is how an array's registers hold them."""
+    """Returns words as a vector, which is how an array's registers hold them."""
     value = llvm.mlir_undef(ir.VectorType.get((len(words),), integer(32)))
     for i, word in enumerate(words):
         value = llvm.insertelement(value, word.value, i32(i))
     return value
 
 
-class Twins:
-    """`Steps` for the interpreter: no first threshold, and candidates that are always in order, best first.
+class InterpretedSteps:
+    """The twin of `DeviceSteps`: no first threshold, and candidates that are always in order, best first.
 
-    The first half of the candidates' words are keys, the second half positions.
+    The first half of the candidates_smem' words are keys, the second half positions.
     """
 
     def __init__(self, config: Config, row_length: int, k: int):
         self.config, self.k = config, k
 
-    def start(self, histogram, scratch):
+    def start(self, histogram_smem, scratch_smem):
         pass
 
-    def load_sample(self, scores, candidates, histogram, scratch, row, length):
+    def load_sample(self, scores_gmem, candidates_smem, histogram_smem, scratch_smem, row, length):
         return length
 
-    def first_threshold(self, candidates, histogram, scratch, sample, length):
+    def first_threshold(self, candidates_smem, histogram_smem, scratch_smem, sample, length):
         return jnp.int32(NEGATIVE_INFINITY), jnp.int32(NO_HISTOGRAM)
 
-    def take(self, ring, candidates, histogram, scratch, slot, first, length, step, count, counted, threshold, shift):
+    def take(
+        self,
+        ring_smem,
+        candidates_smem,
+        histogram_smem,
+        scratch_smem,
+        slot,
+        first,
+        length,
+        step,
+        count,
+        counted,
+        threshold,
+        shift,
+    ):
         capacity, chunk = self.config.capacity, self.config.chunk
-        scores = ring[slot].reshape(-1)
+        scores = ring_smem[slot].reshape(-1)
         plgpu.commit_smem()  # read, so the next copy may come
         bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
         keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
         at = first + jnp.arange(chunk, dtype=jnp.int32)
         fresh = ~jnp.isnan(scores) & (keys > threshold.astype(jnp.uint32)) & (at < length)
-        there = jnp.concatenate([jnp.arange(capacity) < count, fresh])
-        keys = jnp.where(there, jnp.concatenate([candidates[:capacity], keys]), 0)
-        at = jnp.concatenate([candidates[capacity:], at.astype(jnp.uint32)])
+        exists = jnp.concatenate([jnp.arange(capacity) < count, fresh])
+        keys = jnp.where(exists, jnp.concatenate([candidates_smem[:capacity], keys]), 0)
+        at = jnp.concatenate([candidates_smem[capacity:], at.astype(jnp.uint32)])
         descending, at = lax.sort((~keys, at), num_keys=2)
-        candidates[:capacity], candidates[capacity:] = ~descending[:capacity], at[:capacity]
-        count = there.sum(dtype=jnp.int32)
+        candidates_smem[:capacity], candidates_smem[capacity:] = ~descending[:capacity], at[:capacity]
+        count = exists.sum(dtype=jnp.int32)
         full = count > capacity
         last = lax.bitcast_convert_type(~descending[self.k - 1], jnp.int32)
         return jnp.where(full, self.k, count), counted, jnp.where(full, last, threshold), shift
 
     def finish(
-        self, scores, out, candidates, histogram, scratch, row, to_row, length, rank, threshold, count, *progress
+        self,
+        scores_gmem,
+        out_gmem,
+        candidates_smem,
+        histogram_smem,
+        scratch_smem,
+        row,
+        to_row,
+        length,
+        rank,
+        threshold,
+        count,
+        *progress,
     ):
-        at = candidates[self.config.capacity :][: self.k].astype(jnp.int32)
-        out[to_row] = jnp.where(jnp.arange(self.k) < count, at, -1)
+        at = candidates_smem[self.config.capacity :][: self.k].astype(jnp.int32)
+        out_gmem[to_row] = jnp.where(jnp.arange(self.k) < count, at, -1)
 
 
 def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: int, steps: Any) -> None:
     """The kernel: every CTA's rows, chunk by chunk. Lengths and output may be those of more rows: see `Part`."""
-    scores, *operands, out, ring, candidates, histogram, scratch, full = refs
-    lengths, part = (*operands, None, None)[:2]
-    memory = candidates, histogram, scratch
+    scores_gmem, *operands, out_gmem, ring_smem, candidates_smem, histogram_smem, scratch_smem, full_bar = refs
+    lengths_gmem, part_gmem = (*operands, None, None)[:2]
+    memory = candidates_smem, histogram_smem, scratch_smem
     cluster, chunk, box = config.cluster, config.chunk, config.chunk // LANE_ROW
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
     rank = lax.axis_index("rank") if cluster > 1 else cta * 0
@@ -179,7 +221,7 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         """This CTA's place in a round of rows: there and back, so that a slope in their lengths evens out."""
         return jnp.where(lax.rem(i, jnp.int32(2)) == 1, ctas - 1 - cta, cta)
 
-    first_row = cta * 0 if part is None else part[0] * rows
+    first_row = cta * 0 if part_gmem is None else part_gmem[0] * rows
     whole_rounds, rest = divmod(rows, ctas)
     count = whole_rounds + (in_round(cta * 0 + whole_rounds) < rest).astype(jnp.int32)
 
@@ -189,9 +231,9 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         return i * ctas + in_round(i)
 
     def length_of(i: jax.Array) -> jax.Array:
-        if lengths is None:
+        if lengths_gmem is None:
             return i * 0 + row_length
-        return lax.clamp(jnp.int32(0), lengths[first_row + row_of(i)], jnp.int32(row_length))
+        return lax.clamp(jnp.int32(0), lengths_gmem[first_row + row_of(i)], jnp.int32(row_length))
 
     def chunks_of(i: jax.Array) -> jax.Array:
         """Chunks of the row that this CTA takes, at least one."""
@@ -204,21 +246,21 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
         @pl.when(jnp.logical_and(warpgroup == 0, i < count))
         def _():
             at = pl.ds((step * cluster + rank) * box, box)
-            plgpu.copy_gmem_to_smem(scores.at[row_of(i), at], ring.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(scores_gmem.at[row_of(i), at], ring_smem.at[slot], full_bar.at[slot])
 
     def following(i: jax.Array, step: jax.Array, chunks: jax.Array) -> tuple[jax.Array, ...]:
-        """The chunk after one, as (row number, step, chunks of that row)."""
+        """Returns the chunk after one, as (row number, step, chunks of that row)."""
         last = step + 1 >= chunks
         i = jnp.where(last, i + 1, i)
         return i, jnp.where(last, 0, step + 1), lax.cond(last, lambda: chunks_of(i), lambda: chunks)
 
-    steps.start(histogram, scratch)
+    steps.start(histogram_smem, scratch_smem)
     zero = cta * 0
     ahead: Any = (zero, zero, chunks_of(zero))
     for slot in range(config.stages):
         copy(jnp.int32(slot), *ahead[:2])
         ahead = following(*ahead)
-    sample = steps.load_sample(scores, *memory, row_of(zero), length_of(zero))
+    sample = steps.load_sample(scores_gmem, *memory, row_of(zero), length_of(zero))
 
     def one_row(i: jax.Array, state: Any) -> Any:
         slot, *ahead, sample = state
@@ -227,17 +269,17 @@ def body(*refs: Any, config: Config, rows: int, row_length: int, k: int, ctas: i
 
         def one_chunk(step: jax.Array, state: Any) -> Any:
             slot, *ahead, count, counted, threshold, shift = state
-            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_wait(full_bar.at[slot])
             first = (step * cluster + rank) * chunk
-            progress = steps.take(ring, *memory, slot, first, length, step, count, counted, threshold, shift)
+            progress = steps.take(ring_smem, *memory, slot, first, length, step, count, counted, threshold, shift)
             copy(slot, *ahead[:2])
             return (jnp.where(slot == config.stages - 1, 0, slot + 1), *following(*ahead), *progress)
 
         state = (slot, *ahead, i * 0, i * 0, threshold, shift)
         slot, *ahead, _count, _counted, _threshold, _shift = state = lax.fori_loop(0, chunks_of(i), one_chunk, state)
-        sample = steps.load_sample(scores, *memory, row_of(i + 1), length_of(i + 1))  # arrives during the rest
+        sample = steps.load_sample(scores_gmem, *memory, row_of(i + 1), length_of(i + 1))  # arrives during the rest
         row = row_of(i)
-        steps.finish(scores, out, *memory, row, first_row + row, length, rank, threshold, *state[4:])
+        steps.finish(scores_gmem, out_gmem, *memory, row, first_row + row, length, rank, threshold, *state[4:])
         return (slot, *ahead, sample)
 
     lax.fori_loop(0, count, one_row, (zero, *ahead, sample))
@@ -276,7 +318,7 @@ def top_k(
     if padding:
         scores = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     if config is None:
-        config = tuning.TOP_K_INTERPRETED if interpret else tuning.top_k(rows, length)
+        config = INTERPRETED if interpret else choose_config(rows, length)
     if part:
         operands = (lengths, part.number.reshape(1))
         run = launch(scores.shape, k, (), config, interpret)
@@ -287,15 +329,15 @@ def top_k(
 
 
 def box(scores: jax.Array) -> jax.Array:
-    """Rows as the copies take them: [T, L / 256, 256]."""
+    """Returns rows as the copies take them: [T, L / 256, 256]."""
     return scores.reshape(scores.shape[0], -1, LANE_ROW)
 
 
 def launch(shape: tuple[int, int], k: int, out_type: Any, config: Config, interpret: Any) -> Callable[..., Any]:
-    """The kernel on rows of a multiple of 256 scores."""
+    """Returns the kernel on rows of a multiple of 256 scores."""
     rows, row_length = shape
     ctas = min(rows, config.ctas)
-    steps = (Twins if interpret else Steps)(config, row_length, k)
+    steps = (InterpretedSteps if interpret else DeviceSteps)(config, row_length, k)
     histograms = 1 if config.cluster == 1 else 2
     clusters: Any = {} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("rank",)}
     return plgpu.kernel(

@@ -2,7 +2,7 @@
 
 A candidate is a pair of words: the bits of a score and its position. Scores are compared as *keys*, unsigned words of
 the same order. The k-th best is closed in on by histograms, each over the range that the one before left: a digit at a
-time, as a radix sort has it, but of the range that is there. As soon as a bin holds no more candidates than a warp has
+time, as a radix sort has it, but of the range that is left. As soon as a bin holds no more candidates than a warp has
 lanes, every warp ranks those, a lane each. The result is a `Cut`: the last candidate that stays.
 
 If a row is shared by the CTAs of a cluster, each has its own candidates; histograms are added up through distributed
@@ -55,7 +55,7 @@ def to_key(bits: Word) -> Word:
 
 
 def from_key(key: Word) -> Word:
-    """The float32 bits of a key."""
+    """Returns the float32 bits of a key."""
     return key ^ ((key.signed_shift_right(31) ^ ALL_BITS) | 0x80000000)
 
 
@@ -66,7 +66,7 @@ def just_below(key: Word) -> Word:
 
 
 def shift_for(width: Word) -> Word:
-    """The shift that spreads words 0 .. width over all bins."""
+    """Returns the shift that spreads words 0 .. width over all bins."""
     return (as_word(32 - LOG_BINS) - width.leading_zeros()).signed_max(0)
 
 
@@ -77,7 +77,7 @@ class Cut(NamedTuple):
     position: Word
 
     def keeps(self, key: Word, position: Word) -> Word:
-        """Whether a candidate stays."""
+        """Returns whether a candidate stays."""
         return (key > self.key) | (key.equals(self.key) & (position <= self.position))
 
 
@@ -96,7 +96,7 @@ class Range(NamedTuple):
     """Histograms so far."""
 
     def holds(self, word: Word) -> Word:
-        """Whether a word is in the range."""
+        """Returns whether a word is in the range."""
         return word - self.base <= self.width
 
 
@@ -106,7 +106,7 @@ class Selection:
     def __init__(self, config: Any, row_length: int, candidates: Any, histogram: Any, scratch: Any):
         """
         Args:
-          config: `TopKConfig`.
+          config: a `Config` of the op.
           row_length: positions are less than that.
           candidates: ref of 2 * config.capacity words.
           histogram: ref of BINS words, or 2 * BINS with a cluster; zeros between rows.
@@ -120,7 +120,7 @@ class Selection:
         self.sums = scratch.part(0)  # of each warp: two arrays of 32, which take turns
         self.lowest, self.highest = scratch.part(64), scratch.part(96)  # of each warp
         self.for_peers = scratch.part(128)  # what the other CTAs of the cluster read
-        self.found = scratch.part(140)  # what `crossing` found
+        self.crossed = scratch.part(140)  # what `crossing` found
         self.few_count = scratch.part(144)
         self.few = scratch.part(160)  # FEW pairs
         self.thread = thread_index()
@@ -129,7 +129,7 @@ class Selection:
     # ---- over all threads ----
 
     def warp_offsets(self, n: Word, parity: Word | int) -> tuple[Word, Word]:
-        """The sums of `n` (of lane 31) over the warps before this one, and over all.
+        """Returns the sums of `n` (of lane 31) over the warps before this one, and over all.
 
         One barrier. Calls without a barrier in between alternate `parity`.
         """
@@ -140,7 +140,7 @@ class Selection:
         return warp_reduce("add", (self.lane < self.warp).where(of_warp, 0)), warp_reduce("add", of_warp)
 
     def offsets(self, n: Word, parity: Word | int) -> tuple[Word, Word]:
-        """The sums of `n` over the threads before this one, and over all; a barrier as in `warp_offsets`."""
+        """Returns the sums of `n` over the threads before this one, and over all; a barrier as in `warp_offsets`."""
         inclusive = warp_prefix_sum(n, self.lane)
         before, everything = self.warp_offsets(inclusive, parity)
         return before + inclusive - n, everything
@@ -153,13 +153,13 @@ class Selection:
             barrier()
 
     def extremes(self, lowest: Word, highest: Word, peers: int) -> tuple[Word, Word]:
-        """The least and the greatest word of all threads, and how far they are apart: (least, distance)."""
+        """Returns the least and the greatest word of all threads, and how far they are apart: (least, distance)."""
         for words, kind, x in ((self.lowest, "min", lowest), (self.highest, "max", highest)):
             words.store(self.warp, warp_reduce(kind, x), predicate=self.lane.equals(0))
         barrier()
-        there = self.lane < self.warps
-        lowest = warp_reduce("min", there.where(self.lowest.load(self.lane), ALL_BITS))
-        highest = warp_reduce("max", there.where(self.highest.load(self.lane), 0))
+        exists = self.lane < self.warps
+        lowest = warp_reduce("min", exists.where(self.lowest.load(self.lane), ALL_BITS))
+        highest = warp_reduce("max", exists.where(self.highest.load(self.lane), 0))
         if peers > 1:
             first = self.thread.equals(0)
             self.for_peers.store(0, lowest, predicate=first)
@@ -171,7 +171,7 @@ class Selection:
         return lowest, highest - lowest
 
     def each(self, count: Word, state: list[Word | int], body: Callable[..., Any]) -> list[Word]:
-        """`state = body(key, position, whether it is there, *state)` for this thread's share of the candidates."""
+        """`state = body(key, position, whether it exists, *state)` for this thread's share of the candidates."""
 
         def batch(first, *state):
             places = [first + i * self.threads for i in range(4)]
@@ -200,27 +200,27 @@ class Selection:
         return (as_word(step) & 1) << LOG_BINS if self.config.cluster > 1 else 0
 
     def crossing(self, need: Word, step: Word, peers: int) -> tuple[Word, Word, Word]:
-        """The bin that holds the need-th greatest word: (its number, words in bins above, words in it).
+        """Returns the bin that holds the need-th greatest word: (its number, words in bins above, words in it).
 
         Call it after `meet`. The histogram is zero again when it returns.
         """
         width = BINS // self.threads
-        mine = self.buffer(step) + self.thread * width
+        first = self.buffer(step) + self.thread * width
         if peers > 1:
-            of_peers = [self.histogram.load_of_peer(mine, width, peer) for peer in range(peers)]
+            of_peers = [self.histogram.load_of_peer(first, width, peer) for peer in range(peers)]
             counts = [total(bins) for bins in zip(*of_peers, strict=True)]
             self.histogram.store_zeros(self.buffer(step + 1) + self.thread * width, width)
         else:
-            counts = self.histogram.load_many(mine, width)
-            self.histogram.store_zeros(mine, width)
+            counts = self.histogram.load_many(first, width)
+            self.histogram.store_zeros(first, width)
         above, _ = self.offsets(total(counts), step & 1)
         for i, count in enumerate(counts):
             here = (above < need) & (need <= above + count)
             for at, x in enumerate(((BINS - 1 - i) - self.thread * width, above, count)):
-                self.found.store(at, x, predicate=here)
+                self.crossed.store(at, x, predicate=here)
             above = above + count
         barrier()
-        return self.found.load(0), self.found.load(1), self.found.load(2)
+        return self.crossed.load(0), self.crossed.load(1), self.crossed.load(2)
 
     def narrow(
         self,
@@ -252,9 +252,9 @@ class Selection:
                 self.meet(peers)
 
             branch(counted.equals(0), count, [])
-            found, above, inside = self.crossing(k - taken, step, peers)
-            edge = found << shift
-            width = found.equals(BINS - 1).where(width - edge, (as_word(1) << shift) - 1)
+            crossed, above, inside = self.crossing(k - taken, step, peers)
+            edge = crossed << shift
+            width = crossed.equals(BINS - 1).where(width - edge, (as_word(1) << shift) - 1)
             taken = taken + above
             fits = taken + inside <= limit
             over = fits | (inside <= few) | width.equals(0)
@@ -267,31 +267,43 @@ class Selection:
     # ---- the cut ----
 
     def cut(
-        self, count: Word, k: int, limit: int, base: Word, width: Word, peers: int = 1, **first: Any
+        self,
+        count: Word,
+        k: int,
+        limit: int,
+        base: Word,
+        width: Word,
+        peers: int = 1,
+        *,
+        shift: Word | None = None,
+        counted: Word | int = 0,
     ) -> tuple[Cut, Word]:
-        """The cut that keeps the k best candidates, or up to `limit` if that is known sooner.
+        """Returns the cut that keeps the k best candidates, or up to `limit` if that is known sooner.
 
         Args:
           count: candidates of this CTA; all CTAs together have at least k.
           base, width: where their keys are.
-          first: `shift` and `counted` of `narrow`.
+          peers: CTAs that share the row.
+          shift, counted: see `narrow`.
 
         Returns:
           The cut, and the key that later scores of the row must exceed to be candidates.
         """
 
         def count_keys(base, width, shift, step):
-            def one(key, position, there):
-                self.count_word(key - base, shift, step, there & (key - base <= width))
+            def one(key, position, exists):
+                self.count_word(key - base, shift, step, exists & (key - base <= width))
 
             self.each(count, [], one)
 
-        keys = self.narrow(count_keys, base, width, as_word(k), as_word(limit), peers=peers, **first)
+        keys = self.narrow(
+            count_keys, base, width, as_word(k), as_word(limit), peers=peers, shift=shift, counted=counted
+        )
 
         def count_ties(base, width, shift, step):
-            def one(key, position, there):
+            def one(key, position, exists):
                 distance = (self.last_position - position) - base
-                self.count_word(distance, shift, step, there & key.equals(keys.base) & (distance <= width))
+                self.count_word(distance, shift, step, exists & key.equals(keys.base) & (distance <= width))
 
             self.each(count, [], one)
 
@@ -316,9 +328,9 @@ class Selection:
     def rank(self, count: Word, keys: Range, positions: Range, need: Word, peers: int) -> tuple[Word, Word]:
         """(key, position) of the need-th best of the few candidates in both ranges. Each warp finds it for itself."""
 
-        def collect(key, position, there):
-            found = there & keys.holds(key) & positions.holds(self.last_position - position)
-            when(found, lambda: self.few.store_pair(self.few_count.fetch_increment(0), key, position))
+        def collect(key, position, exists):
+            in_both = exists & keys.holds(key) & positions.holds(self.last_position - position)
+            when(in_both, lambda: self.few.store_pair(self.few_count.fetch_increment(0), key, position))
 
         self.each(count, [], collect)
         self.meet(peers)
@@ -336,7 +348,7 @@ class Selection:
         return result[0], result[1]
 
     def few_of_lane(self, peers: int) -> tuple[Word, Word, Word]:
-        """The candidate of this lane (key, position), and how many lanes of the warp have one."""
+        """Returns the candidate of this lane (key, position), and how many lanes of the warp have one."""
         if peers == 1:
             n = self.few_count.load(0)
             key, position = self.few.load_pair(self.lane)
@@ -352,8 +364,10 @@ class Selection:
         return key, position, first
 
     def count_kept(self, count: Word, cut: Cut) -> Word:
-        """How many candidates of this CTA stay."""
-        [n] = self.each(count, [0], lambda key, position, there, n: [n + (there & cut.keeps(key, position)).to_word()])
+        """Returns how many candidates of this CTA stay."""
+        [n] = self.each(
+            count, [0], lambda key, position, exists, n: [n + (exists & cut.keeps(key, position)).to_word()]
+        )
         return self.offsets(n, 0)[1]
 
     def keep(self, count: Word, cut: Cut, put: Callable[..., None], start: Word | int = 0) -> Word:

@@ -69,11 +69,11 @@ class Streaming(Selection):
         stride = (length >> (self.config.sample // SAMPLE_GROUP).bit_length() - 1) & 0xFFFFFFFC
         stride = self.has_threshold(length).where(stride, 0)  # a short row: anything inside it
         lanes = SAMPLE_GROUP // 4
-        mine = [self.thread + i * self.threads for i in range(self.config.sample // (4 * self.threads))]
-        return [(i // lanes) * stride + (i % lanes) * 4 for i in mine]
+        groups = [self.thread + i * self.threads for i in range(self.config.sample // (4 * self.threads))]
+        return [(i // lanes) * stride + (i % lanes) * 4 for i in groups]
 
     def has_threshold(self, length: Word) -> Word:
-        """Whether a row is long enough for a first threshold to pay."""
+        """Returns whether a row is long enough for a first threshold to pay."""
         return length > max(2 * self.config.sample, self.config.chunk)
 
     def first_threshold(self, sample: list[Word], length: Word, k: int) -> list[Word]:
@@ -98,8 +98,8 @@ class Streaming(Selection):
                 for key in keys:
                     self.count_word(key - base, shift, step, key - base <= width)
 
-            found = self.narrow(count, base, width, rank, rank + (rank >> 3), few=0)
-            threshold = just_below(found.base).max(NEGATIVE_INFINITY)
+            narrowed = self.narrow(count, base, width, rank, rank + (rank >> 3), few=0)
+            threshold = just_below(narrowed.base).max(NEGATIVE_INFINITY)
             useful = threshold > NEGATIVE_INFINITY
             return [threshold, useful.where(shift_for(highest - threshold), NO_HISTOGRAM)]
 
@@ -149,7 +149,7 @@ class Streaming(Selection):
         return text + (f"setp.gt.and.s32 p, ${left}, {self.score_distance(i)}, p;\n" if tail else "")
 
     def count_above(self, scores: list[Word], first: Word, length: Word, threshold: Word) -> Word:
-        """How many of this thread's scores are candidates. Three instructions a score at most."""
+        """Returns how many of this thread's scores are candidates. Three instructions a score at most."""
         left = length - first - self.thread * 4
 
         def code(tail):
@@ -162,7 +162,7 @@ class Streaming(Selection):
 
     def store_above(self, scores: list[Word], first: Word, length: Word, threshold: Word, place: Word) -> None:
         """Stores this thread's candidates from `place` on."""
-        mine = first + self.thread * 4
+        own_first = first + self.thread * 4
 
         def code(tail):
             text = "{ .reg .pred p; .reg .b32 a, q; mov.u32 a, $2;\n"
@@ -170,7 +170,7 @@ class Streaming(Selection):
                 text += self.above(i, 4, 0, 1, tail) + f"add.u32 q, $3, {self.score_distance(i)};\n"
                 text += f"@p st.shared.v2.b32 [a], {{${4 + i}, q}};\n@p add.u32 a, a, 8;\n"
             address = self.candidates.address(place << 1)
-            ptx(text + "}", from_key(threshold), length - mine, address, mine, *scores)
+            ptx(text + "}", from_key(threshold), length - own_first, address, own_first, *scores)
 
         self.whole_or_tail(first, length, code)
 
@@ -197,10 +197,10 @@ class Streaming(Selection):
         return count, threshold
 
     def extent(self, count: Word, peers: int) -> tuple[Word, Word]:
-        """The least key of the candidates, and how far it is to the greatest."""
+        """Returns the least key of the candidates, and how far it is to the greatest."""
 
-        def one(key, position, there, least, greatest):
-            return there.where(least.min(key), least), there.where(greatest.max(key), greatest)
+        def one(key, position, exists, least, greatest):
+            return exists.where(least.min(key), least), exists.where(greatest.max(key), greatest)
 
         return self.extremes(*self.each(count, [ALL_BITS, 0], one), peers)
 
@@ -259,7 +259,7 @@ class Streaming(Selection):
         barrier()
 
     def over_cluster(self, place: int, words: list[Word]) -> list[Word]:
-        """Sums of words over the CTAs of the cluster, with a barrier; `place` is where they are exchanged."""
+        """Returns sums of words over the CTAs of the cluster, with a barrier; `place` is where they are exchanged."""
         if self.config.cluster == 1:
             barrier()
             return words
@@ -270,7 +270,7 @@ class Streaming(Selection):
         return [total([self.for_peers.load_of_peer(place + i, 1, p)[0] for p in peers]) for i in range(len(words))]
 
     def read_again(self, row: ir.Value, length: Word, rank: Word, k: int) -> Progress:
-        """The row once more, from device memory and without a first threshold."""
+        """Returns the row once more, from device memory and without a first threshold."""
         chunk, cluster = self.config.chunk, self.config.cluster
 
         def one(step, *state):
@@ -290,7 +290,7 @@ class Streaming(Selection):
         return progress
 
     def kept_before(self, count: Word, cut: Cut, rank: Word) -> Word:
-        """How many candidates stay in the CTAs of the cluster before this one."""
+        """Returns how many candidates stay in the CTAs of the cluster before this one."""
         if self.config.cluster == 1:
             return as_word(0)
         self.for_peers.store(5, self.count_kept(count, cut), predicate=self.thread.equals(0))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dsv32_jax.experiments.bench import attention, cases, moe_layer, run
-from pallas_kernels.cache_write import read_index_keys, read_latents
-from pallas_kernels.shapes import SHAPES, TINY, SparseMLA, TopK
+from dsv32_jax.experiments.bench.shapes import SHAPES, TINY
+from pallas_kernels.cache_format import read_index_keys, read_latents
+from pallas_kernels.sparse_mla.shapes import SparseMLA
+from pallas_kernels.top_k.shapes import TopK
 
 KEY = jax.random.key(3)
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dsv32_jax.experiments.bench import registers
-from pallas_kernels import tuning
+from pallas_kernels.configs import CONFIGS
 
 REPORT = """
 ptxas info    : 0 bytes gmem
@@ -30,10 +30,10 @@ def test_a_report_is_read_kernel_by_kernel():
 
 def test_every_configuration_is_asked_about():
     found = Counter((op, repr(config)) for op, config, _, _ in registers.programs())
-    assert found == Counter((op, repr(config)) for op, configs in tuning.CONFIGS.items() for config in configs)
+    assert found == Counter((op, repr(config)) for op, configs in CONFIGS.items() for config in configs)
 
 
-@pytest.mark.parametrize("op", tuning.CONFIGS)
+@pytest.mark.parametrize("op", CONFIGS)
 def test_what_is_asked_lowers(op):
     """For the first configuration; each op's own tests lower the others."""
     _, _, function, shapes = next(program for program in registers.programs() if program[0] == op)

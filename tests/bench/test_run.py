@@ -7,11 +7,13 @@ import pytest
 
 from dsv32_jax.cli import main
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.bench import cases, run
+from dsv32_jax.experiments.bench import cases, run, targets
+from dsv32_jax.experiments.bench.shapes import SHAPES, TINY
+from dsv32_jax.experiments.bench.targets import PeerRow
 from dsv32_jax.experiments.bench.timer import FLUSH
 from dsv32_jax.experiments.results import environment
 from pallas_kernels import backend as kernels_backend
-from pallas_kernels.shapes import SHAPES, SMALL, TINY, PeerRow, TopK
+from pallas_kernels.shapes import SMALL
 
 DEVICE = environment()["device"]
 REFERENCES = [shape for shapes in SMALL.values() for shape in shapes if shape.op != "moe_layer"]
@@ -41,15 +43,9 @@ def quick_roofline(monkeypatch):
 @pytest.fixture
 def peered(monkeypatch):
     """A tiny shape with a peer and a target."""
-    shape = TopK(
-        name="tiny",
-        tokens=3,
-        context=256,
-        chosen=16,
-        peers=((PeerRow("P", "topk", "tiny"),),),
-        target=run.dataclasses.replace(SHAPES["top_k"][0].target),
-    )
-    monkeypatch.setitem(TINY, "top_k", (shape,))
+    (shape,) = TINY["top_k"]
+    monkeypatch.setitem(targets.PEERS, ("top_k", shape.name), ((PeerRow("P", "topk", "tiny"),),))
+    monkeypatch.setitem(targets.TARGETS, ("top_k", shape.name), targets.TARGETS["top_k", "1x131072"])
     return shape
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dsv32_jax.experiments.bench import time_peers
 from dsv32_jax.experiments.bench.roofline import TORCH
-from pallas_kernels.shapes import SHAPES, PeerRow
+from dsv32_jax.experiments.bench.targets import PEERS, PeerRow
 
 MODULES = ("torch", "torch.nn.attention", "deep_gemm", "deep_gemm.utils", "flash_mla", "flashinfer")
 
@@ -17,7 +17,7 @@ def test_every_row_that_a_shape_wants_is_made(monkeypatch):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     calls = [call for library in time_peers.LIBRARIES.values() for call in library()]
     made = [PeerRow(call.peer, call.op, call.shape) for call in calls]
-    wanted = {row for shapes in SHAPES.values() for shape in shapes for rows in shape.peers for row in rows}
+    wanted = {row for alternatives in PEERS.values() for rows in alternatives for row in rows}
     assert wanted | set(TORCH.values()) <= set(made)
     assert len(made) == len(set(made))
 

@@ -123,7 +123,9 @@ def test_the_mtp_layer_guesses_the_same():
     @jax.jit
     def guesses(mtp):
         cache = KVCache.create(model.config, 1, EXACT, layers=model.config.num_hidden_layers + 1)
-        return mtp(jnp.asarray(states, jnp.float32), ids, cache, StepContext(model.config, EXACT, batch))[0]
+        return mtp(
+            jnp.asarray(states, jnp.float32), ids, cache, StepContext(model.config, EXACT, batch, EXACT.seams())
+        )[0]
 
     expected = guesses(model.mtp)
     np.testing.assert_allclose(guesses(migrated.mtp), expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -189,7 +189,8 @@ def test_drafts_are_those_of_the_layer_over_the_whole_text(lm, monkeypatch):
     def whole(model, batch):
         cache = KVCache.create(TINY, batch.block_tables.size, EXACT, TINY.num_hidden_layers + 1)
         states, cache = model.states(batch, cache, EXACT)
-        logits, _ = model.mtp(states, jnp.roll(batch.ids, -1), cache, StepContext(TINY, EXACT, batch))
+        ctx = StepContext(TINY, EXACT, batch, EXACT.seams())
+        logits, _ = model.mtp(states, jnp.roll(batch.ids, -1), cache, ctx)
         return jnp.argmax(logits, axis=-1)
 
     for request in requests:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
 from pallas_kernels.sparse_mla import mosaic_gpu, sparse_mla
+from pallas_kernels.sparse_mla.config import BF16, CONFIGS, FP8
 from tests.kernels.cases import sparse_mla as cases
 
 COUNTS = [2048, 0, 1, 2, 63, 64, 65, 127, 128, 129, 256, 300, 1000, 1023, 1920, 1921, 2047, 2048]
@@ -58,10 +58,10 @@ def test_real_sizes(fp8, prefix, rising, seed):
     check(cases.case("", COUNTS, heads=128, keys=2048, blocks=128, **options), runs=5)
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["sparse_mla"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("prefix", [False, True])
 def test_every_config(config, prefix, seed):
-    fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    fp8 = config.registers == FP8.registers
     case = cases.case("", COUNTS, heads=128, keys=2048, blocks=128, fp8=fp8, prefix=prefix, seed=seed)
     check(case, config)
 
@@ -69,7 +69,7 @@ def test_every_config(config, prefix, seed):
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("changes", [{"slack": 0.0}, {"ctas": 1}, {"ctas": 5}, {"prefetch": True}])
 def test_other_configs(fp8, changes, seed):
-    config = dataclasses.replace(tuning.SPARSE_MLA_FP8 if fp8 else tuning.SPARSE_MLA_BF16, **changes)
+    config = dataclasses.replace(FP8 if fp8 else BF16, **changes)
     check(cases.case("", COUNTS, heads=65, keys=2048, blocks=64, fp8=fp8, prefix=True, seed=seed), config)
 
 
@@ -101,7 +101,7 @@ def test_few_tokens(fp8, tokens, prefix, seed):
 @pytest.mark.parametrize("splits", [1, 4])
 def test_scales_that_are_no_powers_of_two(splits, seed):
     case = cases.case("", COUNTS, heads=128, keys=2048, blocks=64, fp8=True, powers=False, prefix=True, seed=seed)
-    check(case, dataclasses.replace(tuning.SPARSE_MLA_FP8, splits=splits), **ROUNDED_SCALES)
+    check(case, dataclasses.replace(FP8, splits=splits), **ROUNDED_SCALES)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -122,7 +122,7 @@ def test_the_same_bits_in_every_run(fp8, splits, seed):
     queries = jax.random.normal(jax.random.key(seed + 1), (tokens, 128, 576), jnp.bfloat16)
     slots = jnp.asarray(rng.integers(0, blocks * 64, (tokens, keys), np.int32))
     lengths = jnp.asarray(rng.integers(0, keys + 1, tokens, np.int32))
-    config = dataclasses.replace(tuning.SPARSE_MLA_FP8 if fp8 else tuning.SPARSE_MLA_BF16, splits=splits)
+    config = dataclasses.replace(FP8 if fp8 else BF16, splits=splits)
     kernel = jax.jit(lambda *x: mosaic_gpu.sparse_mla(*x, cases.SCALE, config=config))
     first = kernel(queries, kv, jnp.int32(1), slots, lengths)
     assert bool(jnp.isfinite(first[0].astype(jnp.float32)).all())

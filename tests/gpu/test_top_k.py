@@ -9,12 +9,12 @@ import pytest
 
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.generate.loading import load
-from pallas_kernels import tuning
 from pallas_kernels.top_k import mosaic_gpu, top_k
+from pallas_kernels.top_k.config import CONFIGS, FEW_ROWS, MANY_ROWS
 from tests.kernels.cases import top_k as cases
 
 RUNS = 3
-MISLED = dataclasses.replace(tuning.TOP_K_MANY, aim=0, margin=1)
+MISLED = dataclasses.replace(MANY_ROWS, aim=0, margin=1)
 """The first threshold is the greatest score of the sample, so that nearly every long row is read again."""
 
 
@@ -40,7 +40,7 @@ def test_hard_rows(length, k):
 @pytest.mark.parametrize("length", [32768, 100096])
 @pytest.mark.parametrize(
     "config",
-    [*tuning.CONFIGS["top_k"], MISLED],
+    [*CONFIGS, MISLED],
     ids=lambda config: f"{config.warpgroups} warpgroups, cluster {config.cluster}, aim {config.aim}",
 )
 def test_hard_rows_in_every_config(config, length):
@@ -50,7 +50,7 @@ def test_hard_rows_in_every_config(config, length):
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 def test_rows_that_are_read_again_by_a_cluster(cluster):
-    config = dataclasses.replace(tuning.TOP_K_FEW, aim=0, margin=1, cluster=cluster)
+    config = dataclasses.replace(FEW_ROWS, aim=0, margin=1, cluster=cluster)
     for case in cases.adversarial(65536, 500):
         check(case, 500, config)
 

@@ -9,7 +9,8 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.backend import BackendError
-from pallas_kernels.cache_write import KeyNorms, index_block_bytes, record_bytes
+from pallas_kernels.cache_format import index_block_bytes, record_bytes
+from pallas_kernels.cache_write import KeyNorms
 from pallas_kernels.matmul import fp8_block, int4, int8
 
 T, H, E = 3, 2, 16
@@ -174,10 +175,6 @@ CALLS = {
     ),
     "quantize": (pk.quantize, {"x": of(T, 128)}),
     "quantize_int8": (pk.quantize.quantize_int8, {"x": of(T, 128, dtype=BF16)}),
-    "rms_norm_quantize": (
-        functools.partial(pk.quantize.rms_norm_quantize, eps=1e-6),
-        {"x": of(T, 128, dtype=BF16), "weight": of(128)},
-    ),
 }
 WITHOUT_BACKEND = {
     "dequantize": (pk.quantize.dequantize, {"values": of(T, 256, dtype=E4M3), "scales": of(T, 2)}),
@@ -198,7 +195,7 @@ WITHOUT_BACKEND = {
     ),
 }
 ALL = CALLS | WITHOUT_BACKEND
-LEADING_AXES = {"quantize", "quantize_int8", "rms_norm_quantize", *WITHOUT_BACKEND}
+LEADING_AXES = {"quantize", "quantize_int8", *WITHOUT_BACKEND}
 """These take any axes before the last ones."""
 
 

@@ -1,4 +1,4 @@
-"""The block cache: what is written is read back, in each form, and nothing else changes."""
+"""Keys from raw projections into the cache: the op against NumPy, the kernel against the op."""
 
 import dataclasses
 import functools
@@ -6,88 +6,17 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
-from pallas_kernels.cache_write import (
-    KeyNorms,
-    cache_write,
-    index_block_bytes,
-    mosaic_gpu,
-    read_index_keys,
-    read_latents,
-    record_bytes,
-    scatter,
-)
-from tests import numpy_model
+from pallas_kernels import mosaic, rowwise
+from pallas_kernels.cache_format import store_keys
+from pallas_kernels.cache_write import KeyNorms, cache_write, index_keys, latents, mosaic_gpu
+from pallas_kernels.cache_write.config import CONFIGS, Config
 from tests.kernels.cases import cache_write as cases
 
-LAYERS, BLOCKS, LATENT, ROPE, DIM = 2, 4, 512, 64, 128
-
-
-# ---- the forms of the cache --------------------------------------------------------------------------------------
-
-
-def new_tokens(count: int, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((count, n)).astype(np.float32) * 3 for n in (LATENT, ROPE, DIM)]
-
-
-def empty(form: str):
-    if form == "fp8":
-        return (
-            jnp.full((LAYERS, BLOCKS, 64, record_bytes(LATENT, ROPE)), 0xAB, jnp.uint8),
-            jnp.full((LAYERS, BLOCKS, index_block_bytes(DIM)), 0xCD, jnp.uint8),
-        )
-    dtype = jnp.dtype(form)
-    return jnp.full((LAYERS, BLOCKS, 64, LATENT + ROPE), 7, dtype), jnp.full((LAYERS, BLOCKS, 64, DIM), 7, dtype)
-
-
+BLOCKS, LATENT = 4, 512
 SLOTS = np.array([64 * 3 + 63, 5, -1, 64 + 17, 64 * 3], np.int32)
-WRITTEN = SLOTS >= 0
-
-
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_round_trip(form, layer):
-    kv, index = empty(form)
-    latent, rope_key, index_key = new_tokens(len(SLOTS))
-    new_kv, new_index = scatter(kv, index, layer, jnp.asarray(SLOTS), latent, rope_key, index_key)
-    table = jnp.arange(BLOCKS)[None]
-    rows = np.asarray(read_latents(new_kv, layer, table, ROPE, jnp.float32))[0][SLOTS[WRITTEN]]
-    keys, scales = read_index_keys(new_index, layer, table)
-    keys = np.asarray(keys[0], np.float32)[SLOTS[WRITTEN]]
-    if form == "fp8":
-        latent = numpy_model.fake_quantise(latent, "ue8m0")
-        rope_key = rope_key.astype(ml_dtypes.bfloat16)
-        values, key_scales = numpy_model.quantise_rows(index_key, "ue8m0")
-        np.testing.assert_array_equal(keys, values[WRITTEN])
-        np.testing.assert_array_equal(np.asarray(scales)[0][SLOTS[WRITTEN]], key_scales[WRITTEN, 0])
-    else:
-        assert scales is None
-        latent, rope_key, index_key = (x.astype(jnp.dtype(form)) for x in (latent, rope_key, index_key))
-        np.testing.assert_array_equal(keys, index_key.astype(np.float32)[WRITTEN])
-    expected = np.concatenate([latent.astype(np.float32), rope_key.astype(np.float32)], -1)
-    np.testing.assert_array_equal(rows, expected[WRITTEN])
-
-
-def test_fp8_record_layout_is_flashmla_s():
-    """Bytes 0-511 values, 512-527 four float32 scales, 528-655 64 bfloat16 rope numbers: 656 for V3.2."""
-    assert record_bytes(512, 64) == 656 and index_block_bytes(128) == 64 * 132
-    kv, index = empty("fp8")
-    latent, rope_key, index_key = new_tokens(1)
-    kv, index = scatter(kv, index, 0, jnp.array([70]), latent, rope_key, index_key)
-    record = np.asarray(kv)[0, 1, 6]
-    values, scales = numpy_model.quantise_rows(latent, "ue8m0")
-    np.testing.assert_array_equal(record[:512].view(ml_dtypes.float8_e4m3fn).astype(float), values[0])
-    np.testing.assert_array_equal(record[512:528].view(np.float32), scales[0])
-    np.testing.assert_array_equal(record[528:].view(ml_dtypes.bfloat16), rope_key[0].astype(ml_dtypes.bfloat16))
-    block = np.asarray(index)[0, 1]
-    values, scales = numpy_model.quantise_rows(index_key, "ue8m0")
-    np.testing.assert_array_equal(block[6 * 128 : 7 * 128].view(ml_dtypes.float8_e4m3fn).astype(float), values[0])
-    np.testing.assert_array_equal(block[64 * 128 + 24 : 64 * 128 + 28].view(np.float32), scales[0])
 
 
 # ---- the op ------------------------------------------------------------------------------------------------------
@@ -125,6 +54,38 @@ def test_a_quantised_latent_holds_what_fp8_can():
     np.testing.assert_array_equal(rows, records)
     unquantised = dataclasses.replace(plain, quantize_latent=False)
     assert (cases.stored(plain, *cases.run(unquantised, "auto"))[0] != rows)[:, :LATENT].mean() > 0.5
+
+
+@pytest.mark.parametrize("case", cases.tiny()[:2], ids=lambda case: case.name)
+def test_the_parts_compose_the_op_and_take_other_functions(case):
+    kv, index, slots, kv_a, index_key, latent_weight, index_weight, index_bias, *angles = map(
+        jnp.asarray, case.arguments
+    )
+
+    def halved(x, weight, *rest):
+        return x / 2
+
+    def reversed_angles(x, cos, sin):
+        return rowwise.rope_interleaved(x, cos, -sin)
+
+    def composed(latent_parts, index_parts):
+        latent, rope_key = latents(
+            kv_a, latent_weight, cases.EPS, angles, case.quantize_latent, case.scale_fmt, **latent_parts
+        )
+        key = index_keys(index_key, index_weight, index_bias, cases.EPS, angles, **index_parts)
+        stored = store_keys(kv, index, case.layer, slots, latent, rope_key, key, case.scale_fmt)
+        return latent, rope_key, key, cases.stored(case, *stored)
+
+    latent, _, key, stored = composed({}, {})
+    for array, expected in zip(stored, cases.stored(case, *cases.run(case, "reference")), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    other = {"norm": halved, "rope": reversed_angles}
+    other_latent, other_rope_key, other_key, _ = composed(other, other)
+    assert other_latent.shape == latent.shape and (other_latent != latent).any()
+    np.testing.assert_array_equal(other_rope_key, rowwise.rope_interleaved(kv_a[:, LATENT:], angles[0], -angles[1]))
+    rotated = rowwise.rope_leading(index_key / 2, *angles, reversed_angles)
+    np.testing.assert_array_equal(other_key, rowwise.hadamard(rotated))
+    assert (other_key != key).any() and other_key.shape == key.shape
 
 
 @pytest.mark.parametrize("case", [*EXACT, *cases.tiny()], ids=lambda case: case.name)
@@ -170,16 +131,18 @@ def test_the_kernel_refuses_a_gradient():
 # ---- the kernel --------------------------------------------------------------------------------------------------
 
 
-def kernel(case: cases.Case, config: tuning.CacheWrite, interpret=None):
+def kernel(case: cases.Case, config: Config, interpret=None):
     """The case in the kernel itself, with a config of one's own: a function of its arrays."""
 
-    def call(kv, index, slots, *others):
+    def call(kv, index, slots, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin):
         return mosaic_gpu.cache_write(
             kv,
             index,
             jnp.full((1,), case.layer, jnp.int32),
             slots,
-            *others,
+            (kv_a, index_key),
+            (latent_weight, index_weight, index_bias),
+            (cos, sin),
             eps=(cases.EPS, cases.EPS),
             quantize_latent=case.quantize_latent,
             scale_fmt=case.scale_fmt,
@@ -191,9 +154,9 @@ def kernel(case: cases.Case, config: tuning.CacheWrite, interpret=None):
 
 
 INTERPRETED = [
-    (0, tuning.CacheWrite(tokens=1)),
-    (1, tuning.CacheWrite(warpgroups=2, tokens=2)),
-    (2, tuning.CacheWrite(tokens=3)),
+    (0, Config(tokens=1)),
+    (1, Config(warpgroups=2, tokens=2)),
+    (2, Config(tokens=3)),
 ]
 
 
@@ -212,7 +175,7 @@ def test_op_in_the_interpreter():
     cases.check_against_reference(case, *cases.run(case, "interpret"))
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["cache_write"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("case", cases.real()[::3], ids=lambda case: case.name)
 def test_kernel_lowers(case, config):
     text = jax.jit(kernel(case, config)).trace(*case.arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -221,9 +184,9 @@ def test_kernel_lowers(case, config):
 
 def test_config_validates_itself():
     with pytest.raises(ValueError, match="1 to 8 warpgroups, not 9"):
-        tuning.CacheWrite(warpgroups=9)
+        Config(warpgroups=9)
     with pytest.raises(ValueError, match="at least one token, not 0"):
-        tuning.CacheWrite(tokens=0)
+        Config(tokens=0)
 
 
 def test_the_caches_are_updated_in_place_and_layers_share_a_kernel():

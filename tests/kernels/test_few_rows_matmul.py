@@ -11,11 +11,11 @@ import pytest
 
 from pallas_kernels import mosaic
 from pallas_kernels.backend import BackendError
+from pallas_kernels.hopper import SMS
 from pallas_kernels.matmul import FP8_BLOCK, Product, QTensor, choose, few_rows, matmul
 from pallas_kernels.matmul import config as tuning
 from pallas_kernels.matmul import few_rows_fp8 as device
 from pallas_kernels.moe_dispatch import make_plan
-from pallas_kernels.tuning import SMS
 from tests.kernels.cases import few_rows as cases
 
 TINY = {case.name: case for case in cases.tiny()}

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import BackendError
 from pallas_kernels.index_select import index_select, mosaic_gpu
+from pallas_kernels.indexer_logits import mosaic_gpu as logits_kernel
+from pallas_kernels.indexer_logits.config import choose_config
 from tests import numpy_model
 from tests.kernels.cases import indexer_logits as cases
 from tests.kernels.test_indexer_logits import SMALL, TOKENS, case, shapes
@@ -43,8 +44,9 @@ def check(chosen: np.ndarray, case: cases.Case, k: int) -> None:
 @pytest.mark.parametrize("name", ["mixture with decode tokens and padding", "one token a sequence"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_kernels_in_the_interpreter(name, whole, monkeypatch, capfd):
-    choice = tuning.indexer_logits
-    monkeypatch.setattr(tuning, "indexer_logits", lambda *shape: dataclasses.replace(choice(*shape), **SMALL))
+    monkeypatch.setattr(
+        logits_kernel, "choose_config", lambda *shape: dataclasses.replace(choose_config(*shape), **SMALL)
+    )
     case = CASES[name]
     width = -(-case.visible.shape[1] // 256) * 256
     tokens = len(case.positions) if whole else 2

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
-from pallas_kernels.cache_write import index_block_bytes, scatter
+from pallas_kernels import mosaic
+from pallas_kernels.cache_format import index_block_bytes, store_keys
 from pallas_kernels.indexer_logits import indexer_logits, mosaic_gpu
+from pallas_kernels.indexer_logits.config import CONFIGS, DECODE, DECODE_PAIRS, PREFILL, choose_config
 from pallas_kernels.indexer_logits.shares import shares
 from pallas_kernels.quantize import quantize
 from tests import numpy_model
@@ -31,7 +32,7 @@ def case(form: str):
     fp8 = form == "fp8"
     index = jnp.zeros((1, BLOCKS, index_block_bytes(DIM)), jnp.uint8) if fp8 else jnp.zeros((1, BLOCKS, 64, DIM))
     kv = jnp.zeros((1, BLOCKS, 64, 9))
-    _, index = scatter(kv, index, 0, jnp.arange(len(keys)), keys[:, :8], keys[:, :1], keys)
+    _, index = store_keys(kv, index, 0, jnp.arange(len(keys)), keys[:, :8], keys[:, :1], keys)
     key_scale = np.ones(len(keys))
     q = queries
     if fp8:
@@ -71,7 +72,6 @@ def test_reference_on_the_kernels_cases(case):
 
 # ---- the kernel --------------------------------------------------------------------------------------------------
 
-PREFILL, DECODE, PAIRS = tuning.INDEXER_PREFILL, tuning.INDEXER_DECODE, tuning.INDEXER_DECODE_PAIRS
 SMALL = {"ctas": 2, "warpgroups": 2, "stages": 3, "ahead": 1}
 INTERPRETED = [
     ("one sequence", PREFILL, SMALL | {"ctas": 1}),
@@ -80,7 +80,7 @@ INTERPRETED = [
     ("padding alone", PREFILL, SMALL | {"ctas": 5}),
     ("one token", DECODE, SMALL),
     ("one token a sequence", DECODE, SMALL | {"ctas": 1, "ahead": 2}),
-    ("two tokens a sequence", PAIRS, SMALL),
+    ("two tokens a sequence", DECODE_PAIRS, SMALL),
 ]
 
 
@@ -117,7 +117,7 @@ def test_kernel_without_fill_writes_the_blocks_that_are_seen(capfd):
 
 @pytest.mark.interpret
 def test_kernel_through_the_op(monkeypatch):
-    monkeypatch.setattr(tuning, "indexer_logits", lambda *_: dataclasses.replace(PREFILL, **SMALL))
+    monkeypatch.setattr(mosaic_gpu, "choose_config", lambda *_: dataclasses.replace(PREFILL, **SMALL))
     (case,) = (case for case in cases.tiny() if case.name == "padding alone")
     arguments = list(map(jnp.asarray, case.arguments))
     scores = np.asarray(indexer_logits(*arguments, backend="interpret"))
@@ -139,7 +139,7 @@ def shapes(tokens, sequences, heads=64, blocks=20):
     )
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["indexer_logits"], ids=repr)
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("fill", [True, False])
 def test_every_config_lowers(config, fill):
     call = jax.jit(functools.partial(mosaic_gpu.indexer_logits, config=config, fill=fill))
@@ -148,7 +148,7 @@ def test_every_config_lowers(config, fill):
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (64, 64), (6, 3), (1500, 1500), (7, 1)])
 def test_the_choice_is_one_of_the_configs(tokens, sequences):
-    assert tuning.indexer_logits(tokens, sequences) in tuning.CONFIGS["indexer_logits"]
+    assert choose_config(tokens, sequences) in CONFIGS
     jax.jit(mosaic_gpu.indexer_logits).trace(*shapes(tokens, sequences, 3, 3)).lower(lowering_platforms=("cuda",))
 
 
@@ -160,7 +160,7 @@ def test_nothing_to_score(backend, tokens, blocks):
     assert indexer_logits(*arguments, backend=backend).shape == (tokens, 64 * blocks)
 
 
-@pytest.mark.parametrize("config", [PREFILL, DECODE, PAIRS])
+@pytest.mark.parametrize("config", [PREFILL, DECODE, DECODE_PAIRS])
 @pytest.mark.parametrize("ctas", [1, 3, 132])
 def test_shares_cover_every_tile_once(config, ctas):
     config = dataclasses.replace(config, ctas=ctas)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.backend import BackendError
 from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows, gather_rows_fp8, make_plan, mosaic_gpu, route
+from pallas_kernels.moe_dispatch.config import CONFIGS, PlanConfig
 from tests.kernels.cases import moe_dispatch as cases
 
 
@@ -33,7 +34,7 @@ def test_plan_in_the_interpreter(case, capfd):
 @pytest.mark.interpret
 def test_plan_by_a_cluster_in_the_interpreter(capfd):
     case = cases.plan(9, 2, 8, tile=2)
-    config = tuning.MoEPlan(warpgroups=1, cluster=2)
+    config = PlanConfig(warpgroups=1, cluster=2)
     how = {"num_experts": 8, "tile": 2, "config": config, "interpret": mosaic.interpreter()}
     arrays = mosaic_gpu.make_plan(jnp.asarray(case.experts), jnp.asarray(case.valid), **how)
     cases.check_plan(case, RoutingPlan(*arrays, 2))
@@ -83,7 +84,7 @@ def test_routing_lowers(experts, groups):
     assert "mosaic_gpu" in lowered(route, array((70, experts)), array((experts,)), **how)
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["moe_dispatch"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_plan_lowers(config):
     plan = jax.jit(lambda experts, valid: mosaic_gpu.make_plan(experts, valid, num_experts=256, tile=64, config=config))
     text = plan.trace(array((300, 8), jnp.int32), array((300,), bool)).lower(lowering_platforms=("cuda",)).as_text()
@@ -118,9 +119,9 @@ def test_what_the_kernels_do_not_take():
     with pytest.raises(ValueError, match="scale_fmt 'e5m2'"):
         gather_rows_fp8(jnp.zeros((3, 128)), plan, "e5m2")
     with pytest.raises(ValueError, match="1 to 8 warpgroups, not 9"):
-        tuning.MoEPlan(warpgroups=9)
+        PlanConfig(warpgroups=9)
     with pytest.raises(ValueError, match="1, 2, 4 or 8 CTAs, not 3"):
-        tuning.MoEPlan(warpgroups=1, cluster=3)
+        PlanConfig(warpgroups=1, cluster=3)
 
 
 def test_kernels_say_that_they_have_no_gradient():

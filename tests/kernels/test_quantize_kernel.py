@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backend import BackendError
-from pallas_kernels.quantize import quantize, quantize_int8, rms_norm_quantize
+from pallas_kernels.quantize import quantize, quantize_int8
 from tests.kernels.cases import quantize as cases
-
-EPS = 1e-6
 
 
 @pytest.mark.interpret
@@ -20,14 +18,6 @@ def test_quantize_in_the_interpreter(dtype, scale_fmt, capfd):
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-@pytest.mark.interpret
-def test_norm_in_the_interpreter(capfd):
-    x, weight = jnp.asarray(cases.rows(3, 256, "bfloat16")), jnp.asarray(cases.weight(256, "float32"))
-    got, wanted = (rms_norm_quantize(x, weight, EPS, backend=backend) for backend in ("interpret", "reference"))
-    cases.check_nearly(got, wanted)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -64,24 +54,12 @@ def test_kernels_lower(dtype, scale_fmt):
     x = jax.ShapeDtypeStruct((5, 7168), dtype)
     call = jax.jit(lambda x: quantize(x, scale_fmt, backend="mosaic_gpu"))
     assert "mosaic_gpu" in call.trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    norm = jax.jit(lambda x, weight: rms_norm_quantize(x, weight, EPS, scale_fmt, backend="mosaic_gpu"))
-    arguments = jax.ShapeDtypeStruct((5, 7168), jnp.bfloat16), jax.ShapeDtypeStruct((7168,), dtype)
-    assert "mosaic_gpu" in norm.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_norm_then_quantise_is_what_the_two_give():
-    x, weight = jnp.asarray(cases.rows(4, 256, "bfloat16")), jnp.asarray(cases.weight(256, "float32"))
-    x64 = np.asarray(x, np.float64)
-    normed = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
-    cases.check_nearly(rms_norm_quantize(x, weight, EPS), quantize(jnp.asarray(normed, jnp.bfloat16)))
 
 
 def test_what_the_kernels_do_not_take():
     with pytest.raises(BackendError, match="x of dtype float16; it takes bfloat16 or float32"):
         quantize(jnp.zeros((2, 128), jnp.float16), backend="interpret")
-    with pytest.raises(BackendError, match="rows of at most 16384"):
-        rms_norm_quantize(jnp.zeros((1, 16512), jnp.bfloat16), jnp.ones(16512), EPS, backend="interpret")
     with pytest.raises(BackendError, match="rows of a multiple of 128"):
         quantize_int8(jnp.zeros((1, 100), jnp.bfloat16), backend="interpret")
     with pytest.raises(ValueError, match="multiple of 128, not 100"):
-        rms_norm_quantize(jnp.zeros((2, 100)), jnp.ones(100), EPS)
+        quantize(jnp.zeros((2, 100)))

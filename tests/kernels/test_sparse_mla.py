@@ -5,17 +5,21 @@ import os
 import re
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
 from pallas_kernels.backend import BackendError
-from pallas_kernels.cache_write import record_bytes, scatter
+from pallas_kernels.cache_format import record_bytes, store_keys
+from pallas_kernels.hopper import SMS
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.sparse_mla import dense_mla, mosaic_gpu, sparse_mla
 from pallas_kernels.sparse_mla.combine import combine
+from pallas_kernels.sparse_mla.config import BF16, CONFIGS, FP8, choose_config
+from pallas_kernels.sparse_mla.gather import InterpretedGather
+from pallas_kernels.sparse_mla.products import InterpretedProducts
 from tests import numpy_model
 from tests.kernels.cases import sparse_mla as cases
 
@@ -116,7 +120,7 @@ def test_fp8_records_equal_their_dequantised_rows():
     latent, rope_key, key = (rng.standard_normal((BLOCKS * 64, n)).astype(np.float32) for n in (LATENT, ROPE, 8))
     rope_key = np.asarray(jnp.asarray(rope_key, jnp.bfloat16), np.float32)
     packed = jnp.zeros((2, BLOCKS, 64, record_bytes(LATENT, ROPE)), jnp.uint8)
-    packed, _ = scatter(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
+    packed, _ = store_keys(packed, jnp.zeros((2, BLOCKS, 64, 8)), 1, jnp.arange(BLOCKS * 64), latent, rope_key, key)
     rows = np.concatenate([numpy_model.fake_quantise(latent, "ue8m0"), rope_key], -1)
     plain = np.stack([np.zeros_like(rows), rows]).reshape(2, BLOCKS, 64, -1).astype(np.float32)
     assert_same(attend(queries, packed, slots), expected(queries, plain, slots))
@@ -223,9 +227,9 @@ def lower(arguments, lengths, **options):
     return jax.jit(op).trace(queries, kv, layer, slots, lengths).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["sparse_mla"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_config_lowers(config):
-    fp8 = config.registers == tuning.SPARSE_MLA_FP8.registers
+    fp8 = config.registers == FP8.registers
     text = lower(shapes(fp8=fp8), True, config=config)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == (1 if config.splits == 1 else 2)
 
@@ -238,7 +242,7 @@ def test_other_shapes_lower(fp8, heads, keys, lengths):
 
 def test_the_cache_is_handed_over_whole():
     """Nothing touches the cache, or a layer of it, but the flat view of it and the kernel."""
-    text = lower(shapes(layers=3), True, config=tuning.SPARSE_MLA_BF16)
+    text = lower(shapes(layers=3), True, config=BF16)
     sizes = ("3x8x64x576xbf16", "1536x576xbf16", "8x64x576xbf16", "512x576xbf16")
     lines = [line for line in text.splitlines() if any(size in line for size in sizes)]
     operations = [re.search(r"func\.func|call @sparse_mla|stablehlo\.\w+", line) for line in lines]
@@ -256,13 +260,13 @@ def test_choice_of_splits():
         for tokens in (1, 2, 3, 8, 17, 32, 64, 67, 100, 128, 500, 4096):
             for groups in (1, 2):
                 for keys in (1, 128, 129, 500, 2048):
-                    config = tuning.sparse_mla(tokens, groups, keys, fp8=fp8)
-                    assert config in tuning.CONFIGS["sparse_mla"]
+                    config = choose_config(tokens, groups, keys, fp8=fp8)
+                    assert config in CONFIGS
                     assert config.splits <= -(-keys // 128)
-                    assert config.splits == 1 or tokens * groups < 2 * tuning.SMS
-    assert tuning.sparse_mla(1, 2, 2048, fp8=True).splits == 16
-    assert tuning.sparse_mla(8, 2, 2048, fp8=True).splits == 8
-    assert tuning.sparse_mla(128, 2, 2048, fp8=True).splits == 1
+                    assert config.splits == 1 or tokens * groups < 2 * SMS
+    assert choose_config(1, 2, 2048, fp8=True).splits == 16
+    assert choose_config(8, 2, 2048, fp8=True).splits == 8
+    assert choose_config(128, 2, 2048, fp8=True).splits == 1
 
 
 def test_configs_check_themselves():
@@ -274,7 +278,7 @@ def test_configs_check_themselves():
         {"registers": (212, 72)},
     ):
         with pytest.raises(ValueError, match=str(next(iter(wrong)))):
-            dataclasses.replace(tuning.SPARSE_MLA_BF16, **wrong)
+            dataclasses.replace(BF16, **wrong)
 
 
 def test_no_tokens():
@@ -293,9 +297,6 @@ def interpreting(capfd):
     assert int(os.environ.get("NPROC", os.cpu_count())) >= 4, "set NPROC=8 before JAX starts: see tests/conftest.py"
     yield
     assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-BF16, FP8 = tuning.SPARSE_MLA_BF16, tuning.SPARSE_MLA_FP8
 
 
 @pytest.mark.interpret
@@ -326,6 +327,47 @@ def test_kernel_in_the_interpreter(case, config, interpreting):
     arrays = [jnp.asarray(x) for x in case.arguments]
     op = jax.jit(lambda *x: mosaic_gpu.sparse_mla(*x, cases.SCALE, config=config, interpret=interpreter()))
     cases.check(case, *op(*arrays, lengths))
+
+
+class LateProducts(InterpretedProducts):
+    """Leaves out the kernel's waits for all but the last product, after which it gives a slot of keys back."""
+
+    def wait(self, pending):
+        if pending != 1:
+            super().wait(pending)
+
+    def read(self, accumulator, pending=None):
+        if pending is not None:
+            super().wait(pending)
+        return super().read(accumulator)
+
+
+class EarlyGather(InterpretedGather):
+    """Says that a part of the keys is there before it is."""
+
+    def fill(self, kv, keys, stat, ready, *others, part, unit):
+        bars, waits = ready
+        if unit == self.units - 1:
+            _, _, slot, _ = others
+            plgpu.barrier_arrive(bars.at[2 * slot + part])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plgpu, "barrier_arrive", lambda bar: None)
+            super().fill(kv, keys, stat, (bars, waits), *others, part=part, unit=unit)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("fault", [LateProducts, EarlyGather])
+def test_the_interpreter_sees_faults_of_the_pipeline(fault, monkeypatch, capfd):
+    """The kernel's own barriers and waits run there: without one of them there is a race."""
+    monkeypatch.setattr(mosaic_gpu, fault.__base__.__name__, fault)
+    case = cases.case("three pairs of blocks", [257], heads=2, keys=257, blocks=5, fp8=True, prefix=True)
+    arrays = [jnp.asarray(x) for x in (*case.arguments, case.lengths)]
+    untraced = mosaic_gpu.sparse_mla.__wrapped__  # the jitted one may have been traced without the fault
+    config = dataclasses.replace(FP8, ctas=1)
+    jax.block_until_ready(
+        jax.jit(lambda *x: untraced(*x, cases.SCALE, config=config, interpret=interpreter()))(*arrays)
+    )
+    assert "RACE DETECTED" in capfd.readouterr().out
 
 
 @pytest.mark.interpret

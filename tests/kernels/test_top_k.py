@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import tuning
 from pallas_kernels.top_k import mosaic_gpu, top_k
+from pallas_kernels.top_k.config import CONFIGS, MANY_ROWS, choose_config
 from tests.kernels.cases import top_k as cases
 
 # Few distinct values make ties the rule, and the special values meet one another.
@@ -78,8 +78,6 @@ def test_the_kernel_refuses_by_name(shape, dtype, k, message):
 
 # ---- the kernel ----
 
-CONFIGS = [*tuning.CONFIGS["top_k"]]
-
 
 @pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: f"cluster {config.cluster}, {config.warpgroups} warpgroups"
@@ -97,8 +95,8 @@ def test_configs_lower(config, lengths):
 def test_chosen_configs_are_listed():
     for rows in (1, 16, 17, 33, 34, 66, 67, 132, 133, 300, 4096):
         for length in (64, 4096, 8192, 20000, 163840):
-            config = tuning.top_k(rows, length)
-            assert config in tuning.CONFIGS["top_k"]
+            config = choose_config(rows, length)
+            assert config in CONFIGS
             assert config.cluster == 1 or config.cluster * config.chunk <= length
 
 
@@ -109,7 +107,7 @@ def test_chosen_configs_are_listed():
 )
 def test_impossible_configs_are_refused(change):
     with pytest.raises(ValueError):
-        dataclasses.replace(tuning.TOP_K_MANY, **change)
+        dataclasses.replace(MANY_ROWS, **change)
 
 
 def test_no_rows():

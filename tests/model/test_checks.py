@@ -55,7 +55,7 @@ def test_a_selection_that_breaks_it_is_refused(row, chosen, message):
     "wrong", [GOOD.astype(np.int16), GOOD.astype(np.float32), GOOD[:3], GOOD[0], GOOD[:, :0], (GOOD,)], ids=str
 )
 def test_another_shape_or_dtype_is_refused_without_check(wrong):
-    with pytest.raises(UserError, match=r"^part index_select: gave .*must be int32 \[4, K\]$"):
+    with pytest.raises(UserError, match=r"^part index_select: gave .*must be int32 \[4, (K|3)\]$"):
         check_result("part index_select", jax.tree.map(jnp.asarray, wrong), lambda: jnp.asarray(GOOD), "index_select")
 
 

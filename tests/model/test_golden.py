@@ -12,7 +12,7 @@ import pytest
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.model import Options
-from tests.harness import EXACT, Piece, as_sets, flat_batch, forward, load_golden, load_oracle, tables_of
+from tests.harness import EXACT, Piece, as_sets, flat_batch, forward, layer_record, load_golden, load_oracle, tables_of
 
 NAMES = ["tiny", "tiny128_bf16", "tiny128_fp8", pytest.param("kernel_widths", marks=pytest.mark.slow)]
 

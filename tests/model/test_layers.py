@@ -11,12 +11,12 @@ import pytest
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.model import Options, StepContext
-from dsv32_jax.model.norm import add_rms_norm
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.rope import rope_angles, yarn_frequencies
+from dsv32_jax.model.taps import Taps
 from pallas_kernels.rowwise import hadamard, layer_norm, rms_norm, rope_half_split, rope_interleaved
 from tests import numpy_model
-from tests.harness import EXACT, Piece, as_sets, flat_batch, load_golden, numpy_golden, tables_of
+from tests.harness import EXACT, Piece, as_sets, flat_batch, layer_record, load_golden, numpy_golden, tables_of
 
 TOKENS = 70
 """Two blocks of the cache."""
@@ -49,7 +49,7 @@ def test_layer_norm_has_mean_weight_and_bias():
 
 def test_the_norm_sees_the_float32_sum_not_the_rounded_one():
     residual, update = (jnp.asarray(random(4, 64, seed=s), jnp.bfloat16) for s in (0, 1))
-    total, normed = add_rms_norm(residual, update, jnp.ones(64), 1e-6)
+    total, normed = NUMERICS.add_rms_norm(residual, update, jnp.ones(64), 1e-6)
     exact = np.asarray(residual, np.float64) + np.asarray(update, np.float64)
     np.testing.assert_array_equal(total, jnp.asarray(exact, jnp.bfloat16))
     expected = jnp.asarray(numpy_model.rms_norm(exact, np.ones(64)), jnp.bfloat16)
@@ -144,7 +144,8 @@ def test_moe_with_padding(name):
     model, reference = load_golden(name), numpy_golden(name)
     layer = model.config.first_k_dense_replace
     x, valid = random(23, model.config.hidden_size), np.arange(23) % 5 != 2
-    out = jax.jit(lambda ffn, x: ffn(x, jnp.asarray(valid), model.config, NUMERICS))(model.layers[layer].ffn, x)
+    positions = jnp.where(valid, jnp.arange(23), -1)
+    out = jax.jit(lambda ffn, x: ffn(x, positions, model.config, NUMERICS))(model.layers[layer].ffn, x)
     expected, _ = reference.moe(x.astype(float), layer)
     assert_close(np.asarray(out)[valid], expected[valid])
     only_shared = reference.mlp(x.astype(float), f"model.layers.{layer}.mlp.shared_experts.")

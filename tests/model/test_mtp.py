@@ -21,7 +21,7 @@ def test_mtp_forward():
 
     @jax.jit
     def forward(hidden, next_ids, batch, cache):
-        return model.mtp(hidden, next_ids, cache, StepContext(config, EXACT, batch))
+        return model.mtp(hidden, next_ids, cache, StepContext(config, EXACT, batch, EXACT.seams()))
 
     logits, cache = forward(hidden, next_ids, batch, cache)
 

@@ -188,9 +188,9 @@ def test_wrong_names_and_functions_are_refused(lm):
         ({"zzz": recent}, "part 'zzz' is unknown; it is one of index_select, "),
         ({"index_select": 3}, "part index_select: 3 is no function"),
         ({"index_select": lambda queries: queries}, "cannot be called with \\(queries, head_weights, index, layer"),
-        ({"route": lambda logits, bias, *, temperature: logits}, "missing a required argument: 'temperature'"),
+        ({"route": lambda logits, bias, *, temperature: logits}, "missing a required.* argument: 'temperature'"),
         ({"top_k": functools.partial(smallest, least=np.zeros(2))}, "a part must be hashable"),
-        ({"index_select": recent, "top_k": smallest}, "part top_k: index_select is replaced as well"),
+        ({"index_select": recent, "top_k": through("top_k")}, "part top_k: index_select is replaced as well"),
         ({"experts": through("experts"), "gather_rows": through("gather_rows")}, "part gather_rows: experts is"),
     ):
         with pytest.raises(UserError, match=message):

@@ -88,7 +88,7 @@ def test_mtp_states_are_those_of_the_module(model, ids):
         config, run = model.config, Run("dense")
         ours, _ = sequence_model.mtp_states(model.mtp, model.mtp.embed, config, states[None], following[None], run)
         cache = KVCache.create(config, 1, options, layers=config.num_hidden_layers + 1)
-        return ours, model.mtp(states, following, cache, StepContext(config, options, batch))[0]
+        return ours, model.mtp(states, following, cache, StepContext(config, options, batch, options.seams()))[0]
 
     ours, expected = both(model, states, row[1:], batch)
     np.testing.assert_allclose(ours[0] @ model.mtp.head.astype(jnp.float32).T, expected, atol=1e-4)

@@ -46,7 +46,11 @@ def test_inputs_of_experts_come_with_the_plan(lm):  # noqa: F811
 
 def test_every_name_can_be_asked_for(lm):  # noqa: F811
     names = lm.tap_names()
-    assert names["layers.1.attn.indexer.q_b.input"] == "float32 [8, 32]" and names["states"] == "float32 [8, 128]"
+    rank, width = lm.config.q_lora_rank, lm.config.hidden_size
+    assert (
+        names["layers.1.attn.indexer.q_b.input"] == f"float32 [8, {rank}]"
+        and names["states"] == f"float32 [8, {width}]"
+    )
     linears = [path for path in lm.weights if path.startswith("layers.") and path.endswith((".o", ".down", ".q_a"))]
     assert linears and {f"{path}.input" for path in linears} <= set(names)
     values = lm.probe(IDS[0][:8], dict.fromkeys(names))

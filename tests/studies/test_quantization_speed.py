@@ -13,6 +13,7 @@ from dsv32_jax.experiments.studies.quantization_speed import (
     Run,
     experts_used,
     full_sizes,
+    layer_call,
     layer_in,
     layers_for,
     model_in,

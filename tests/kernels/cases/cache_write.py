@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.cache_write import (
-    KeyNorms,
-    cache_write,
-    index_block_bytes,
-    read_index_keys,
-    read_latents,
-    record_bytes,
-)
+from pallas_kernels.cache_format import index_block_bytes, read_index_keys, read_latents, record_bytes
+from pallas_kernels.cache_write import KeyNorms, cache_write
 from tests import numpy_model
 
 BLOCK, LAYERS, EPS = 64, 2, 1e-6

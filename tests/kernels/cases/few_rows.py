@@ -5,9 +5,9 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.hopper import SMS
 from pallas_kernels.matmul.config import TILES, FewRows
 from pallas_kernels.matmul.schemes import Scheme
-from pallas_kernels.tuning import SMS
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BLOCK = 128

@@ -23,14 +23,14 @@ SWIZZLED = plgpu.RefType(SWIZZLE)
 
 def floats(text: str, results: int, *arguments: Word | ir.Value) -> list[ir.Value]:
     """PTX with float32 results, `$0` to `$(results - 1)`."""
-    found = mgu.inline_ptx(
+    values = mgu.inline_ptx(
         text,
         *[x.value if isinstance(x, Word) else x for x in arguments],
         result_types=(ir.F32Type.get(),) * results,
         has_side_effects=True,
         convergent=True,
     )
-    return list(found) if isinstance(found, list | tuple) else [found]
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def descriptor(address: Word) -> ir.Value:
@@ -79,15 +79,15 @@ def start_product(
 
 
 def numbers_of(matrix: Any) -> list[ir.Value]:
-    """A thread's float32 values of an array, in the order of wgmma's results."""
-    found = []
+    """Returns a thread's float32 values of an array, in the order of wgmma's results."""
+    numbers = []
     for register in matrix.registers.flat:
         if isinstance(register.type, ir.VectorType):
             size = ir.VectorType(register.type).shape[0]
-            found += [llvm.extractelement(register, mosaic.i32(i)) for i in range(size)]
+            numbers += [llvm.extractelement(register, mosaic.i32(i)) for i in range(size)]
         else:
-            found.append(register)
-    return found
+            numbers.append(register)
+    return numbers
 
 
 def first_row(thread: Word) -> Word:
@@ -101,8 +101,8 @@ def in_place(text: str, registers: list[ir.Value], *arguments: ir.Value) -> list
     letter = "f" if isinstance(kind, ir.F32Type) else "r"
     constraints = ",".join([f"={letter}"] * count + [str(i) for i in range(count)] + ["l"] * len(arguments))
     results = llvm.StructType.get_literal([kind] * count)
-    found = llvm.inline_asm(results, [*registers, *arguments], text, constraints, has_side_effects=True)
-    return [llvm.extractvalue(kind, found, [i]) for i in range(count)]
+    struct = llvm.inline_asm(results, [*registers, *arguments], text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(kind, struct, [i]) for i in range(count)]
 
 
 def finish(product: list[ir.Value], flying: int) -> list[ir.Value]:

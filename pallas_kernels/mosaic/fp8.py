@@ -13,7 +13,7 @@ from pallas_kernels.quantize.reference import FP8_MAX, SMALLEST_AMAX
 
 
 def group_maximum(words: Sequence[Word], lanes: int) -> Float:
-    """The largest magnitude of packed bfloat16 values over `lanes` neighbouring lanes."""
+    """Returns the largest magnitude of packed bfloat16 values over `lanes` neighbouring lanes."""
 
     def larger(a: Word, b: Word) -> Word:
         return mosaic.ptx_word("max.NaN.bf16x2 $0, $1, $2;", a, b)
@@ -27,7 +27,7 @@ def group_maximum(words: Sequence[Word], lanes: int) -> Float:
 
 
 def group_maximum_of_floats(values: Sequence[Float], lanes: int) -> Float:
-    """The largest magnitude of float32 values over `lanes` neighbouring lanes."""
+    """Returns the largest magnitude of float32 values over `lanes` neighbouring lanes."""
     largest = functools.reduce(Float.max, [Float.of_bits(x.bits() & 0x7FFFFFFF) for x in values])
     for distance in (16, 8, 4, 2, 1):
         if distance < lanes:
@@ -42,7 +42,7 @@ def power_of_two(scale: Float) -> tuple[Float, Float]:
 
 
 def quantize_floats(values: Sequence[Float], largest: Float, scale_fmt: str | None) -> tuple[list[Word], Float]:
-    """Packed e4m3 values, and the scale of a group whose largest magnitude is `largest`."""
+    """Returns packed e4m3 values, and the scale of a group whose largest magnitude is `largest`."""
     scale = largest.max(SMALLEST_AMAX) * float(np.float32(1 / FP8_MAX))
     if scale_fmt is None:
         return mosaic.pack_e4m3([x / scale for x in values]), scale

@@ -1,14 +1,12 @@
-"""How the routing plan is made."""
+"""How the kernel of the routing plan divides its work, and which config a shape gets."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.tuning.base import CONFIGS
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEPlan:
+class PlanConfig:
     """How the routing plan is made.
 
     Attributes:
@@ -26,13 +24,12 @@ class MoEPlan:
             raise ValueError(f"a cluster has 1, 2, 4 or 8 CTAs, not {self.cluster}")
 
 
-CONFIGS["moe_dispatch"] = [
-    *(MoEPlan(warpgroups=warpgroups) for warpgroups in (1, 2, 4)),
-    *(MoEPlan(warpgroups=4, cluster=cluster) for cluster in (2, 4, 8)),
+CONFIGS = [
+    *(PlanConfig(warpgroups=warpgroups) for warpgroups in (1, 2, 4)),
+    *(PlanConfig(warpgroups=4, cluster=cluster) for cluster in (2, 4, 8)),
 ]
 
 
-def moe_plan(choices: int) -> MoEPlan:
-    """At most two choices a thread, as far as there are threads."""
-    configs = CONFIGS["moe_dispatch"]
-    return next((c for c in configs if 256 * c.warpgroups * c.cluster >= choices), configs[-1])
+def choose_config(choices: int) -> PlanConfig:
+    """Returns the config for so many choices of all tokens: at most two a thread, as far as there are threads."""
+    return next((c for c in CONFIGS if 256 * c.warpgroups * c.cluster >= choices), CONFIGS[-1])
