@@ -27,11 +27,11 @@ from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import SCHEMES, abstract_weight, dense, quantize_weight, scheme_of
+from pallas_kernels.matmul import INT4, INT8, SCHEMES, abstract_weight, dense, quantize_weight, scheme_name
 
 UNQUANTISED = "bf16"
 """Says of a linear that it becomes plain bfloat16."""
-ROUNDED = {"int4": round_int4, "int8": round_int8}
+ROUNDED = {INT4.name: round_int4, INT8.name: round_int8}
 """Schemes whose rounding can know its inputs."""
 
 
@@ -65,7 +65,7 @@ def quantize_model(
     check_all_finite(parameters, model.config)
     made = {path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()}
     parameters |= made
-    found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
+    found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_name(leaf))}
     changed = replace_parameters(model, parameters)
     changed.config = model.config.replace(
         quantization_config=quantization_config(found, model.config), unknown=without_provenance(model.config)
@@ -97,7 +97,7 @@ def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
 
 def mixed(model: DeepseekV32) -> dict[str, str]:
     """Four bits where most of the bytes are, in the routed experts, eight elsewhere."""
-    return {path: "int4" if ".experts." in path else "int8" for path in uniform(model, "int8")}
+    return {path: (INT4 if ".experts." in path else INT8).name for path in uniform(model, INT8.name)}
 
 
 def quantize_checkpoint(
@@ -150,7 +150,7 @@ def _change(
 ) -> Change:
     stored = stored_parameters(config)
     check_schemes(schemes, stored)
-    before = {path: scheme_of(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
+    before = {path: scheme_name(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
     after = {**before, **schemes}
     note = {"version": __version__, "linears": dict(Counter(after.values())), **provenance}
     quantised = {path: scheme for path, scheme in after.items() if scheme != UNQUANTISED}
@@ -166,7 +166,7 @@ def _change(
     def leaf(path: str, value: Any) -> Any:
         value = weights.get(path, value)
         scheme = wanted.get(path)
-        if scheme is None or scheme == scheme_of(value):
+        if scheme is None or scheme == scheme_name(value):
             return value
         found, lead = statistics.get(path), value.shape[:-2]
         every = [
@@ -177,7 +177,7 @@ def _change(
 
     def abstract(path: str, value: Any) -> Any:
         scheme = wanted.get(path)
-        if scheme is None or scheme == scheme_of(value):
+        if scheme is None or scheme == scheme_name(value):
             return value
         if scheme == UNQUANTISED:
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
@@ -201,7 +201,7 @@ def digest(arrays: Any) -> str | None:
 
 
 def _as(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):
-    if scheme == scheme_of(leaf):
+    if scheme == scheme_name(leaf):
         return leaf
     if scheme == UNQUANTISED:
         return _dense(leaf, jnp.bfloat16)

@@ -10,7 +10,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.model.context import Options, StepContext
 from dsv32_jax.model.mla import MLA, HeadMaps
 from dsv32_jax.model.model import DeepseekV32
-from dsv32_jax.model.quant import concatenated
+from pallas_kernels.matmul import concatenated
 
 __all__ = ["PreparedMLA", "prepared"]
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.parts import NAMES
-from dsv32_jax.model.quant import Weight, dense
 from pallas_kernels import rowwise
 from pallas_kernels.cache_format import unpack_rows
+from pallas_kernels.matmul import Weight, dense
 from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.sparse_mla.reference import attend

@@ -1,7 +1,7 @@
 """What a weight's scheme is worth in time: `python -m experiments.studies.quantization_speed`, on a GPU, at full width.
 
 Whole decode steps and one mixture-of-experts layer with weights in bfloat16, in each scheme, and mixed: experts in four
-bits, all other linears in int8. (Single products: `dsv32 bench quant_matmul`.) Weights are random and made as they are
+bits, all other linears in int8. (Single products: `dsv32 bench matmul`.) Weights are random and made as they are
 stored, and those of one scheme are in memory at a time. Beside each time stand the bytes that must be read, the time
 that the device needs for them at the bandwidth measured in the same run, and the time in bfloat16 at the same shape
 over this one.

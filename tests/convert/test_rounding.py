@@ -8,8 +8,7 @@ from dsv32_jax.convert.quantization import quantize_model
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import DAMPING, round_int4, round_int8
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.quant import quantize_weight
-from pallas_kernels.quant_matmul import unpack_int4
+from pallas_kernels.matmul import INT8, quantize_weight, unpack_int4
 from tests.harness import load_golden
 
 RNG = np.random.default_rng(0)
@@ -78,7 +77,7 @@ def test_rows_never_lose_more_than_by_their_largest_value():
     mean = mean_square.mean(-1, keepdims=True)
     importance = np.where(mean > 0, mean_square / np.where(mean > 0, mean, 1), 1) + DAMPING
     found, nearest = round_int8(heavy, moments), quantize_weight(jnp.asarray(heavy), "int8")
-    assert found.scheme == "int8" and found.values.dtype == jnp.int8 and found.scales.shape == (3, 64)
+    assert found.scheme == INT8 and found.values.dtype == jnp.int8 and found.scales.shape == (3, 64)
     after, before = (lost_by_rows(heavy, of, importance) for of in (found, nearest))
     assert (after <= before * (1 + 1e-5)).all()
     assert (after[:2].sum(-1) < 0.95 * before[:2].sum(-1)).all(), after.sum(-1) / before.sum(-1)
