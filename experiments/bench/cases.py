@@ -135,8 +135,8 @@ def once(f: Callable[..., Program]) -> Any:
     @functools.wraps(f)
     def call(*arguments: Any) -> Program:
         with guard:
-            own = locks[arguments]
-        with own:
+            lock = locks[arguments]
+        with lock:
             return cached(*arguments)
 
     call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
@@ -324,10 +324,10 @@ def build_indexer(shape: IndexerLogits | IndexSelect, backend: str) -> Case:
     pairs = visible(shape.tokens, shape.context, shape.sequences)
 
     def op(queries, weights, index, tables, sequence, positions):
-        where = (queries, weights, index, LAYER, tables, sequence, positions)
+        operands = (queries, weights, index, LAYER, tables, sequence, positions)
         if isinstance(shape, IndexSelect):
-            return index_select(*where, k=shape.chosen, backend=backend)
-        return indexer_logits(*where, backend=backend)
+            return index_select(*operands, k=shape.chosen, backend=backend)
+        return indexer_logits(*operands, backend=backend)
 
     program = compile_(op, *arguments)
     written = 4 * (shape.tokens * shape.chosen if isinstance(shape, IndexSelect) else pairs)

@@ -86,10 +86,10 @@ def overlap(kernels: list[dict[str, Any]]) -> dict[str, float]:
 
 def running_after(events: list[tuple[float, int]]) -> list[int]:
     """How many kernels run after each start (+1) or end (-1)."""
-    found = [0]
+    counts = [0]
     for _, step in events:
-        found.append(found[-1] + step)
-    return found[1:]
+        counts.append(counts[-1] + step)
+    return counts[1:]
 
 
 def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:
@@ -102,7 +102,7 @@ def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:
     def shared(x, layer):
         return moe_layer.of_shared_expert(x, layer, "mosaic_gpu")
 
-    found = {}
+    medians = {}
     for name, f, arguments in (
         ("routing", routing, (x, layer.router, layer.bias)),
         ("shared expert", shared, (x, layer)),
@@ -110,8 +110,8 @@ def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:
         program = compile_(f, *arguments)
         jax.block_until_ready(program.call(*arguments))
         times = timing.seconds(timer, functools.partial(program.call, *arguments))
-        found[name] = statistics.median(times)
-    return found
+        medians[name] = statistics.median(times)
+    return medians
 
 
 # ---- the command -----------------------------------------------------------------------------------------------

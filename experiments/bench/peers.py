@@ -38,7 +38,7 @@ class Peers:
         for path in paths:
             try:
                 content = parsed_json(decoded(path.read_bytes()))
-                found = {
+                times = {
                     PeerRow(row["peer"], row["op"], row["shape"]): row.get("seconds", row.get("error", "no time"))
                     for row in content["rows"]
                     if "op" in row
@@ -47,17 +47,17 @@ class Peers:
                 raise UserError(f"--peers {path}: cannot be read: {error.strerror}") from error
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--peers {path}: not a file of a device and rows of peer, op, shape") from error
-            own = {"device": content.get("device"), "flush": content.get("flush")}
-            used = own == {"device": device, "flush": FLUSH}
-            files.append({"name": path.name, **own, "used": used})
+            conditions = {"device": content.get("device"), "flush": content.get("flush")}
+            used = conditions == {"device": device, "flush": FLUSH}
+            files.append({"name": path.name, **conditions, "used": used})
             if used:
-                rows.update(found)
+                rows.update(times)
         return cls(rows, files)
 
     def seconds(self, row: PeerRow) -> float | None:
         """The time of one row, if it was measured."""
-        found = self.rows.get(row)
-        return found if isinstance(found, float) else None
+        time = self.rows.get(row)
+        return time if isinstance(time, float) else None
 
     def ratio(self, peer: dict[str, Any], seconds: float, empty: float) -> dict[str, Any]:
         """How many times faster a call is than a peer's, each less what its own timer says of no work.
@@ -70,10 +70,10 @@ class Peers:
         Returns:
           `ratio`, and `net` whether the peers' file has their timer's empty call; without it, the times as they are.
         """
-        own = self.seconds(EMPTY)
-        if own is None:
+        their_empty = self.seconds(EMPTY)
+        if their_empty is None:
             return {"ratio": peer["seconds"] / seconds, "net": False}
-        return {"ratio": (peer["seconds"] - len(peer["rows"]) * own) / (seconds - empty), "net": True}
+        return {"ratio": (peer["seconds"] - len(peer["rows"]) * their_empty) / (seconds - empty), "net": True}
 
     def join(self, shape: Shape) -> dict[str, Any] | None:
         """The fastest alternative that was measured whole: its name, rows and seconds; None if there is none."""

@@ -87,13 +87,13 @@ def three(number: float) -> str:
 
 def dense(row: dict[str, Any]) -> float | None:
     """Of a row of the whole attention: the best dense time that was measured, in seconds."""
-    found = []
+    times = []
     reference, peer = row.get("reference"), row.get("peer")
     if reference is not None and "error" not in reference:
-        found.append(reference["seconds_scaled_to_shape"])
+        times.append(reference["seconds_scaled_to_shape"])
     if peer is not None:
-        found.append(peer["seconds"])
-    return min(found, default=None)
+        times.append(peer["seconds"])
+    return min(times, default=None)
 
 
 def print_table(content: dict[str, Any]) -> None:
@@ -118,10 +118,10 @@ def print_table(content: dict[str, Any]) -> None:
 def groups(content: dict[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """(device, op, rows) in the order of the shapes."""
     runs = {run["time"]: run for run in content["runs"]}
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rows_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in content["rows"]:
-        found.setdefault((runs[row["run"]]["device"], row["op"]), []).append(row)
-    return [(device, op, rows) for (device, op), rows in found.items()]
+        rows_of.setdefault((runs[row["run"]]["device"], row["op"]), []).append(row)
+    return [(device, op, rows) for (device, op), rows in rows_of.items()]
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ def markdown(content: dict[str, Any], op: str) -> str:
     for device, name, rows in groups(content):
         if name != op:
             continue
-        own = [runs[time] for time in dict.fromkeys(row["run"] for row in rows)]
-        lines = [f"{device}; " + "; ".join(sentence(run) for run in own) + ".", ""]
+        its_runs = [runs[time] for time in dict.fromkeys(row["run"] for row in rows)]
+        lines = [f"{device}; " + "; ".join(sentence(run) for run in its_runs) + ".", ""]
         table = [attention_cells(row) for row in rows] if op == "attention" else [cells(row) for row in rows]
         headings = ATTENTION_HEADINGS if op == "attention" else HEADINGS
         # A column that nothing is in is left out.
@@ -191,7 +191,7 @@ def with_tables(page: str, content: dict[str, Any]) -> str:
     for _, op, _ in MARKED.findall(page):
         if op not in SHAPES:
             raise ValueError(f"bench:{op}: no such op; ops are {', '.join(SHAPES)}")
-    return MARKED.sub(lambda found: found[1] + markdown(content, found[2]) + found[3], page)
+    return MARKED.sub(lambda match: match[1] + markdown(content, match[2]) + match[3], page)
 
 
 def write_pages(pages: Path = PAGES) -> list[Path]:
@@ -211,7 +211,7 @@ def write_pages(pages: Path = PAGES) -> list[Path]:
 
 def curve(content: dict[str, Any]) -> list[tuple[str, list[tuple[int, float, float]]]]:
     """By device: (tokens of a prompt, our seconds, best dense seconds), where both were measured."""
-    found = []
+    curves = []
     for device, op, rows in groups(content):
         points = [
             (row["dims"]["tokens"], row["seconds"]["median"], best)
@@ -219,8 +219,8 @@ def curve(content: dict[str, Any]) -> list[tuple[str, list[tuple[int, float, flo
             if op == "attention" and row["dims"]["kind"] == "prefill" and "error" not in row and (best := dense(row))
         ]
         if len(points) > 1:
-            found.append((device, sorted(points)))
-    return found
+            curves.append((device, sorted(points)))
+    return curves
 
 
 def draw(content: dict[str, Any], file: Path) -> Path:

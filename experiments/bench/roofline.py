@@ -34,7 +34,7 @@ def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, 
     size = (4 if tiny else 2048) * 2**20
     operations = 2 * side**3
     methods: dict[str, dict[str, Any]] = {name: {} for name in CEILINGS}
-    own: dict[tuple[str, str], float] = {}
+    medians: dict[tuple[str, str], float] = {}
 
     def rate(ceiling: str, method: str, f: Callable[..., Any], arguments: Callable[[], tuple], work: int) -> None:
         try:
@@ -44,7 +44,7 @@ def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, 
         except Exception as error:  # a product that this device lacks leaves the others
             methods[ceiling][method] = {"error": f"{type(error).__name__}: {error}"[:300]}
             return
-        own[ceiling, method] = median
+        medians[ceiling, method] = median
         methods[ceiling][method] = {"seconds": median, "rate": work / median}
 
     def bytes_() -> tuple:
@@ -64,7 +64,7 @@ def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, 
     rate("fp8", "dot_general", fp8_product, factors(jnp.float8_e4m3fn), operations)
     check = {}
     if not tiny:
-        for (ceiling, method), mine in own.items():
+        for (ceiling, method), mine in medians.items():
             theirs = peers.seconds(TORCH[ceiling])
             if theirs is not None and method != "x + 1":
                 check[f"{ceiling} ({method})"] = {"seconds": mine, "torch": theirs, "ratio": mine / theirs}

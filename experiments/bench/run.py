@@ -88,13 +88,15 @@ def chosen_shapes(settings: Settings) -> list[Shape]:
     unknown = [op for op in settings.ops if op not in grid]
     if unknown:
         raise UserError(f"op {unknown[0]}: unknown; ops are {', '.join(grid)}")
-    found = [shape for op in settings.ops or grid for shape in grid[op]]
+    shapes = [shape for op in settings.ops or grid for shape in grid[op]]
     if settings.shape is not None:
-        named = [shape for shape in found if shape.name == settings.shape]
+        named = [shape for shape in shapes if shape.name == settings.shape]
         if not named:
-            raise UserError(f"--shape {settings.shape}: unknown; shapes are {', '.join(shape.name for shape in found)}")
-        found = named
-    return [shape for shape in found if target_of(shape) is not None] if settings.quick else found
+            raise UserError(
+                f"--shape {settings.shape}: unknown; shapes are {', '.join(shape.name for shape in shapes)}"
+            )
+        shapes = named
+    return [shape for shape in shapes if target_of(shape) is not None] if settings.quick else shapes
 
 
 def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Content, int]:
@@ -229,19 +231,19 @@ def reference(
     build: Callable[[], cases.Case], timer: timing.Timer, settings: Settings, shape: Shape, median: float
 ) -> dict[str, Any]:
     """What plain JAX takes for the same; scaled by tokens where it ran on fewer."""
-    found = timed(build, timer, settings.repetitions)
-    if "error" in found:
-        return {"error": found["error"]}
-    tokens: int = getattr(shape, "tokens", found["tokens"])
-    own = found["seconds"]["median"]
-    scaled = own * tokens / found["tokens"]
+    result = timed(build, timer, settings.repetitions)
+    if "error" in result:
+        return {"error": result["error"]}
+    tokens: int = getattr(shape, "tokens", result["tokens"])
+    seconds = result["seconds"]["median"]
+    scaled = seconds * tokens / result["tokens"]
     return {
-        "name": found["name"],
-        "measured_tokens": found["tokens"],
-        "measured_seconds": own,
+        "name": result["name"],
+        "measured_tokens": result["tokens"],
+        "measured_seconds": seconds,
         "seconds_scaled_to_shape": scaled,
         "ratio": scaled / median,
-        "memory": found["memory"],
+        "memory": result["memory"],
     }
 
 

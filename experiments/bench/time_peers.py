@@ -55,7 +55,7 @@ def seconds(run: Callable[[], Any], flush: Any, repetitions: int = 20) -> list[f
     run()
     torch.cuda.synchronize()
     count = min(repetitions, max(FEWEST, int(BURST_SECONDS / max(time.perf_counter() - begun, 1e-9))))
-    found = []
+    times = []
     for _ in range(count):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.amax()
@@ -64,8 +64,8 @@ def seconds(run: Callable[[], Any], flush: Any, repetitions: int = 20) -> list[f
         run()
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e-3)
-    return found
+        times.append(start.elapsed_time(end) * 1e-3)
+    return times
 
 
 # ---- the calls -------------------------------------------------------------------------------------------------
@@ -142,13 +142,13 @@ def of_deep_gemm() -> Iterator[Call]:
         return (torch.arange(m, device="cuda", dtype=torch.int32) * experts // m).int()
 
     def grouped(experts: int, m: int, n: int, k: int) -> Callable[[], Any]:
-        a, b, out, where = rows(m, k), weights(experts, n, k), result(m, n), layout(experts, m)
-        return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, out, where)
+        a, b, out, expert_of_row = rows(m, k), weights(experts, n, k), result(m, n), layout(experts, m)
+        return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, out, expert_of_row)
 
     def grouped_bf16(experts: int, m: int, n: int, k: int) -> Callable[[], Any]:
         a, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((m, k), (experts, n, k)))
-        out, where = result(m, n), layout(experts, m)
-        return lambda: deep_gemm.m_grouped_bf16_gemm_nt_contiguous(a, b, out, where)
+        out, expert_of_row = result(m, n), layout(experts, m)
+        return lambda: deep_gemm.m_grouped_bf16_gemm_nt_contiguous(a, b, out, expert_of_row)
 
     def masked(experts: int, used: int, each: int) -> Callable[[], Any]:
         (n, k), room = GATE_UP, 128
@@ -228,8 +228,8 @@ def of_flash_mla() -> Iterator[Call]:
         first = torch.arange(batch, device="cuda").view(batch, 1, 1) * length
         chosen = (first + torch.randint(0, length, (batch, 1, TOP_K), device="cuda")).int()
         plan, _ = flash_mla.get_mla_metadata()
-        given = q, cache.view(torch.float8_e4m3fn), None, None, LATENT, plan, None, SCALE, False, True, chosen
-        return lambda: flash_mla.flash_mla_with_kvcache(*given, use_legacy=True, kv_format="V32")
+        arguments = q, cache.view(torch.float8_e4m3fn), None, None, LATENT, plan, None, SCALE, False, True, chosen
+        return lambda: flash_mla.flash_mla_with_kvcache(*arguments, use_legacy=True, kv_format="V32")
 
     def dense_decode(batch: int, length: int) -> Callable[[], Any]:
         q = torch.randn(batch, 1, HEADS, LATENT + ROPE, device="cuda", dtype=torch.bfloat16) / 8
@@ -238,8 +238,8 @@ def of_flash_mla() -> Iterator[Call]:
         table = torch.arange(blocks, dtype=torch.int32, device="cuda").view(batch, -1)
         lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
         plan, _ = flash_mla.get_mla_metadata()
-        given = q, cache, table, lengths, LATENT, plan, None, SCALE, True
-        return lambda: flash_mla.flash_mla_with_kvcache(*given, use_legacy=True)
+        arguments = q, cache, table, lengths, LATENT, plan, None, SCALE, True
+        return lambda: flash_mla.flash_mla_with_kvcache(*arguments, use_legacy=True)
 
     for tokens, length in ((4096, 8192), (4096, 65536), (4096, 131072), (1024, 65536)):
         shape = f"T={tokens} L={length} K={TOP_K} H={HEADS}"

@@ -264,10 +264,26 @@ def device_write(shapes: Shapes):
     """Returns the function of a warpgroup's tokens, `first` and after. One warp takes every fourth."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * 11, SCALAR))
-    def write(ctx, slots, layer, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin, kv, index, first):
+    def write(
+        ctx,
+        slots_gmem,
+        layer_gmem,
+        kv_a_gmem,
+        index_key_gmem,
+        latent_weight_gmem,
+        index_weight_gmem,
+        index_bias_gmem,
+        cos_gmem,
+        sin_gmem,
+        kv_gmem,
+        index_gmem,
+        first,
+    ):
         del ctx
-        weights = (latent_weight, index_weight, index_bias)
-        writer = Writer(shapes, slots, layer, kv_a, index_key, weights, cos, sin, kv, index)
+        weights = (latent_weight_gmem, index_weight_gmem, index_bias_gmem)
+        writer = Writer(
+            shapes, slots_gmem, layer_gmem, kv_a_gmem, index_key_gmem, weights, cos_gmem, sin_gmem, kv_gmem, index_gmem
+        )
         first = mosaic.scalar(first) + ((mosaic.thread_index() >> 5) & 3)
 
         def at(i: Word | int) -> tuple[Word, Word]:
@@ -301,29 +317,42 @@ def butterflies(x: jax.Array) -> jax.Array:
 def interpreted_write(shapes: Shapes):
     """Returns the twin of `device_write`: token by token, through the reference's functions."""
 
-    def write(slots, layer, kv_a, index_key, latent_weight, index_weight, index_bias, cos, sin, kv, index, first):
-        norms = reference.KeyNorms(latent_weight[...], index_weight[...], index_bias[...], *shapes.eps)
+    def write(
+        slots_gmem,
+        layer_gmem,
+        kv_a_gmem,
+        index_key_gmem,
+        latent_weight_gmem,
+        index_weight_gmem,
+        index_bias_gmem,
+        cos_gmem,
+        sin_gmem,
+        kv_gmem,
+        index_gmem,
+        first,
+    ):
+        norms = reference.KeyNorms(latent_weight_gmem[...], index_weight_gmem[...], index_bias_gmem[...], *shapes.eps)
 
         def one(token):
             here = pl.ds(token, 1)
-            slot, angles = slots[token], (cos[here], sin[here])
+            slot, angles = slots_gmem[token], (cos_gmem[here], sin_gmem[here])
             latent, rope_key = reference.latents(
-                kv_a[here], norms.latent_weight, norms.latent_eps, angles, shapes.quantize_latent, shapes.scale_fmt
+                kv_a_gmem[here], norms.latent_weight, norms.latent_eps, angles, shapes.quantize_latent, shapes.scale_fmt
             )
-            row = pack_rows(latent, rope_key, kv.dtype, shapes.scale_fmt)
-            key = rowwise.layer_norm(index_key[here], norms.index_weight, norms.index_bias, norms.index_eps)
+            row = pack_rows(latent, rope_key, kv_gmem.dtype, shapes.scale_fmt)
+            key = rowwise.layer_norm(index_key_gmem[here], norms.index_weight, norms.index_bias, norms.index_eps)
             key = butterflies(rowwise.rope_leading(key, *angles))
 
-            @pl.when((slot >= 0) & (slot < shapes.blocks * BLOCK_SIZE) & (layer[0] < shapes.layers))
+            @pl.when((slot >= 0) & (slot < shapes.blocks * BLOCK_SIZE) & (layer_gmem[0] < shapes.layers))
             def _():
                 block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-                kv[layer[0], block, pl.ds(place, 1)] = row
+                kv_gmem[layer_gmem[0], block, pl.ds(place, 1)] = row
                 if not shapes.fp8_keys:
-                    index[layer[0], block, pl.ds(place, 1)] = key
+                    index_gmem[layer_gmem[0], block, pl.ds(place, 1)] = key
                     return
                 values, scale = reference_quantize(key, shapes.scale_fmt, DIM)
-                index[layer[0], block, pl.ds(place * DIM, DIM)] = to_bytes(values)[0]
-                index[layer[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = to_bytes(scale)[0]
+                index_gmem[layer_gmem[0], block, pl.ds(place * DIM, DIM)] = to_bytes(values)[0]
+                index_gmem[layer_gmem[0], block, pl.ds(BLOCK_SIZE * DIM + place * 4, 4)] = to_bytes(scale)[0]
 
         for i in range(WARPS * shapes.each):
             pl.when(first + i < shapes.tokens)(functools.partial(one, first + i))

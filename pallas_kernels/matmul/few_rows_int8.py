@@ -55,18 +55,20 @@ def device_stage(config: FewRows):
 
 def interpreted_stage(config: FewRows):
     """Returns the twin of `device_stage`."""
-    own_rows = config.warpgroup_rows
+    rows_of_warpgroup = config.warpgroup_rows
 
     def stage(weight_smem, x_smem, sums, slot, warpgroup):
         first, first_token = part_of(config, warpgroup)
-        left = [weight_smem[slot, i, pl.ds(first, own_rows), :].astype(jnp.int32) for i in range(config.blocks)]
+        left = [
+            weight_smem[slot, i, pl.ds(first, rows_of_warpgroup), :].astype(jnp.int32) for i in range(config.blocks)
+        ]
         right = x_smem[slot, :, pl.ds(first_token, config.warpgroup_tokens), :].astype(jnp.int32)
         # Ordinary loads, which the next copy into the slot must not overtake.
         plgpu.commit_smem()
         sums = sums.reshape(64, config.warpgroup_tokens)
         for i in range(config.blocks):
             part = jnp.dot(left[i], right[i].T)
-            sums = sums + jnp.pad(part, ((0, 64 - own_rows), (0, 0)))
+            sums = sums + jnp.pad(part, ((0, 64 - rows_of_warpgroup), (0, 0)))
         return sums.reshape(-1)
 
     return stage
@@ -113,13 +115,13 @@ def device_scale(config: FewRows, tokens: int, rows: int):
 def interpreted_scale(config: FewRows, tokens: int, rows: int):
     """Returns the twin of `device_scale`; whole tiles and strips only."""
     del tokens, rows
-    own_rows = config.warpgroup_rows
+    rows_of_warpgroup = config.warpgroup_rows
 
     def scaled(x_scales_gmem, scales_gmem, sums, token, row, warpgroup):
         first, first_token = part_of(config, warpgroup)
         of_tokens = x_scales_gmem[pl.ds(token + first_token, config.warpgroup_tokens)]
-        of_rows = scales_gmem[pl.ds(row + first, own_rows)]
-        factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - own_rows), (0, 0)))
+        of_rows = scales_gmem[pl.ds(row + first, rows_of_warpgroup)]
+        factors = jnp.pad(of_tokens[None] * of_rows[:, None], ((0, 64 - rows_of_warpgroup), (0, 0)))
         return sums.astype(jnp.float32) * factors.reshape(-1)
 
     return scaled

@@ -208,8 +208,8 @@ class SwiGLU(Epilogue):
         received_smem.at[1 - warpgroup][...] = others
         plgpu.barrier_arrive(written_bar)
         plgpu.barrier_wait(written_bar)
-        own_smem = received_smem.at[warpgroup]
-        received = received_smem[warpgroup] if interpret else plgpu.load(own_smem, layout=half_of(rows))
+        half_smem = received_smem.at[warpgroup]
+        received = received_smem[warpgroup] if interpret else plgpu.load(half_smem, layout=half_of(rows))
         plgpu.barrier_arrive(read_bar)
         store(kept, received, tuple(outputs), row, column, warpgroup)
 

@@ -284,10 +284,12 @@ def device_plan(shapes: Planning):
     """Returns the function by which all CTAs make the plan; `rank` is that of one."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * 6, SCALAR))
-    def plan(ctx, experts, valid, row_token, tile_expert, token_row, shared, rank):
+    def plan(ctx, experts_gmem, valid_gmem, row_token_gmem, tile_expert_gmem, token_row_gmem, shared_smem, rank):
         del ctx
-        addresses = map(mosaic.global_address, (experts, valid, row_token, tile_expert, token_row))
-        Planner(shapes, mosaic.scalar(rank), SharedWords(shared), *addresses).plan()
+        addresses = map(
+            mosaic.global_address, (experts_gmem, valid_gmem, row_token_gmem, tile_expert_gmem, token_row_gmem)
+        )
+        Planner(shapes, mosaic.scalar(rank), SharedWords(shared_smem), *addresses).plan()
 
     return plan
 
@@ -295,13 +297,17 @@ def device_plan(shapes: Planning):
 def interpreted_plan(shapes: Planning):
     """Returns the twin of `device_plan`, by the reference."""
 
-    def plan(experts, valid, row_token, tile_expert, token_row, shared, rank):
-        del shared
+    def plan(experts_gmem, valid_gmem, row_token_gmem, tile_expert_gmem, token_row_gmem, shared_smem, rank):
+        del shared_smem
 
         @pl.when((rank == 0) & (lax.axis_index("warpgroup") == 0))
         def _():
-            plan = reference.make_plan(experts[...], valid[...] != 0, shapes.experts, shapes.tile)
-            row_token[...], tile_expert[...], token_row[...] = plan.row_token, plan.tile_expert, plan.token_row
+            plan = reference.make_plan(experts_gmem[...], valid_gmem[...] != 0, shapes.experts, shapes.tile)
+            row_token_gmem[...], tile_expert_gmem[...], token_row_gmem[...] = (
+                plan.row_token,
+                plan.tile_expert,
+                plan.token_row,
+            )
 
     return plan
 

@@ -164,7 +164,7 @@ def route_token(
     keys = [inside.where(key_of(score + b), 0) for score, b in zip(scores, corrections, strict=True)]
     kept = keep_groups(shapes, keys, lane)
     keys = [inside.where(kept.where(key, MASKED), 0) for key in keys]
-    own_expert, own_score, total = mosaic.as_word(0), mosaic.as_word(0), Float(0.0)
+    expert_of_lane, score_of_lane, total = mosaic.as_word(0), mosaic.as_word(0), Float(0.0)
     for place in range(shapes.experts_per_token):
         expert = take_best(keys, first)
         score = mosaic.as_word(0)
@@ -174,11 +174,11 @@ def route_token(
         score = mosaic.shuffle("idx", score, expert >> (shapes.values.bit_length() - 1))
         total = total + Float.of_bits(score)
         here = lane.equals(place)
-        own_expert, own_score = here.where(expert, own_expert), here.where(score, own_score)
-    weight = Float.of_bits(own_score)
+        expert_of_lane, score_of_lane = here.where(expert, expert_of_lane), here.where(score, score_of_lane)
+    weight = Float.of_bits(score_of_lane)
     weight = (weight / total if shapes.normalize else weight) * shapes.scaling_factor
     writes, place = exists & (lane < shapes.experts_per_token), token * shapes.experts_per_token + lane
-    mosaic.store_global(mosaic.offset(experts, place, 4), [own_expert], predicate=writes)
+    mosaic.store_global(mosaic.offset(experts, place, 4), [expert_of_lane], predicate=writes)
     mosaic.store_global(mosaic.offset(weights, place, 4), [weight.bits()], predicate=writes)
 
 
@@ -186,11 +186,11 @@ def device_route(shapes: Routing):
     """Returns the function of a CTA's tokens, `first` and after."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
-    def route(ctx, logits, bias, experts, weights, first):
+    def route(ctx, logits_gmem, bias_gmem, experts_gmem, weights_gmem, first):
         del ctx
         thread = mosaic.thread_index()
         token = mosaic.scalar(first) + (thread >> 5)
-        addresses = map(mosaic.global_address, (logits, bias, experts, weights))
+        addresses = map(mosaic.global_address, (logits_gmem, bias_gmem, experts_gmem, weights_gmem))
         route_token(shapes, thread & 31, token.min(shapes.tokens - 1), token < shapes.tokens, *addresses)
 
     return route
@@ -200,10 +200,10 @@ def interpreted_route(shapes: Routing):
     """Returns the twin of `device_route`: token by token, through the reference."""
     choice = (shapes.groups, shapes.groups_kept, shapes.experts_per_token, shapes.normalize, shapes.scaling_factor)
 
-    def route(logits, bias, experts, weights, first):
+    def route(logits_gmem, bias_gmem, experts_gmem, weights_gmem, first):
         def one(token):
             here = pl.ds(token, 1)
-            experts[here], weights[here] = reference.route(logits[here], bias[...], *choice)
+            experts_gmem[here], weights_gmem[here] = reference.route(logits_gmem[here], bias_gmem[...], *choice)
 
         for i in range(WARPS):
             pl.when(first + i < shapes.tokens)(functools.partial(one, first + i))

@@ -161,12 +161,13 @@ def device_gather(shapes: Rows):
     """Returns the function of a CTA's tokens or rows of padding; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(*[REF] * (5 if shapes.fp8 else 4), SCALAR))
-    def gather(ctx, x, row_token, token_row, values, *others):
+    def gather(ctx, x_gmem, row_token_gmem, token_row_gmem, values_gmem, *others):
         del ctx
         scales = mosaic.global_address(others[0]) if shapes.fp8 else None
         cta, thread = mosaic.scalar(others[-1]), mosaic.thread_index()
         lane, warp = thread & 31, thread >> 5
-        x, row_token, token_row, values = map(mosaic.global_address, (x, row_token, token_row, values))
+        refs_gmem = (x_gmem, row_token_gmem, token_row_gmem, values_gmem)
+        x, row_token, token_row, values = map(mosaic.global_address, refs_gmem)
         mosaic.branch(
             cta < shapes.token_ctas,
             lambda: take_token(shapes, lane, cta * WARPS + warp, x, token_row, values, scales),
@@ -179,29 +180,29 @@ def device_gather(shapes: Rows):
 def interpreted_gather(shapes: Rows):
     """Returns the twin of `device_gather`: group by group, through the reference."""
 
-    def gather(x, row_token, token_row, values, *others):
-        scales, cta = others[0], others[-1]
+    def gather(x_gmem, row_token_gmem, token_row_gmem, values_gmem, *others):
+        scales_gmem, cta = others[0], others[-1]
 
         def store(row, group, value, scale):
-            values[pl.ds(row, 1), pl.ds(group * GROUP, GROUP)] = value
+            values_gmem[pl.ds(row, 1), pl.ds(group * GROUP, GROUP)] = value
             if shapes.fp8:
                 place = (group, row) if shapes.scales_by_group else (row, group)
-                scales[place] = scale
+                scales_gmem[place] = scale
 
         def take(token, group):
-            value, scale = x[pl.ds(token, 1), pl.ds(group * GROUP, GROUP)], jnp.float32(0)
+            value, scale = x_gmem[pl.ds(token, 1), pl.ds(group * GROUP, GROUP)], jnp.float32(0)
             if shapes.fp8:
                 value, scale = reference_quantize(value, shapes.scale_fmt, GROUP)
                 scale = scale[0, 0]
             for choice in range(shapes.choices):
-                row = token_row[token, choice]
+                row = token_row_gmem[token, choice]
                 pl.when(row >= 0)(functools.partial(store, row, group, value, scale))
 
         def fill(row):
             scale = jnp.full((), SMALLEST_AMAX, jnp.float32) * jnp.float32(1 / FP8_MAX)
             scale = scale if shapes.scale_fmt is None else round_up_to_power_of_two(scale)
             for group in range(shapes.groups):
-                store(row, group, jnp.zeros((1, GROUP), values.dtype), scale)
+                store(row, group, jnp.zeros((1, GROUP), values_gmem.dtype), scale)
 
         for warp in range(WARPS):
             unit, row = cta * WARPS + warp, (cta - shapes.token_ctas) * WARPS + warp
@@ -210,7 +211,7 @@ def interpreted_gather(shapes: Rows):
                 group = chunk * (CHUNK // GROUP) + i
                 here = (cta < shapes.token_ctas) & (token < shapes.tokens) & (group < shapes.groups)
                 pl.when(here)(functools.partial(take, token, group))
-            padding = (row >= 0) & (row < shapes.rows) & (row_token[jnp.clip(row, 0, shapes.rows - 1)] < 0)
+            padding = (row >= 0) & (row < shapes.rows) & (row_token_gmem[jnp.clip(row, 0, shapes.rows - 1)] < 0)
             pl.when(padding)(functools.partial(fill, row))
 
     return gather
@@ -281,11 +282,13 @@ def device_combine(shapes: Rows):
     """Returns the function of a CTA's tokens; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
-    def combine(ctx, rows, weights, token_row, out, cta):
+    def combine(ctx, rows_gmem, weights_gmem, token_row_gmem, out_gmem, cta):
         del ctx
         thread = mosaic.thread_index()
         unit = mosaic.scalar(cta) * WARPS + (thread >> 5)
-        return_token(shapes, thread & 31, unit, *map(mosaic.global_address, (rows, weights, token_row, out)))
+        return_token(
+            shapes, thread & 31, unit, *map(mosaic.global_address, (rows_gmem, weights_gmem, token_row_gmem, out_gmem))
+        )
 
     return combine
 
@@ -293,14 +296,14 @@ def device_combine(shapes: Rows):
 def interpreted_combine(shapes: Rows):
     """Returns the twin of `device_combine`: 128 values at a time."""
 
-    def combine(rows, weights, token_row, out, cta):
+    def combine(rows_gmem, weights_gmem, token_row_gmem, out_gmem, cta):
         def one(token, column):
             here, total = pl.ds(column, GROUP), jnp.zeros((1, GROUP), jnp.float32)
             for choice in range(shapes.choices):
-                row = token_row[token, choice]
-                value = rows[pl.ds(jnp.maximum(row, 0), 1), here].astype(jnp.float32)
-                total += jnp.where(row >= 0, weights[token, choice] * value, 0)
-            out[pl.ds(token, 1), here] = total
+                row = token_row_gmem[token, choice]
+                value = rows_gmem[pl.ds(jnp.maximum(row, 0), 1), here].astype(jnp.float32)
+                total += jnp.where(row >= 0, weights_gmem[token, choice] * value, 0)
+            out_gmem[pl.ds(token, 1), here] = total
 
         for warp in range(WARPS):
             unit = cta * WARPS + warp

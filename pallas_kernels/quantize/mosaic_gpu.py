@@ -66,10 +66,12 @@ def device_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
     """Returns the function of a CTA's groups; `cta` is its number."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, SCALAR))
-    def body(ctx, x, values, scales, cta):
+    def body(ctx, x_gmem, values_gmem, scales_gmem, cta):
         del ctx
         thread = mosaic.scalar(cta) * (32 * WARPS) + mosaic.thread_index()
-        quantize_groups(groups, is_float32, scale_fmt, thread, *map(mosaic.global_address, (x, values, scales)))
+        quantize_groups(
+            groups, is_float32, scale_fmt, thread, *map(mosaic.global_address, (x_gmem, values_gmem, scales_gmem))
+        )
 
     return body
 
@@ -78,10 +80,10 @@ def interpreted_quantize(groups: int, is_float32: bool, scale_fmt: str | None):
     """Returns the twin of `device_quantize`: group by group, by the reference."""
     del is_float32
 
-    def body(x, values, scales, cta):
+    def body(x_gmem, values_gmem, scales_gmem, cta):
         def one(group):
             here = pl.ds(group * GROUP, GROUP)
-            values[here], scales[pl.ds(group, 1)] = reference.quantize(x[here], scale_fmt, GROUP)
+            values_gmem[here], scales_gmem[pl.ds(group, 1)] = reference.quantize(x_gmem[here], scale_fmt, GROUP)
 
         for i in range(4 * WARPS):
             group = cta * (4 * WARPS) + i
@@ -162,10 +164,10 @@ def device_int8(width: int):
     """Returns the function of a CTA's row."""
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, SCALAR))
-    def body(ctx, x, values, scales, shared, row):
+    def body(ctx, x_gmem, values_gmem, scales_gmem, shared_smem, row):
         del ctx
-        addresses = map(mosaic.global_address, (x, values, scales))
-        int8_row(width, mosaic.thread_index(), mosaic.scalar(row), SharedWords(shared), *addresses)
+        addresses = map(mosaic.global_address, (x_gmem, values_gmem, scales_gmem))
+        int8_row(width, mosaic.thread_index(), mosaic.scalar(row), SharedWords(shared_smem), *addresses)
 
     return body
 
@@ -174,10 +176,10 @@ def interpreted_int8(width: int):
     """Returns the twin of `device_int8`, by the reference."""
     del width
 
-    def body(x, values, scales, shared, row):
-        del shared
+    def body(x_gmem, values_gmem, scales_gmem, shared_smem, row):
+        del shared_smem
         here = pl.ds(row, 1)
-        values[here], scales[here] = reference.quantize_int8(x[here])
+        values_gmem[here], scales_gmem[here] = reference.quantize_int8(x_gmem[here])
 
     return body
 

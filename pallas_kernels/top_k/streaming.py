@@ -162,7 +162,7 @@ class Streaming(Selection):
 
     def store_above(self, scores: list[Word], first: Word, length: Word, threshold: Word, place: Word) -> None:
         """Stores this thread's candidates from `place` on."""
-        own_first = first + self.thread * 4
+        thread_first = first + self.thread * 4
 
         def code(tail):
             text = "{ .reg .pred p; .reg .b32 a, q; mov.u32 a, $2;\n"
@@ -170,7 +170,7 @@ class Streaming(Selection):
                 text += self.above(i, 4, 0, 1, tail) + f"add.u32 q, $3, {self.score_distance(i)};\n"
                 text += f"@p st.shared.v2.b32 [a], {{${4 + i}, q}};\n@p add.u32 a, a, 8;\n"
             address = self.candidates.address(place << 1)
-            ptx(text + "}", from_key(threshold), length - own_first, address, own_first, *scores)
+            ptx(text + "}", from_key(threshold), length - thread_first, address, thread_first, *scores)
 
         self.whole_or_tail(first, length, code)
 
