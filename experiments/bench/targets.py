@@ -135,9 +135,7 @@ _BY_OP: dict[str, dict[str, Target]] = {
         **dict.fromkeys(_matmul((1, 16, 128)), Target(1.0, 1.4, enough=0.95)),
         **dict.fromkeys(_matmul((4096,)), Target(0.85, 1.0)),
         "int8-8192x8192x8192": Target(1.5, 1.9, of="reference"),
-        **dict.fromkeys(
-            _matmul((1, 16, 128), "int4-", ("7168x16384", "4096x7168")), Target(2.5, 3.5, of="reference")
-        ),
+        **dict.fromkeys(_matmul((1, 16, 128), "int4-", ("7168x16384", "4096x7168")), Target(2.5, 3.5, of="reference")),
     },
     "moe_dispatch": {
         **dict.fromkeys(("plan-1", "plan-32", "plan-1024", "plan-4096"), Target(5, 10, of="reference")),
