@@ -19,7 +19,7 @@ import pytest
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine.blocks import BlockTable
 from dsv32_jax.fidelity import OF_LAYER, TAPS
-from dsv32_jax.generate import language_model
+from dsv32_jax.generate import batching
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, tapped_layer
 from dsv32_jax.model.taps import Taps
@@ -175,9 +175,9 @@ def one_shape(tokens: int = 64, blocks: int = 4) -> Iterator[None]:
     Two programs then serve all prompts that are generated from one by one, where each length would have its own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "SMALLEST_CHUNK", tokens)
-        patch.setattr(language_model, "LARGEST_CHUNK", tokens)
-        patch.setattr(language_model.LanguageModel, "_block_tables", lambda _, rows, __: tables_of(rows, blocks))
+        patch.setattr(batching, "SMALLEST_CHUNK", tokens)
+        patch.setattr(batching, "LARGEST_CHUNK", tokens)
+        patch.setattr(batching, "block_tables", lambda rows, *_: tables_of(rows, blocks))
         yield
 
 

@@ -47,6 +47,7 @@ from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.studies.random_model import layers_that_fit, random_model
 from dsv32_jax.experiments.studies.serving_report import OF_ALL, RUNS
+from dsv32_jax.generate import batching
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import load
@@ -167,7 +168,8 @@ def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
         if piece.row == 0:
             times.append(time.monotonic())
     seconds = time.monotonic() - begun
-    allocated = len(work) * lm._block_tables(1, max(map(len, rows)) + most).size * BLOCK_SIZE
+    table = batching.block_tables(1, max(map(len, rows)) + most, lm.config.max_position_embeddings)
+    allocated = len(work) * table.size * BLOCK_SIZE
     return {
         **rates(work, seconds),
         "first_token_seconds": times[0] - begun,
@@ -187,7 +189,7 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
     for settings in engines:
         jobs += Engine(lm, **settings).programs()
     all_at_once(jobs)
-    pieces = {size: stop - start for length in lengths for start, stop, size in lm._chunks(length)}
+    pieces = {size: stop - start for length in lengths for start, stop, size in batching.chunks(length, lm.options)}
     longest = max(lengths) + new
     for length in pieces.values():
         rows = [[1] * length] + [[1] * min(pieces.values())] * (len(work) - 1)

@@ -13,7 +13,7 @@ from flax import nnx
 from dsv32_jax import fidelity
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.generate import language_model
+from dsv32_jax.generate import batching
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.model.model import DeepseekV32, Options
@@ -130,17 +130,17 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     ids[1, 85:] = -1
     ids[2, 64:] = -1
     whole, tokens = random.logits(ids), random.generate(ids, 5, ignore_eos=True).tokens
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 32)
     np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
     np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
 
 
 def test_with_kernels_pieces_are_longer_unless_all_logits_are_wanted(random, monkeypatch):
-    def sizes(**how):
-        return [size for *_, size in random._chunks(2600, **how)]
+    def sizes(all_logits=False):
+        return [size for *_, size in batching.chunks(2600, random.options, all_logits=all_logits)]
 
-    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 16)
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 512)
+    monkeypatch.setattr(batching, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 512)
     assert sizes() == sizes(all_logits=True) == 5 * [512] + [64]
     monkeypatch.setattr(Options, "runs_kernels", True)
     assert sizes() == [2048, 1024]
@@ -163,11 +163,11 @@ def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
 
 
 def test_warmup_compiles_all_that_generate_runs(random, caplog, monkeypatch):
-    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 4)
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 8)
+    monkeypatch.setattr(batching, "SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 8)
     rows = [list(range(1, 1 + length)) for length in (3, 13)]
 
-    compiled = functools.partial(times_compiled, "_flat_step", caplog=caplog)
+    compiled = functools.partial(times_compiled, "flat_step", caplog=caplog)
     assert compiled(lambda: random.warmup([3, 13], 5)) == 3  # pieces of 4 and of 8 tokens, and two rows
     assert compiled(lambda: random.generate(rows, 5)) == 0
 
