@@ -1,4 +1,4 @@
-"""What `load` returns: a model with its config and tokenizer, and the calls a notebook or script makes of it."""
+"""`LanguageModel`: a model with its config and tokenizer, and the calls of a notebook or script."""
 
 import dataclasses
 import os
@@ -41,13 +41,14 @@ DEFAULT_NEW_TOKENS = 256
 class LanguageModel:
     """A model ready to use.
 
-    `model`, `config`, `tokenizer`, `options` and `generation_config` are plain attributes, free to be replaced, and so
-    is every weight (`m.model.head = ...`): each call looks at what there is when it begins. `with_parts` makes another
-    model instead, which shares the rest. Replacing a method of a class (`MLA.select = ...`) is not supported: what was
-    compiled before keeps the old one.
+    `model`, `config`, `tokenizer`, `options` and `generation_config` are plain attributes that can be replaced, and so
+    can every weight (`m.model.head = ...`): each call uses the values that they have when it begins. `with_parts` makes
+    another model instead, which shares the rest. Replacing a method of a class (`MLA.select = ...`) is not supported:
+    programs that are already compiled keep the old one.
 
     generation_config: the checkpoint's `generation_config.json`; to change it, assign another dict. Its `eos_token_id`
-      goes before the config's, and what it says of sampling holds where a call says nothing: see `sampling_defaults`.
+      takes precedence over the config's, and its sampling parameters are the defaults of calls: see
+      `sampling_defaults`.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class LanguageModel:
     def flat_model(self) -> tuple[list[Any], Any]:
         """Leaves of the `prepared` model and their structure, for jitted functions that are called often.
 
-        The same lists again until the model, a weight of it, the options or the config is replaced.
+        Later calls return the same lists until the model, a weight of it, the options or the config is replaced.
         """
         if self._flattened is None or not self._flattened[0].shows(self):
-            self._flattened = None  # there may be no room for two
+            self._flattened = None  # the memory may not hold two
             self.check_model()
             self._flattened = (Snapshot(self), *jax.tree.flatten(prepared(self.model, self.options)))
         return self._flattened[1:]
@@ -86,7 +87,7 @@ class LanguageModel:
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
-        """As it was assigned, without nulls; to be read."""
+        """The assigned dict without nulls, read-only."""
         return self._generation_config
 
     @generation_config.setter
@@ -102,7 +103,7 @@ class LanguageModel:
             self._shapes = (self.model.config, shapes_of(self.model))
         else:
             check_edited(self.model, shapes)
-        # A step computes by the model's own config: another one here would be read in part.
+        # A step computes by the model's own config, and would ignore a different one here.
         for name, value in vars(self.model.config).items():
             other = getattr(self.config, name)
             if value != other and name not in CONFIG_OF_TEXT:
@@ -119,7 +120,7 @@ class LanguageModel:
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def sampling_defaults(self) -> tuple[float, float]:
-        """(temperature, top_p) where a call says nothing: the generation config's if it says `do_sample`, or greedy."""
+        """(temperature, top_p) where a call gives none: the generation config's if it has `do_sample`, else greedy."""
         if not self.generation_config.get("do_sample"):
             return 0.0, 1.0
         temperature, top_p = (self.generation_config.get(name) for name in ("temperature", "top_p"))
@@ -136,19 +137,19 @@ class LanguageModel:
 
     @property
     def weights(self) -> Mapping[str, Any]:
-        """Every parameter by its path ("layers.3.attn.q_a"), to be read: an array, or a `QTensor`."""
+        """Every parameter by its path ("layers.3.attn.q_a"), read-only: an array, or a `QTensor`."""
         return MappingProxyType(named_parameters(self.model))
 
     def with_parts(
         self, *, weights: Mapping[str, Any] | None = None, check: bool | None = None, **functions: Callable[..., Any]
     ) -> "LanguageModel":
-        """This model with other parts; it shares the rest, and stays as it is.
+        """Returns a model with other parts that shares the rest; this one is not changed.
 
         Args:
           weights: by path, as in `weights`: arrays of the parameter's shape in float32, bfloat16 or float16, or a
             `QTensor` in place of a linear. The MTP layer has its own embedding and head, `mtp.embed` and `mtp.head`.
-          check: check in each step the values that replaced parts give, not only their shapes and dtypes; slow, for
-            tests and notebooks. As before where None.
+          check: check in each step the values that replaced parts return, not only their shapes and dtypes; slow, for
+            tests and notebooks. None keeps the present setting.
           functions: by the name of the part, see `dsv32_jax.model.parts.Parts`: `with_parts(index_select=f)`. A
             function is called with the positional arguments of the public op whose place it takes, and those of its
             keyword arguments that the function names. The same function again compiles nothing anew.
@@ -166,11 +167,11 @@ class LanguageModel:
         return LanguageModel(model, self.config, self.tokenizer, options, self.generation_config)
 
     def dequantized(self, dtype: str = "float32", *, memory_check: bool = True) -> "LanguageModel":
-        """This model with plain weights instead of quantised ones, and unquantised activations: it has gradients.
+        """Returns this model with plain weights and unquantised activations, which has gradients.
 
         Args:
-          dtype: "float32" or "bfloat16". `load(..., dequantize=dtype)` gives the same without the quantised weights
-            beside it.
+          dtype: "float32" or "bfloat16". `load(..., dequantize=dtype)` gives the same without keeping the quantised
+            weights in memory.
           memory_check: refuse what does not fit into the free memory.
 
         Raises:
@@ -184,13 +185,13 @@ class LanguageModel:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the model, its tokenizer and its generation config as a Hugging Face checkpoint.
 
-        Options are of a run and not written: `index_topk`, `act_quant` and all others are to be given to `load` again.
+        Options belong to a run and are not written: pass `index_topk`, `act_quant` and others to `load` again.
 
         Args:
           directory: must not exist.
 
         Raises:
-          UserError: it exists or cannot be written, or a weight has another shape than it had, or is NaN or infinite.
+          UserError: it exists or cannot be written, or a weight has changed its shape, or is NaN or infinite.
         """
         from dsv32_jax.generate.loading import save
 
@@ -200,7 +201,7 @@ class LanguageModel:
     # ---- forward ----
 
     def logits(self, ids: Prompts, *, out: np.ndarray | None = None) -> np.ndarray:
-        """Logits at every position.
+        """Computes the logits at every position.
 
         Args:
           ids: [T] or [B, T] integers; -1 marks absent positions at the right.
@@ -216,7 +217,7 @@ class LanguageModel:
         return forward.logits(self._flat(), rows, forward.output(rows, self.config, out))
 
     def score(self, ids: Prompts, *, out: np.ndarray | None = None) -> Score:
-        """Log-likelihood of every token given those before it.
+        """Computes the log-likelihood of every token after those before it.
 
         Args:
           ids: [T] or [B, T] integers, or texts (beginning-of-sentence token put in front); at least 2 tokens a row.
@@ -231,27 +232,27 @@ class LanguageModel:
         return forward.score(self._flat(), rows, out)
 
     def trace(self, ids: Prompts) -> Trace:
-        """What every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
+        """Records what every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
 
         The whole sequence is one step: memory grows with its square.
         """
         return inspection.trace(self._flat(), self._sequence("trace", ids))
 
     def probe(self, ids: Prompts, taps: Mapping[str, Reduction]) -> dict[str, Any]:
-        """Values inside a step, for one sequence; the whole sequence is one step.
+        """Reads values inside a step, for one sequence; the whole sequence is one step.
 
         Args:
           ids: [T] integers, or a text.
           taps: by name ("layers.3.attn.topk"; see `tap_names`) or pattern ("layers.*.ffn.input"): None for the value
-            itself, or a function of it that runs on the device and returns arrays. A function may name what belongs to
-            a value (`dsv32_jax.model.taps.DETAILS`). The same function again compiles nothing anew.
+            itself, or a function of it that runs on the device and returns arrays. A function may have parameters for
+            the details of a value (`dsv32_jax.model.taps.DETAILS`). The same function again compiles nothing anew.
 
         Returns:
-          By name, NumPy arrays: what the functions gave, or the values, whose first axis is the tokens'; axes of
+          NumPy arrays by name: the results of the functions, or the values, whose first axis is the tokens'; axes of
           positions are as long as the cache, a multiple of 64.
 
         Raises:
-          UserError: a name or pattern that no value has, or two that ask for different things of one.
+          UserError: a name or pattern that no value has, or two that give one value different functions.
         """
         row = self._sequence("probe", ids)
         instance("taps", taps, Mapping, "a mapping from names to functions or None")
@@ -269,10 +270,10 @@ class LanguageModel:
         return rows[0]
 
     def run_layer(self, layer: int, hidden: np.ndarray | Array) -> dict[str, np.ndarray]:
-        """One layer alone, on a residual stream of one's own.
+        """Runs one layer alone on a given residual stream.
 
         Args:
-          layer: which, from 0.
+          layer: its number, from 0.
           hidden: float [T, hidden_size], the stream before it, of positions 0 .. T - 1.
 
         Returns:
@@ -302,9 +303,9 @@ class LanguageModel:
           prompts: ids [T] or [B, T] (-1 absent at the right), a text, or a list of texts or id lists. A text gets the
             beginning-of-sentence token in front. What a row receives does not depend on the other rows.
           max_new_tokens: at least 1; the longest prompt plus this must fit in `max_position_embeddings`. Default:
-            that of the generation config, or 256, or what fits.
-          temperature, top_p: see `sampling.sample`; temperature 0 is greedy and the same for every seed. Default: of
-            the generation config, see `sampling_defaults`.
+            that of the generation config, or 256, or as many as fit.
+          temperature, top_p: see `sampling.sample`; temperature 0 is greedy and the same for every seed. Default:
+            `sampling_defaults`.
           seed: the same seed gives the same tokens.
           ignore_eos: go on after an end-of-sentence token.
 
@@ -334,7 +335,7 @@ class LanguageModel:
     ) -> Iterator[Piece]:
         """`generate`, token by token: one `Piece` for each row that is still running, in step order.
 
-        A character's bytes are held back until all have come; a row's last piece has what was still held.
+        A character's bytes are held back until it is complete; a row's last piece has the remaining bytes.
         """
         rows = self.rows(prompts)
         max_new_tokens = self.new_tokens(rows, max_new_tokens)
@@ -369,7 +370,7 @@ class LanguageModel:
           max_new_tokens, temperature, top_p, seed: as those of `generate`; reasoning counts too.
 
         Raises:
-          UserError: what `generate` raises, or the checkpoint has no tokenizer or no chat template.
+          UserError: as `generate`, and where the checkpoint has no tokenizer or no chat template.
         """
         if self.tokenizer is None:
             raise UserError("chat: the checkpoint has no tokenizer.json, which a chat needs")
@@ -391,17 +392,17 @@ class LanguageModel:
         )
 
     def warmup(self, lengths: Sequence[int], max_new_tokens: int) -> int:
-        """Compiles what `generate` runs for prompts of these lengths together, several programs at a time.
+        """Compiles the programs that `generate` runs for prompts of these lengths together, several at a time.
 
-        Else each is compiled when it is first needed, one after the other; with kernels that takes most of a minute of
-        one core at full width.
+        Without this call each is compiled when it is first needed, one after the other; with kernels that takes most of
+        a minute of one core at full width.
 
         Args:
           lengths: tokens of each prompt of a call.
           max_new_tokens: of that call.
 
         Returns:
-          How many programs those are.
+          The number of programs.
         """
         with user_errors():
             return len(all_at_once(self.programs(lengths, max_new_tokens)))
@@ -419,7 +420,7 @@ class LanguageModel:
         seed: int,
         ignore_eos: bool,
     ) -> Iterator[np.ndarray]:
-        """Yields the tokens of each step, see `decoding.decode`; checks the arguments of sampling when it begins."""
+        """Checks the arguments of sampling, then yields the tokens of each step, see `decoding.decode`."""
         temperature, top_p = self.sampling(temperature, top_p, seed)
         boolean("ignore_eos", ignore_eos)
         yield from decoding.decode(
@@ -435,7 +436,7 @@ class LanguageModel:
     # ---- helpers ----
 
     def new_tokens(self, rows: list[list[int]], max_new_tokens: int | None) -> int:
-        """How many tokens `generate` makes of these rows; `UserError` where they do not fit."""
+        """The number of tokens that `generate` adds to these rows; `UserError` where they do not fit."""
         longest = max(map(len, rows))
         room = self.config.max_position_embeddings - longest
         if max_new_tokens is None:
@@ -449,5 +450,5 @@ class LanguageModel:
         return max_new_tokens
 
     def rows(self, prompts: Prompts) -> list[list[int]]:
-        """Prompts in any accepted form as checked lists of ids; see `prompts.rows_of`."""
+        """Converts prompts of any accepted form to checked lists of ids; see `prompts.rows_of`."""
         return rows_of(prompts, self.config, self.tokenizer)
