@@ -22,7 +22,7 @@ def test_the_host_alone_runs_no_model(lm, monkeypatch):
     (before,) = engine.generate([prompt], SamplingParams(4, ignore_eos=True))
     engine.pool.forget()
     requests = step_profile.add(engine, [prompt, [7] * 50], 80)
-    assert step_profile.of_host(engine, requests) > 0
+    assert step_profile.host_milliseconds(engine, requests) > 0
     assert {request.completions[0].finish_reason for request in requests} == {"cancelled"}
     assert all(len(request.completions[0].tokens) >= 10 for request in requests)  # all of them were continued
     (after,) = engine.generate([prompt], SamplingParams(4, ignore_eos=True))
