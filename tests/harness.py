@@ -98,8 +98,8 @@ def flat_batch(pieces: Sequence[Piece], tables: np.ndarray, *, padding: int = 0,
     if spread:
         flat = np.stack([flat, np.repeat(blank, flat.shape[1], 1)], -1).reshape(4, -1)
     flat = np.concatenate([flat, np.repeat(blank, padding, 1)], 1).astype(np.int32)
-    wanted = np.where(flat[1] >= 0, np.arange(flat.shape[1]), -1)
-    return Batch(*map(jnp.asarray, flat), jnp.asarray(tables, jnp.int32), jnp.asarray(wanted, jnp.int32))
+    logit_rows = np.where(flat[1] >= 0, np.arange(flat.shape[1]), -1)
+    return Batch(*map(jnp.asarray, flat), jnp.asarray(tables, jnp.int32), jnp.asarray(logit_rows, jnp.int32))
 
 
 def tables_of(sequences: int, blocks: int, *, spare: int = 0, seed: int | None = None) -> np.ndarray:
@@ -157,12 +157,12 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
     ends = np.cumsum([len(row) for row in rows])
     results = []
     for end, row in zip(ends, rows, strict=True):
-        own = slice(end - len(row), end)
+        tokens = slice(end - len(row), end)
         results.append(
             SimpleNamespace(
-                logits=logits[own],
-                hidden=np.stack([values["embedded"][own], *(layer["hidden"][own] for layer in layers)]),
-                layers=[{key: value[own] for key, value in layer.items()} for layer in layers],
+                logits=logits[tokens],
+                hidden=np.stack([values["embedded"][tokens], *(layer["hidden"][tokens] for layer in layers)]),
+                layers=[{key: value[tokens] for key, value in layer.items()} for layer in layers],
             )
         )
     return results
@@ -199,9 +199,9 @@ def as_sets(rows: np.ndarray) -> list[set[int]]:
 
 def read_until(terminal: int, end: bytes, seconds: float = 60) -> bytes:
     """What comes from a file descriptor, to the first occurrence of `end`; fails where that does not come."""
-    seen = b""
-    while end not in seen:
+    received = b""
+    while end not in received:
         ready, _, _ = select.select([terminal], [], [], seconds)
-        assert ready, f"{end!r} did not come: {seen!r}"
-        seen += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
-    return seen
+        assert ready, f"{end!r} did not come: {received!r}"
+        received += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
+    return received

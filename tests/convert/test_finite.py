@@ -46,12 +46,12 @@ def integers(model, tmp_path_factory):
 def put(name, value):
     """A change of one value of a tensor, by `spoil`; an integer is the bits of it."""
 
-    def change(held):
-        if name not in held:
+    def change(by_name):
+        if name not in by_name:
             return False
-        array = np.array(held[name])
+        array = np.array(by_name[name])
         array.view(np.uint8 if isinstance(value, int) else array.dtype).reshape(-1)[-1] = value
-        held[name] = array
+        by_name[name] = array
 
     return change
 

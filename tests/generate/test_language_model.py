@@ -155,9 +155,9 @@ def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
     leaves, structure = lm.flat_model()
     names, prepared = named_parameters(lm.model), named_parameters(jax.tree.unflatten(structure, leaves))
     layers = {path.removesuffix("attn.kv_b") for path in names if path.endswith("attn.kv_b")}
-    gone, new = ("q_a", "kv_a", "kv_b"), ("projections.0", "maps.to_latent", "maps.to_value")
-    assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in gone}
-    assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in new}
+    removed, added = ("q_a", "kv_a", "kv_b"), ("projections.0", "maps.to_latent", "maps.to_value")
+    assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in removed}
+    assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in added}
     lm.options = dataclasses.replace(EXACT, absorb=False)  # that is how the official code quantises its input
     assert lm.flat_model()[1] == jax.tree.structure(lm.model)
 
@@ -313,19 +313,19 @@ def test_chat_continues_and_keeps_reasoning_apart(spoken, monkeypatch):
     end, words = tokenizer.encode("</think>"), tokenizer.encode("It is raining.")
     drawn = [*words, *end, *words[:2], spoken.eos_ids[0]]
     monkeypatch.setattr(
-        LanguageModel, "_decode", lambda self, rows, *_: seen.append(rows[0]) or iter(np.array(drawn)[:, None])
+        LanguageModel, "_decode", lambda self, rows, *_: prompts.append(rows[0]) or iter(np.array(drawn)[:, None])
     )
     for thinking in (False, True):
-        seen = []
+        prompts = []
         answer = spoken.chat("Rain?", len(drawn), thinking=thinking)
         messages = [{"role": "user", "content": "Rain?"}]
-        assert seen == [tokenizer.encode_chat(messages, thinking=thinking)]
+        assert prompts == [tokenizer.encode_chat(messages, thinking=thinking)]
         assert answer.reasoning == ("It is raining." if thinking else None)
         assert str(answer) == answer.text and answer.text.endswith(tokenizer.decode(words[:2]))
         assert answer.finish_reason == "stop" and answer.tokens.tolist() == drawn
         assert answer.messages == [*messages, {"role": "assistant", "content": answer.text}]
         spoken.chat([*answer.messages, {"role": "user", "content": "Still?"}], len(drawn))
-        assert "Rain?" in tokenizer.decode(seen[1]) and "Still?" in tokenizer.decode(seen[1])
+        assert "Rain?" in tokenizer.decode(prompts[1]) and "Still?" in tokenizer.decode(prompts[1])
 
 
 @pytest.mark.parametrize("messages", [None, [], {}, 5, [{"role": "user"}], ["Rain?"], [{"role": "user", "content": 5}]])
