@@ -19,8 +19,8 @@ from dsv32_jax.generate.memory import available_bytes
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, StepContext
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import dense
 from dsv32_jax.model.taps import Taps
+from pallas_kernels.matmul import dense
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:

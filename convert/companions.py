@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv32_jax.common.reading import present
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 COPIED = (
     "config.json",

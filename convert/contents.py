@@ -19,11 +19,12 @@ from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, describe
 from dsv32_jax.convert.stored import COMPRESSED, IN_A_WORD, OFFICIAL
 from dsv32_jax.convert.tensor_file import DTYPES, Entry, read_header
 from dsv32_jax.errors import UserError
+from pallas_kernels.matmul import INT4, SCHEMES
 
-SCHEME_OF = {"float8_e4m3fn": "fp8_block", "int8": "int8", "uint8": "int4"}
+SCHEME_OF = {scheme.dtypes[0]: scheme.name for scheme in SCHEMES.values()}
 """The scheme of weights by the dtype of their values in memory and in Orbax."""
-PACKED = COMPRESSED["int4"]["packed"]
-ADDED = (OFFICIAL["scales"], *(suffix for suffix in COMPRESSED["int4"].values() if suffix != PACKED))
+PACKED = COMPRESSED[INT4].suffixes["packed"]
+ADDED = (OFFICIAL["scales"], *(suffix for suffix in COMPRESSED[INT4].suffixes.values() if suffix != PACKED))
 """Suffixes of the names of tensors that belong to a weight."""
 
 
@@ -126,7 +127,7 @@ def hf_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]:
     for entries in parts.values():
         values = entries.get("") or entries[PACKED]
         dtype = dtype_of(values)
-        kind = "int4" if PACKED in entries else SCHEME_OF.get(dtype, dtype) if len(entries) > 1 else dtype
+        kind = INT4.name if PACKED in entries else SCHEME_OF.get(dtype, dtype) if len(entries) > 1 else dtype
         count = math.prod(values.shape) * (IN_A_WORD if PACKED in entries else 1)
         plain = len(entries) == 1 and len(values.shape) > 1
         yield Weight(kind, plain, 1, count, [(dtype_of(entry), entry.size) for entry in entries.values()])
@@ -166,7 +167,7 @@ def orbax_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]
             values = parts["values"] if quantised else leaf
             dtype = np.dtype(values.dtype).name
             kind = SCHEME_OF.get(dtype, dtype) if quantised else dtype
-            count = math.prod(values.shape) * (2 if kind == "int4" else 1)
+            count = math.prod(SCHEMES[kind].shape_of(values) if quantised and kind in SCHEMES else values.shape)
             arrays = [
                 (part["dtype"], math.prod(part["shape"]) * np.dtype(part["dtype"]).itemsize)
                 for part in described.values()

@@ -25,7 +25,7 @@ from dsv32_jax.convert.unfinished import new_directory, refuse_unfinished, unfin
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32, abstract_model
 from dsv32_jax.model.params import named_parameters, replace_parameters
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 OTHER = {"hf": "orbax", "orbax": "hf"}
 """The layouts, each with the one that it is converted to."""

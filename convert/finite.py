@@ -13,7 +13,7 @@ from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.convert.stored import suffixes
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.params import is_choosing
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 EXPONENTS = {
     np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, 0x7F),  # no infinity; the one NaN has all bits
@@ -40,11 +40,8 @@ def check_finite(path: str, leaf: Any, config: ModelConfig, parts: tuple[str, ..
     """
     if not isinstance(leaf, QTensor):
         arrays = {"array": leaf}
-    elif leaf.scheme == "int4":
-        words = np.asarray(leaf.scales)
-        arrays = {"scales": (words >> 16).astype(np.uint16).view(ml_dtypes.bfloat16).swapaxes(-1, -2)}
     else:
-        arrays = {"values": leaf.values, "scales": leaf.scales}
+        arrays = {"values": leaf.values, "scales": leaf.scheme.multipliers(np.asarray(leaf.scales))}
     for part in arrays if parts is None else parts:
         array = arrays[part]
         at = first_not_finite(np.asarray(array))

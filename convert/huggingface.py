@@ -28,7 +28,7 @@ from dsv32_jax.convert.stored import (
 from dsv32_jax.convert.tensor_file import DTYPES, NAMES, Entry, Writer, read_header, read_into
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,7 +17,7 @@ from dsv32_jax.convert.statistics import Statistics
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import Weight, dense, is_qtensor
+from pallas_kernels.matmul import Weight, dense, is_qtensor
 
 FOLDS = {
     "attn_norm": ("attn.q_a", "attn.kv_a", "attn.indexer.k", "attn.indexer.head_weights"),

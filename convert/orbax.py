@@ -16,7 +16,7 @@ from dsv32_jax.convert.names import MTP_PATHS, group_of, undeclared_mtp, without
 from dsv32_jax.convert.stored import may_be_plain, stored_parameters
 from dsv32_jax.convert.unfinished import Unfinished
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.quant import QTensor, scheme_of
+from pallas_kernels.matmul import SCHEMES, QTensor, scheme_name
 
 DESCRIPTION = "dsv32_checkpoint.json"
 PARAMS = "params"
@@ -29,16 +29,17 @@ Placement = Callable[[str], jax.sharding.Sharding]
 def describe(leaf: Any) -> dict[str, Any]:
     """JSON for one parameter: dtype and shape, and those of its scales."""
     if isinstance(leaf, QTensor):
-        return {"scheme": leaf.scheme, "values": describe(leaf.values), "scales": describe(leaf.scales)}
+        return {"scheme": leaf.scheme.name, "values": describe(leaf.values), "scales": describe(leaf.scales)}
     return {"dtype": np.dtype(leaf.dtype).name, "shape": list(leaf.shape)}
 
 
 def abstract(description: dict[str, Any], sharding: jax.sharding.Sharding | None = None) -> Any:
     """The inverse of `describe`, as `jax.ShapeDtypeStruct`s."""
     if "scheme" in description:
-        return QTensor(
-            abstract(description["values"], sharding), abstract(description["scales"], sharding), description["scheme"]
-        )
+        if description["scheme"] not in SCHEMES:
+            raise UserError(f"{DESCRIPTION}: scheme {description['scheme']!r} is unknown; convert again")
+        scheme = SCHEMES[description["scheme"]]
+        return QTensor(abstract(description["values"], sharding), abstract(description["scales"], sharding), scheme)
     return jax.ShapeDtypeStruct(tuple(description["shape"]), np.dtype(description["dtype"]), sharding=sharding)
 
 
@@ -131,8 +132,8 @@ class OrbaxReader:
             stored, required = abstract(self.parameters[path]), expected[path]
             if stored.shape != required.shape:
                 problems.append(f"{path} has shape {list(stored.shape)}, expected {list(required.shape)}")
-            if scheme_of(stored) != scheme_of(required) and not (plain and scheme_of(stored) is None):
-                stored_scheme, required_scheme = (scheme_of(leaf) or "not quantised" for leaf in (stored, required))
+            if scheme_name(stored) != scheme_name(required) and not (plain and scheme_name(stored) is None):
+                stored_scheme, required_scheme = (scheme_name(leaf) or "not quantised" for leaf in (stored, required))
                 problems.append(
                     f"{path} is {stored_scheme}, and by config.json's quantization_config {required_scheme}"
                 )

@@ -27,11 +27,11 @@ from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import SCHEMES, abstract_weight, dense, quantize_weight, scheme_of
+from pallas_kernels.matmul import INT4, INT8, SCHEMES, abstract_weight, dense, quantize_weight, scheme_name
 
 UNQUANTISED = "bf16"
 """The scheme of a linear that becomes plain bfloat16."""
-ROUNDED = {"int4": round_int4, "int8": round_int8}
+ROUNDED = {INT4.name: round_int4, INT8.name: round_int8}
 """Rounding functions of the schemes that can take the inputs' statistics into account."""
 
 
@@ -68,7 +68,7 @@ def quantize_model(
         for path, scheme in schemes.items()
     }
     parameters |= changed_weights
-    all_schemes = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_of(leaf))}
+    all_schemes = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_name(leaf))}
     changed = replace_parameters(model, parameters)
     changed.config = model.config.replace(
         quantization_config=quantization_config(all_schemes, model.config), unknown=without_provenance(model.config)
@@ -100,7 +100,7 @@ def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
 
 def mixed(model: DeepseekV32) -> dict[str, str]:
     """Schemes with four bits for the routed experts, which have most of the bytes, and eight bits for the others."""
-    return {path: "int4" if ".experts." in path else "int8" for path in uniform(model, "int8")}
+    return {path: (INT4 if ".experts." in path else INT8).name for path in uniform(model, INT8.name)}
 
 
 def quantize_checkpoint(
@@ -153,7 +153,7 @@ def _change(
 ) -> Change:
     stored = stored_parameters(config)
     check_schemes(schemes, stored)
-    source_schemes = {path: scheme_of(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
+    source_schemes = {path: scheme_name(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
     new_schemes = {**source_schemes, **schemes}
     note = {"version": __version__, "linears": dict(Counter(new_schemes.values())), **provenance}
     quantised = {path: scheme for path, scheme in new_schemes.items() if scheme != UNQUANTISED}
@@ -169,7 +169,7 @@ def _change(
     def leaf(path: str, value: Any) -> Any:
         value = weights.get(path, value)
         scheme = target_schemes.get(path)
-        if scheme is None or scheme == scheme_of(value):
+        if scheme is None or scheme == scheme_name(value):
             return value
         input_statistics, lead = statistics.get(path), value.shape[:-2]
         matrices = [
@@ -186,7 +186,7 @@ def _change(
 
     def abstract(path: str, value: Any) -> Any:
         scheme = target_schemes.get(path)
-        if scheme is None or scheme == scheme_of(value):
+        if scheme is None or scheme == scheme_name(value):
             return value
         if scheme == UNQUANTISED:
             return jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)
@@ -211,7 +211,7 @@ def digest(arrays: Any) -> str | None:
 
 def _in_scheme(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):
     """One weight in a scheme; `UserError` where the scheme does not take its width."""
-    if scheme == scheme_of(leaf):
+    if scheme == scheme_name(leaf):
         return leaf
     if scheme == UNQUANTISED:
         return _dense(leaf, jnp.bfloat16)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv32_jax.model.quant import quantize_weight
-from pallas_kernels.quant_matmul.int4 import SMALLEST_SCALE, int4_scales, int4_values
+from pallas_kernels.matmul import quantize_weight
+from pallas_kernels.matmul.int4 import SMALLEST_SCALE, int4_scales, int4_values
 from pallas_kernels.quantize.reference import INT8_MAX, divide
 
 RANGES = ("mse", "percentile", "min-max")

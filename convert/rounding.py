@@ -14,9 +14,8 @@ from jax import lax
 
 from dsv32_jax.convert.ranges import int4_range, int8_scales, int8_values
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.quant import QTensor
-from pallas_kernels.quant_matmul import pack_int4
-from pallas_kernels.quant_matmul.int4 import GROUP, int4_values
+from pallas_kernels.matmul import INT4, INT8, QTensor, pack_int4
+from pallas_kernels.matmul.int4 import GROUP, int4_values
 
 DAMPING = 0.01
 """Share of the mean of the moments' diagonal that is added to the diagonal: the moments become positive definite."""
@@ -56,7 +55,7 @@ def _round_int4(weight: jax.Array, moments: jax.Array | None, ranges: str) -> tu
         flat_moments = moments.reshape(-1, *moments.shape[-2:])
         values, scales, zeros, solved = lax.map(lambda pair: _round(pair[0], pair[1], ranges), (flat, flat_moments))
     packed, words = pack_int4(values, scales, zeros)
-    rounded = QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), "int4")
+    rounded = QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), INT4)
     return rounded, solved.all()
 
 
@@ -172,4 +171,4 @@ def _round_int8(weight: jax.Array, moments: jax.Array | None, ranges: str) -> QT
         return int8_values(rows, scales).astype(jnp.int8), scales
 
     values, scales = lax.map(rounded, (flat, diagonals))
-    return QTensor(values.reshape(weight.shape), scales.reshape(*lead, -1), "int8")
+    return QTensor(values.reshape(weight.shape), scales.reshape(*lead, -1), INT8)

@@ -21,19 +21,97 @@ from dsv32_jax.convert.names import hf_name
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import abstract_model
 from dsv32_jax.model.params import is_linear, named_parameters
-from dsv32_jax.model.quant import QTensor, abstract_weight
-from pallas_kernels.quant_matmul import pack_int4, unpack_int4
+from pallas_kernels.matmul import (
+    FP8_BLOCK,
+    INT4,
+    INT8,
+    QTensor,
+    Scheme,
+    abstract_weight,
+    pack_int4,
+    unpack_int4,
+)
 
 OFFICIAL = {"values": "", "scales": "_scale_inv"}
 """Suffixes of the released form to a weight's name; despite their suffix, the scales are multipliers."""
-COMPRESSED = {
-    "fp8_block": {"values": "", "scales": "_scale"},
-    "int8": {"values": "", "scales": "_scale"},
-    "int4": {"packed": "_packed", "scales": "_scale", "zero_point": "_zero_point", "shape": "_shape"},
-}
-"""Suffixes of compressed-tensors, by scheme."""
 IN_A_WORD = 8
 """Four-bit numbers in an int32."""
+
+
+class AsItIs:
+    """The form of a scheme in files of compressed-tensors: values and scales as in memory.
+
+    `suffixes` are those of the tensors' names, by part.
+    """
+
+    suffixes: Mapping[str, str] = {"values": "", "scales": "_scale"}
+
+    def shape_of(self, leaf: QTensor, part: str) -> tuple[tuple[int, ...], Any]:
+        """Returns shape and dtype of a part of a weight [N, K]."""
+        array = getattr(leaf, part)
+        return tuple(array.shape), array.dtype
+
+    def encode(self, leaf: QTensor) -> dict[str, np.ndarray]:
+        """Returns the tensors of a weight [N, K] by part."""
+        return {"values": np.asarray(leaf.values), "scales": np.asarray(leaf.scales)}
+
+    def decode(self, parts: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        """Returns values and scales: the inverse of `encode`."""
+        return parts["values"], parts["scales"].astype(np.float32)
+
+
+class ScalesInAColumn(AsItIs):
+    """The same with the scales of rows as [N, 1]."""
+
+    def shape_of(self, leaf: QTensor, part: str) -> tuple[tuple[int, ...], Any]:
+        shape, dtype = super().shape_of(leaf, part)
+        return (*shape, 1) if part == "scales" else shape, dtype
+
+    def encode(self, leaf: QTensor) -> dict[str, np.ndarray]:
+        parts = super().encode(leaf)
+        return parts | {"scales": parts["scales"][:, None]}
+
+    def decode(self, parts: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        values, scales = super().decode(parts)
+        return values, scales[:, 0]
+
+
+class Packed(AsItIs):
+    """Eight four-bit values in an int32, zeros likewise down a column, and the weight's shape."""
+
+    suffixes: Mapping[str, str] = {
+        "packed": "_packed",
+        "scales": "_scale",
+        "zero_point": "_zero_point",
+        "shape": "_shape",
+    }
+
+    def shape_of(self, leaf: QTensor, part: str) -> tuple[tuple[int, ...], Any]:
+        (rows, depth), groups = leaf.shape, leaf.scales.shape[0]
+        return {
+            "packed": ((rows, depth // IN_A_WORD), np.int32),
+            "scales": ((rows, groups), ml_dtypes.bfloat16),
+            "zero_point": ((-(-rows // IN_A_WORD), groups), np.int32),
+            "shape": ((2,), np.int64),
+        }[part]
+
+    def encode(self, leaf: QTensor) -> dict[str, np.ndarray]:
+        numbers, steps, zeros = map(np.asarray, _unpack(leaf.values, leaf.scales))
+        return {
+            "packed": in_words(numbers),
+            "scales": steps,
+            "zero_point": in_words(np.pad(zeros, ((0, -len(zeros) % IN_A_WORD), (0, 0))).T).T,
+            "shape": np.asarray(leaf.shape, np.int64),
+        }
+
+    def decode(self, parts: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        zeros = from_words(np.ascontiguousarray(parts["zero_point"].T)).T[: len(parts["packed"])]
+        values, scales = _pack(from_words(parts["packed"]), parts["scales"], zeros)
+        return np.asarray(values), np.asarray(scales)
+
+
+COMPRESSED: dict[Scheme, AsItIs] = {FP8_BLOCK: AsItIs(), INT8: ScalesInAColumn(), INT4: Packed()}
+"""How compressed-tensors stores each scheme."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +120,7 @@ class TensorSpec:
 
     Attributes:
       path: of the parameter that it belongs to.
-      part: "array", or for a quantised parameter a key of `OFFICIAL` or `COMPRESSED`.
+      part: "array", or for a quantised parameter a key of `OFFICIAL` or of its scheme's `suffixes`.
       expert: the slice of a stacked parameter, or None.
       shape: of the tensor in the file.
       dtype: NumPy's name; `dsv32_jax.convert.huggingface` says where other types are accepted.
@@ -93,7 +171,8 @@ def suffixes(leaf: Any, config: ModelConfig) -> dict[str, str]:
     """The suffix to a parameter's name for each of its tensors, by part."""
     if not isinstance(leaf, QTensor):
         return {"array": ""}
-    return OFFICIAL if isinstance(config.quantization_config, QuantizationConfig) else COMPRESSED[leaf.scheme]
+    is_official = isinstance(config.quantization_config, QuantizationConfig)
+    return OFFICIAL if is_official else dict(COMPRESSED[leaf.scheme].suffixes)
 
 
 def hf_tensors(config: ModelConfig, stored: Mapping[str, Any] | None = None) -> dict[str, TensorSpec]:
@@ -118,49 +197,26 @@ def part_shape(leaf: Any, part: str, config: ModelConfig) -> tuple[tuple[int, ..
     """Shape and dtype of a part of one parameter that is not stacked."""
     if part == "array":
         return tuple(leaf.shape), leaf.dtype
-    rows, depth = leaf.shape
-    if leaf.scheme == "int4":
-        groups = leaf.scales.shape[0]
-        return {
-            "packed": ((rows, depth // IN_A_WORD), np.int32),
-            "scales": ((rows, groups), ml_dtypes.bfloat16),
-            "zero_point": ((-(-rows // IN_A_WORD), groups), np.int32),
-            "shape": ((2,), np.int64),
-        }[part]
-    array = getattr(leaf, part)
-    return (rows, 1) if (leaf.scheme, part) == ("int8", "scales") else tuple(array.shape), array.dtype
+    return COMPRESSED[leaf.scheme].shape_of(leaf, part)
 
 
 def encode(leaf: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors of one parameter that is not stacked, by the suffix to its name."""
+    """Returns the tensors of one parameter that is not stacked, by what is added to its name."""
     names = suffixes(leaf, config)
     if not isinstance(leaf, QTensor):
         return {names["array"]: np.asarray(leaf)}
-    values, scales = np.asarray(leaf.values), np.asarray(leaf.scales)
-    if leaf.scheme == "int4":
-        numbers, steps, zeros = map(np.asarray, _unpack(leaf.values, leaf.scales))
-        parts = {
-            "packed": in_words(numbers),
-            "scales": steps,
-            "zero_point": in_words(np.pad(zeros, ((0, -len(zeros) % IN_A_WORD), (0, 0))).T).T,
-            "shape": np.asarray(leaf.shape, np.int64),
-        }
-    else:
-        parts = {"values": values, "scales": scales[:, None] if leaf.scheme == "int8" else scales}
-    return {names[part]: array for part, array in parts.items()}
+    if names is OFFICIAL:
+        return {names["values"]: np.asarray(leaf.values), names["scales"]: np.asarray(leaf.scales)}
+    return {names[part]: array for part, array in COMPRESSED[leaf.scheme].encode(leaf).items()}
 
 
-def decode(scheme: str, parts: Mapping[str, np.ndarray]) -> QTensor:
-    """The inverse of `encode`, from the tensors by part."""
-    if scheme == "int4":
-        zeros = from_words(np.ascontiguousarray(parts["zero_point"].T)).T[: len(parts["packed"])]
-        values, words = _pack(from_words(parts["packed"]), parts["scales"], zeros)
-        return host_qtensor(np.asarray(values), np.asarray(words), scheme)
-    scales = parts["scales"].astype(np.float32)
-    return host_qtensor(parts["values"], scales[:, 0] if scheme == "int8" else scales, scheme)
+def decode(scheme: Scheme, parts: Mapping[str, np.ndarray]) -> QTensor:
+    """Returns the weight of the tensors by part: the inverse of `encode`."""
+    values, scales = COMPRESSED[scheme].decode(parts)
+    return host_qtensor(values, scales, scheme)
 
 
-def host_qtensor(values: Any, scales: Any, scheme: str = "fp8_block") -> QTensor:
+def host_qtensor(values: Any, scales: Any, scheme: Scheme = FP8_BLOCK) -> QTensor:
     """A QTensor whose arrays are NumPy's, in host memory. Any, because a `QTensor` has JAX's when a step takes it."""
     return QTensor(values, scales, scheme)
 
@@ -191,7 +247,7 @@ def quantization_config(
     linears = set(filter(is_linear, stored_parameters(config)))
     if not used:
         return None
-    if used == {"fp8_block"} and set(schemes) == linears:
+    if used == {FP8_BLOCK.name} and set(schemes) == linears:
         source_config = config.quantization_config
         if not isinstance(source_config, QuantizationConfig):
             return QuantizationConfig()

@@ -3,7 +3,7 @@
     import pallas_kernels as pk
 
     positions = pk.top_k(scores, 2048)
-    values, scales = pk.quantize.quantize_weight_fp8(weight)
+    y = pk.matmul(x, pk.matmul.quantize_weight(weight, "int8"))
 
 `pk.top_k` is the package `pallas_kernels.top_k`, and so is what `from pallas_kernels import top_k` gives. It is called
 like the function of its name, `pallas_kernels.top_k.top_k`, and holds what else belongs to the op. All of `__all__` are
@@ -19,11 +19,10 @@ from typing import Any
 
 __all__ = [
     "cache_write",
-    "grouped_matmul",
     "index_select",
     "indexer_logits",
+    "matmul",
     "moe_dispatch",
-    "quant_matmul",
     "quantize",
     "sparse_mla",
     "top_k",

@@ -26,6 +26,7 @@ from dsv32_jax.cli.options import (
     Model,
     NoActQuant,
     NoMtp,
+    PartFlag,
     Seed,
     System,
     Temperature,
@@ -62,6 +63,7 @@ def chat(
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
+    part: PartFlag = None,
     as_json: Json = False,
 ) -> None:
     """Talk to the model: one line is one message; /help lists commands, /exit or the end of input leaves.
@@ -71,7 +73,7 @@ def chat(
     Example: dsv32 chat --model DIR --system "Answer in one sentence."
     """
     check_sampling(temperature, top_p, seed)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
     from dsv32_jax.cli.conversation import Conversation
 
     sampling = sampling_of(m, temperature, top_p, seed, ignore_eos)

@@ -166,7 +166,7 @@ def quantize(
 
     Example: dsv32 quantize --model demo --scheme int4 --calibration text.txt --out demo-int4
     """
-    from dsv32_jax.model.quant import SCHEMES
+    from pallas_kernels.matmul import SCHEMES
 
     if scheme not in (*SCHEMES, "mixed"):
         raise UserError(f"--scheme {scheme}: must be one of {', '.join(SCHEMES)}, mixed")

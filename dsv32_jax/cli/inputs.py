@@ -30,11 +30,17 @@ def loaded(
     index_topk: int | None,
     backend: str,
     no_mtp: bool = False,
+    part: list[str] | None = None,
 ) -> "LanguageModel":
-    """Loads the model that the flags name, with their options."""
+    """Loads the model that the flags name, with their options and parts."""
     from dsv32_jax.generate.loading import load
+    from dsv32_jax.model.variants import parts_of
 
-    return load(
+    try:
+        functions = parts_of(part or [])  # before a model is loaded, which can take minutes
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+    m = load(
         model,
         compute_dtype=compute_dtype,
         act_quant=False if no_act_quant else None,
@@ -43,6 +49,7 @@ def loaded(
         backend=backend,
         mtp=not no_mtp,
     )
+    return m.with_parts(**functions) if functions else m
 
 
 def name_of(model: str) -> str:

@@ -16,6 +16,7 @@ from dsv32_jax.cli.options import (
     Json,
     NoActQuant,
     NoMtp,
+    PartFlag,
     TextFile,
     TokenIds,
 )
@@ -42,11 +43,13 @@ def fidelity(
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
+    part: PartFlag = None,
     as_json: Json = False,
 ) -> None:
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
 
     A text is read in pieces, with the tokenizer of A. The memory that is needed grows with the square of a piece.
+    --part replaces parts of B alone.
 
     Example: dsv32 fidelity original quantised --text-file book.txt
     """
@@ -59,7 +62,8 @@ def fidelity(
     traces: list[list[Any]] = []
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
-        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
+        parts = part if traces else None  # of B
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, parts)
         if not traces:
             _check_comparable(first, m.config, second)
         if text is not None and not traces:

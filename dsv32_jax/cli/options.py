@@ -36,5 +36,13 @@ ComputeDtype = Annotated[
 NoActQuant = Annotated[
     bool, typer.Option("--no-act-quant", help="Quantise no activation, index key or latent: weights only.")
 ]
+PartFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part",
+        metavar="PART=FUNCTION",
+        help="Replace a part of each step: index_select=recent, or index_select=package.module:function; repeat it.",
+    ),
+]
 NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out the multi-token prediction (MTP) layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

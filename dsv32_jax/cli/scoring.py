@@ -17,6 +17,7 @@ from dsv32_jax.cli.options import (
     Model,
     NoActQuant,
     NoMtp,
+    PartFlag,
     TextFile,
     TokenIds,
 )
@@ -43,6 +44,7 @@ def score(
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
+    part: PartFlag = None,
     as_json: Json = False,
     save_logits: Annotated[
         Path | None, typer.Option("--save-logits", help="Write float32 [B, T, vocab] here (.npy); 0 where absent.")
@@ -68,7 +70,7 @@ def score(
     text = None if text_file is None else read_text(text_file, "--text-file")
     ids = None if token_ids is None else read_token_ids(token_ids)
     with replacing(save_logits, "--save-logits") as logits_file:
-        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
+        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
         if text is not None:
             row, windows, reading = _windows(m, text, window, stride)
             rows, width = [row], len(row)

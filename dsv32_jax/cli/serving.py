@@ -17,6 +17,7 @@ from dsv32_jax.cli.options import (
     Model,
     NoActQuant,
     NoMtp,
+    PartFlag,
     Temperature,
     TopP,
 )
@@ -70,6 +71,7 @@ def serve(
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
+    part: PartFlag = None,
 ) -> None:
     """Answer OpenAI's completions and chat completions over HTTP, with Prometheus metrics at /metrics.
 
@@ -110,7 +112,7 @@ def serve(
     bound = bind(host, port)
     if settings.api_key is None and not bound.getsockname()[0].startswith(("127.", "::1")):
         typer.echo(f"warning: --host {host}: others can reach it, and no key is asked for; see --api-key", err=True)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
     temperature, top_p = m.sampling(temperature, top_p, 0)
     settings = dataclasses.replace(settings, temperature=temperature, top_p=top_p)
     engine = Engine(

@@ -141,7 +141,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4": {"format": "pack-quantized", "weights": _GROUPS_OF_4, "input_activations": None},
     "fp8_block": {"format": "float-quantized", "weights": _BLOCKS, "input_activations": _OF_GROUPS},
 }
-"""What compressed-tensors calls each scheme of `dsv32_jax.model.quant`."""
+"""What compressed-tensors calls each scheme of `pallas_kernels.matmul`."""
 _DEFAULTS = {
     "num_bits": 8, "type": "int", "strategy": None, "symmetric": True, "dynamic": False, "group_size": None,
     "block_structure": None,
@@ -155,7 +155,7 @@ class Group:
     """Linears that are stored in one scheme.
 
     Attributes:
-      scheme: of `dsv32_jax.model.quant.SCHEMES`.
+      scheme: of `pallas_kernels.matmul.SCHEMES`.
       targets: module names as in the checkpoint; "re:" and a regular expression that matches their beginnings; or
         "Linear", all.
     """

@@ -80,6 +80,8 @@ class Engine(RequestIntake):
       sharing: whether sequences share the blocks of equal prefixes.
       speculate: try a token of the model's MTP layer in each step of a sequence. This gives the same tokens, up to two
         a step; it needs one more layer in the cache, and steps are not planned ahead.
+      programs: what runs on the device for steps of a shape, instead of the model: a function of a
+        `device_step.Shape` that returns what `device_step.compile_programs` does. A measurement of the host needs it.
 
     Raises:
       UserError: naming the argument that is wrong.
@@ -99,6 +101,7 @@ class Engine(RequestIntake):
         max_sequences: int = 32,
         sharing: bool = True,
         speculate: bool = False,
+        programs: Callable[[Shape], tuple[Any, Any]] | None = None,
     ):
         instance("lm", lm, LanguageModel, "a LanguageModel, as `load` returns it")
         limits = limits_of(lm, max_tokens, max_sequences, max_prompt_tokens)
@@ -124,6 +127,7 @@ class Engine(RequestIntake):
         self._widths = table_widths(widest, kernels)
         self._last_rows: dict[Sequence, int] = {}  # of a sequence's token in `_last_tokens`
         self._programs: dict[tuple[int, int], tuple[Any, Any]] = {}  # compiled ahead, by shape
+        self._programs_of = programs or self._jitted  # of a shape that is not among them
         self._started: deque[StartedStep] = deque()  # steps whose tokens have not been received
         self._lookahead = 0 if self.speculate else 1  # how many of them there may be when the next is planned
         self._reset_device_memory()
@@ -266,7 +270,7 @@ class Engine(RequestIntake):
         """Starts a step, padded to so many tokens and block tables of that width."""
         shape = self._shape(tokens, width)
         flat = pack(planned, shape, self._last_rows, self._sampling(planned) if kinds.random else [], self.speculate)
-        run_step, run_draft = self._programs.get((tokens, width)) or self._jitted(shape)
+        run_step, run_draft = self._programs.get((tokens, width)) or self._programs_of(shape)
         states, logits, sampling, self.cache = run_step(self._leaves, flat, self._last_tokens, self.cache)
         self._last_tokens = sample_tokens(logits, sampling, greedy=not kinds.random, nucleus=kinds.nucleus)
         logprobs = log_probabilities(logits, self._last_tokens, MAX_LOGPROBS) if kinds.logprobs else None
@@ -279,7 +283,7 @@ class Engine(RequestIntake):
         return Shape(tokens, width, self.scheduler.limits.sequences, self._rows)
 
     def _jitted(self, shape: Shape) -> tuple[Any, Any]:
-        """The same as `compile_programs` returns, for a shape that was not compiled ahead."""
+        """The same as `compile_programs` returns, compiled when it is called."""
         structure, options = self._structure, self.options
 
         def run_step(leaves: list[Any], flat: Any, previous_tokens: Array, cache: KVCache) -> Any:

@@ -20,7 +20,7 @@ from dsv32_jax.generate.memory import check_room, checkpoint_bytes
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.generate.weights import check_dequantized, dequantized_bytes, with_weights
 from dsv32_jax.model.model import DeepseekV32, Options
-from dsv32_jax.model.quant import scheme_of
+from pallas_kernels.matmul import FP8_BLOCK, scheme_name
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -108,11 +108,11 @@ def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
     """The model with the config of `lm`, and a quantization_config with the true scheme of every linear."""
     from dsv32_jax.convert.stored import quantization_config
 
-    scheme_by_path = {path: scheme_of(leaf) for path, leaf in lm.weights.items()}
+    scheme_by_path = {path: scheme_name(leaf) for path, leaf in lm.weights.items()}
     schemes = {path: scheme for path, scheme in scheme_by_path.items() if scheme is not None}
     quantization = lm.config.quantization_config
     # The released form does not say which linears are plain; any other names the scheme of each.
-    if not (isinstance(quantization, QuantizationConfig) and set(schemes.values()) <= {"fp8_block"}):
+    if not (isinstance(quantization, QuantizationConfig) and set(schemes.values()) <= {FP8_BLOCK.name}):
         quantization = quantization_config(schemes, lm.config)
     model = with_weights(lm.model, {})
     model.config = lm.config.replace(quantization_config=quantization)

@@ -13,10 +13,10 @@ from dsv32_jax.model.context import StepContext
 from dsv32_jax.model.indexer import LAYER_NORM_EPS, Indexer
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
-from dsv32_jax.model.quant import dense
 from pallas_kernels.cache_format import read_latents, store_keys
 from pallas_kernels.cache_write import KeyNorms, latents
 from pallas_kernels.chunking import CHUNK_BYTES, map_tokens
+from pallas_kernels.matmul import dense
 from pallas_kernels.paging import physical_slots
 from pallas_kernels.sparse_mla.reference import attend
 

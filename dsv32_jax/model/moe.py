@@ -9,8 +9,8 @@ from dsv32_jax.model.mlp import MLP
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
 from dsv32_jax.model.products import float32_matmul, tile_rows
-from dsv32_jax.model.quant import Weight
 from pallas_kernels import moe_dispatch
+from pallas_kernels.matmul import Weight
 
 
 class Experts(nnx.Module):

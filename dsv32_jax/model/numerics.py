@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from dsv32_jax.model import products
 from dsv32_jax.model.products import all_fp8
-from dsv32_jax.model.quant import Weight
 from dsv32_jax.model.seams import Seams
+from pallas_kernels.matmul import Weight
 from pallas_kernels.moe_dispatch import RoutingPlan
 
 SWIGLU = ("matmul", "swiglu")

@@ -7,7 +7,7 @@ from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.config.quantization_config import QuantizationConfig
-from dsv32_jax.model.quant import is_qtensor, quantize_weight
+from pallas_kernels.matmul import is_qtensor, quantize_weight
 
 
 def path_name(path: tuple) -> str:

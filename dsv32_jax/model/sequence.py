@@ -24,9 +24,9 @@ from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.mtp import MTP
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.parts import MODEL_PARTS, Parts
-from dsv32_jax.model.quant import dense
 from dsv32_jax.model.rope import rope_angles
 from dsv32_jax.model.seams import Seams
+from pallas_kernels.matmul import dense
 from pallas_kernels.quantize import dequantize, quantize
 
 SELECTED = "selected"

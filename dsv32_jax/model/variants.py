@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.parts import NAMES
-from dsv32_jax.model.quant import Weight, dense
 from pallas_kernels import rowwise
 from pallas_kernels.cache_format import unpack_rows
+from pallas_kernels.matmul import Weight, dense
 from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows
 from pallas_kernels.paging import BLOCK_SIZE
 from pallas_kernels.sparse_mla.reference import attend
@@ -157,9 +157,9 @@ def named_part(text: str) -> tuple[str, Callable[..., Any]]:
     return part, variants[name]
 
 
-def parts_of(texts: Iterable[str]) -> dict[str, Callable[..., Any]]:
+def parts_of(texts: Iterable[str]) -> dict[str, Any]:
     """Functions by part, of several such texts; raises UserError for a part that is named twice."""
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Any] = {}
     for part, function in map(named_part, texts):
         if part in functions:
             raise UserError(f"part {part}: is named twice")

@@ -13,73 +13,62 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
-from pallas_kernels import mosaic, tuning
-from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
-from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_kernels
+from pallas_kernels.matmul import (
+    BLOCK,
+    FP8_BLOCK,
+    PLAIN,
+    SCHEMES,
+    Product,
+    QTensor,
+    Scheme,
+    Weight,
+    choose,
+    grouped_matmul,
+    matmul,
+    quantize_weight,
+)
 from pallas_kernels.moe_dispatch import RoutingPlan, make_plan
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
-from pallas_kernels.quant_matmul import (
-    BLOCK,
-    few_rows,
-    few_rows_int4,
-    grouped_int4_matmul,
-    grouped_int8_matmul,
-    int4_matmul,
-    int8_matmul,
-    many_rows,
-    quantize_weight_int4,
-    quantize_weight_int8,
-)
-from pallas_kernels.quant_matmul.reference import scaled_matmul
 from pallas_kernels.quantize import GROUP
-from pallas_kernels.shapes import GroupedMatmul, QuantMatmul
+from pallas_kernels.shapes import GroupedMatmul, Matmul
 
 MASKED_ROWS = 2**19
 """Rows times experts of a `ragged_dot`: XLA multiplies each row by every expert's weight, and may store it as often."""
 Fp8 = tuple[jax.Array, jax.Array]
-"""Values float8_e4m3fn [..., N, K], and scales float32: of rows [..., K / 128], of weights one for each 128 x 128."""
+"""Rows as values float8_e4m3fn [P, K] and scales float32 [P, K / 128]."""
 
 
-def build(shape: GroupedMatmul | QuantMatmul, backend: str) -> Case:
+def build(shape: GroupedMatmul | Matmul, backend: str) -> Case:
     """The product by our kernel."""
     if isinstance(shape, GroupedMatmul):
         return build_grouped(shape, backend)
     return build_dense(shape, backend)
 
 
-def build_reference(shape: GroupedMatmul | QuantMatmul) -> Case:
+def build_reference(shape: GroupedMatmul | Matmul) -> Case:
     """What stock JAX has, in bfloat16."""
     return ragged_dot(shape) if isinstance(shape, GroupedMatmul) else bfloat16_matmul(shape)
 
 
-def config(shape: GroupedMatmul | QuantMatmul) -> dict[str, Any]:
+def scheme_of(shape: GroupedMatmul | Matmul) -> Scheme:
+    """The scheme of a shape's weight."""
+    return SCHEMES.get(shape.scheme, PLAIN)
+
+
+def config(shape: GroupedMatmul | Matmul) -> dict[str, Any]:
     """The tile sizes that the kernels take at this shape."""
+    product = Product(rows=shape.tokens, columns=shape.columns, depth=shape.depth, scheme=scheme_of(shape))
     if isinstance(shape, GroupedMatmul):
         tile = tile_rows(shape.rows, shape.experts)
         tiles = tiles_of_plan(shape.rows, shape.experts, tile)
-        return grouped_config(tile, tiles, shape.columns, shape.depth, shape.scheme)
-    return dense_config(shape.tokens, shape.columns, shape.depth, shape.scheme) if shape.kernel else {}
+        product = dataclasses.replace(product, rows=tile * tiles, tiles=tiles)
+    return config_of(product) if shape.kernel else {}
 
 
-def dense_config(tokens: int, columns: int, depth: int, scheme: str = "fp8_block") -> dict[str, Any]:
-    """Of a dense product."""
-    if tokens > few_rows.TILES[-1]:
-        return dataclasses.asdict(tuning.many_rows_matmul(tokens, columns, int8=scheme == "int8"))
-    return few_rows_config(few_rows.tile_for(tokens), columns, depth, 1, scheme)
-
-
-def grouped_config(tile: int, tiles: int, columns: int, depth: int, scheme: str = "fp8_block") -> dict[str, Any]:
-    """Of a product of `tiles` tiles of rows."""
-    if scheme == "bf16" or (scheme != "int4" and tile >= grouped_kernels.MANY):
-        return dataclasses.asdict(tuning.many_rows_matmul(tile * tiles, columns, tile, int8=scheme == "int8"))
-    return few_rows_config(tile, columns, depth, tiles, scheme)
-
-
-def few_rows_config(tile: int, columns: int, depth: int, tiles: int, scheme: str) -> dict[str, Any]:
-    """Of the kernels of few rows."""
-    if scheme == "int4":
-        return dataclasses.asdict(tuning.few_rows_int4(min(tile, few_rows_int4.TILES[-1]), columns, tiles, depth))
-    return dataclasses.asdict(tuning.few_rows(tile, columns, tiles, depth))
+def config_of(product: Product) -> dict[str, Any]:
+    """The tile sizes of a product's kernel; empty where it has none."""
+    chosen = choose(product).config
+    return {} if chosen is None else dataclasses.asdict(chosen)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------
@@ -92,12 +81,12 @@ def fp8_rows(key: jax.Array, rows: int, depth: int) -> Fp8:
     return normal(key, (rows, depth), jnp.float8_e4m3fn), scales
 
 
-def fp8_weight(key: jax.Array, *dims: int) -> Fp8:
-    """A weight [N, K], or one for each expert [E, N, K], with which products keep the size of the rows."""
+def fp8_weight(key: jax.Array, *dims: int) -> QTensor:
+    """An FP8 weight [N, K], or one for each expert [E, N, K], with which products keep the size of the rows."""
     key, scale_key = jax.random.split(key)
     *experts, columns, depth = dims
     scales = jax.random.uniform(scale_key, (*experts, -(-columns // BLOCK), -(-depth // BLOCK)), minval=0.5, maxval=1.5)
-    return weights(key, dims, jnp.float8_e4m3fn), scales * depth**-0.5
+    return QTensor(weights(key, dims, jnp.float8_e4m3fn), scales * depth**-0.5, FP8_BLOCK)
 
 
 def weights(key: jax.Array, dims: tuple[int, ...], dtype: Any, size: float = 1.0) -> jax.Array:
@@ -112,13 +101,12 @@ def weights(key: jax.Array, dims: tuple[int, ...], dtype: Any, size: float = 1.0
     return jax.lax.map(one, jax.random.split(key, dims[0]))
 
 
-def integer_weight(key: jax.Array, scheme: str, *dims: int) -> tuple[jax.Array, jax.Array]:
-    """The same in int8, values and scales, or in four bits, packed values and words of scales and zeros."""
+def integer_weight(key: jax.Array, scheme: str, *dims: int) -> QTensor:
+    """The same in another scheme."""
     *experts, columns, depth = dims
-    quantize = quantize_weight_int8 if scheme == "int8" else quantize_weight_int4
 
     def one(key):
-        return quantize(normal(key, (columns, depth)) * jnp.bfloat16(depth**-0.5))
+        return quantize_weight(normal(key, (columns, depth)) * jnp.bfloat16(depth**-0.5), scheme)
 
     return jax.lax.map(one, jax.random.split(key, experts[0])) if experts else one(key)
 
@@ -133,7 +121,7 @@ def plan_of(shape: GroupedMatmul) -> RoutingPlan:
 
 def scales_by_group(plan: RoutingPlan) -> bool:
     """Whether the products with this plan's rows read their scales by group of K, as [K / 128, P]."""
-    return plan.tile >= grouped_kernels.MANY
+    return plan.tile % BLOCK == 0
 
 
 def written_rows(shape: GroupedMatmul) -> int:
@@ -145,17 +133,6 @@ def written_rows(shape: GroupedMatmul) -> int:
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 
-def fp8_matmul(rows: Fp8, weight: Fp8, backend: str) -> jax.Array:
-    """bfloat16 [M, N] by the kernels of `quant_matmul`, whose op would quantise the rows first."""
-    x, scales = rows
-    interpret = mosaic.interpreter() if backend == "interpret" else None
-    if backend == "reference":
-        return scaled_matmul(x, scales, *weight, jnp.bfloat16)
-    if few_rows.unsupported(x, weight[0]) is None:
-        return few_rows.matmul(x, scales, *weight, interpret=interpret)
-    return many_rows.many_rows_matmul(x, scales.T, *weight, interpret=interpret)
-
-
 def grouped_inputs(shape: GroupedMatmul, key: Iterator[jax.Array]) -> tuple[Any, ...]:
     """Rows, weights, and where: tiles' experts, and how many of them are in use."""
     plan, dims = plan_of(shape), (shape.experts, shape.columns, shape.depth)
@@ -163,45 +140,45 @@ def grouped_inputs(shape: GroupedMatmul, key: Iterator[jax.Array]) -> tuple[Any,
     return x, weight, plan.tile_expert, plan.used_tiles
 
 
-def inputs(shape: GroupedMatmul | QuantMatmul, key: Iterator[jax.Array], rows: int, dims: tuple[int, ...]) -> Any:
+def inputs(
+    shape: GroupedMatmul | Matmul, key: Iterator[jax.Array], rows: int, dims: tuple[int, ...]
+) -> tuple[Any, Weight]:
     """Rows, and weights of `dims`."""
-    if shape.scheme == "fp8_block":
+    scheme = scheme_of(shape)
+    if scheme == FP8_BLOCK:
         return fp8_rows(next(key), rows, shape.depth), fp8_weight(next(key), *dims)
     x = normal(next(key), (rows, shape.depth))
-    if shape.scheme == "bf16":
+    if scheme == PLAIN:
         return x, weights(next(key), dims, jnp.bfloat16)
     return x, integer_weight(next(key), shape.scheme, *dims)
 
 
-def build_grouped(shape: GroupedMatmul, backend: str) -> Case:
-    scheme, arguments = shape.scheme, made(lambda key: grouped_inputs(shape, key))
+def with_scales(rows: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Rows and, if they are quantised already, their scales."""
+    return rows if isinstance(rows, tuple) else (rows, None)
 
-    def op(x, weight, tile_expert, used):
-        how: dict[str, Any] = {"used_tiles": used, "backend": backend}
-        if scheme == "fp8_block":
-            (x, row_scales), (values, scales) = x, weight
-            how |= {"quantize_input": True, "row_scales": row_scales}
-            return grouped_quant_matmul(x, values, scales, tile_expert, **how)
-        if scheme == "bf16":
-            return grouped_dense_matmul(x, weight, tile_expert, **how)
-        return (grouped_int8_matmul if scheme == "int8" else grouped_int4_matmul)(x, *weight, tile_expert, **how)
+
+def build_grouped(shape: GroupedMatmul, backend: str) -> Case:
+    arguments = made(lambda key: grouped_inputs(shape, key))
+
+    def op(rows, weight, tile_expert, used):
+        x, row_scales = with_scales(rows)
+        return grouped_matmul(x, weight, tile_expert, used_tiles=used, row_scales=row_scales, backend=backend)
 
     return case(compile_(op, *arguments), arguments, shape, shape.used)
 
 
-def build_dense(shape: QuantMatmul, backend: str) -> Case:
-    scheme, dims = shape.scheme, (shape.columns, shape.depth)
-    arguments = made(lambda key: inputs(shape, key, shape.tokens, dims))
+def build_dense(shape: Matmul, backend: str) -> Case:
+    arguments = made(lambda key: inputs(shape, key, shape.tokens, (shape.columns, shape.depth)))
 
-    def op(x, weight):
-        if scheme == "fp8_block":
-            return fp8_matmul(x, weight, backend)
-        return (int8_matmul if scheme == "int8" else int4_matmul)(x, *weight, backend=backend)
+    def op(rows, weight):
+        x, row_scales = with_scales(rows)
+        return matmul(x, weight, row_scales=row_scales, backend=backend)
 
     return case(compile_(op, *arguments), arguments, shape, 1)
 
 
-def case(program: Program, arguments: tuple[Any, ...], shape: GroupedMatmul | QuantMatmul, used: int) -> Case:
+def case(program: Program, arguments: tuple[Any, ...], shape: GroupedMatmul | Matmul, used: int) -> Case:
     """A product that reads `used` weights."""
     row_blocks, blocks = -(-shape.columns // BLOCK), -(-shape.depth // BLOCK)
     weight = shape.columns * shape.depth
@@ -256,7 +233,7 @@ def ragged_dot(shape: GroupedMatmul) -> Case:
     )
 
 
-def bfloat16_matmul(shape: QuantMatmul) -> Case:
+def bfloat16_matmul(shape: Matmul) -> Case:
     """The product of XLA."""
     dims = (shape.tokens, shape.depth), (shape.columns, shape.depth)
     x, weight = made(lambda key: [normal(next(key), d) for d in dims])

@@ -14,24 +14,22 @@ import numpy as np
 
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
 from dsv32_jax.experiments.bench.dispatch import routed
-from dsv32_jax.experiments.bench.matmuls import (
-    Fp8,
-    dense_config,
-    fewer,
-    fp8_matmul,
-    fp8_weight,
-    grouped_config,
-    scales_by_group,
-    weights,
-)
-from pallas_kernels import tuning
+from dsv32_jax.experiments.bench.matmuls import Fp8, config_of, fewer, fp8_weight, scales_by_group, weights
 from pallas_kernels.backend import on_hopper
-from pallas_kernels.grouped_matmul import grouped_quant_matmul, grouped_swiglu, swiglu_few
-from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.matmul import (
+    BLOCK,
+    FP8_BLOCK,
+    Product,
+    QTensor,
+    grouped_matmul,
+    grouped_swiglu,
+    matmul,
+    silu_product,
+    swiglu,
+)
 from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
 from pallas_kernels.moe_dispatch.config import choose_config as plan_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
-from pallas_kernels.quant_matmul import BLOCK
 from pallas_kernels.quantize import quantize
 from pallas_kernels.shapes import MoELayer
 
@@ -98,42 +96,32 @@ def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, form: s
     """x [T, D] -> [T, D], in one of `FORMS`."""
     _, weight, plan = routed(shape, logits_of(x, layer.router), layer.bias, backend)
     by_group = scales_by_group(plan)
-    rows = gather_rows_fp8(x, plan, scales_by_group=by_group, backend=backend)
-    how = {"used_tiles": plan.used_tiles, "scales_by_group": by_group, "backend": backend}
-    hidden = (activations_apart if form == "apart" else activations)(
-        rows, layer.gate, layer.up, plan.tile_expert, **how
-    )
-    out = grouped_product(hidden, layer.down, plan.tile_expert, **how)
+    x_fp8, x_scales = gather_rows_fp8(x, plan, scales_by_group=by_group, backend=backend)
+    options = {"used_tiles": plan.used_tiles, "scales_by_group": by_group, "backend": backend}
+    experts = (layer.gate, layer.up, plan.tile_expert)
+    if form == "apart":
+        hidden, hidden_scales = activations_apart((x_fp8, x_scales), *experts, **options)
+    else:
+        hidden, hidden_scales = grouped_swiglu(x_fp8, *experts, row_scales=x_scales, quantize_result=True, **options)
+    out = grouped_matmul(hidden, layer.down, plan.tile_expert, row_scales=hidden_scales, **options)
     shared = of_shared_expert(x, layer, backend)
     return (combine(out, weight, plan, backend=backend) + shared.astype(jnp.float32)).astype(x.dtype)
 
 
 def of_shared_expert(x: jax.Array, layer: Layer, backend: str) -> jax.Array:
     """x [T, D] -> [T, D]."""
-    hidden = activations(quantize(x, backend=backend), layer.shared_gate, layer.shared_up, None, backend=backend)
-    return fp8_matmul(hidden, layer.shared_down, backend)
+    x_fp8, x_scales = quantize(x, backend=backend)
+    gate_and_up = (layer.shared_gate, layer.shared_up)
+    hidden, scales = swiglu(x_fp8, *gate_and_up, row_scales=x_scales, quantize_result=True, backend=backend)
+    return matmul(hidden, layer.shared_down, row_scales=scales, backend=backend)
 
 
-def grouped_product(rows: Fp8, weight: Fp8, tile_expert: jax.Array, **how: Any) -> jax.Array:
-    """bfloat16 [P, N] of quantised rows."""
-    (x, row_scales), (values, scales) = rows, weight
-    how |= {"quantize_input": True, "row_scales": row_scales}
-    return grouped_quant_matmul(x, values, scales, tile_expert, **how)
-
-
-def activations(rows: Fp8, gate: Fp8, up: Fp8, tile_expert: jax.Array | None, **how: Any) -> Fp8:
-    """Quantised silu(gate) * up of quantised rows."""
-    (x, scales), (gate_values, gate_scales), (up_values, up_scales) = rows, gate, up
-    how |= {"row_scales": scales, "gate_scales": gate_scales, "up_scales": up_scales}
-    values, scales = grouped_swiglu(x, gate_values, up_values, tile_expert, quantize_result=True, **how)
-    return values, scales
-
-
-def activations_apart(rows: Fp8, gate: Fp8, up: Fp8, tile_expert: jax.Array, **how: Any) -> Fp8:
-    """The same by two products, SwiGLU in XLA, and quantisation."""
-    both = swiglu(*(grouped_product(rows, weight, tile_expert, **how) for weight in (gate, up)))
-    values, scales = quantize(both, backend=how["backend"])
-    return values, scales.T if how["scales_by_group"] else scales
+def activations_apart(rows: Fp8, gate: QTensor, up: QTensor, tile_expert: jax.Array, **options: Any) -> Fp8:
+    """Quantised silu(gate) * up of quantised rows, by two products, SwiGLU in XLA, and quantisation."""
+    x, row_scales = rows
+    both = silu_product(*(grouped_matmul(x, w, tile_expert, row_scales=row_scales, **options) for w in (gate, up)))
+    values, scales = quantize(both, backend=options["backend"])
+    return values, scales.T if options["scales_by_group"] else scales
 
 
 @once
@@ -189,21 +177,18 @@ def config(shape: MoELayer) -> dict[str, Any]:
     choices = shape.tokens * shape.chosen
     tile = tile_rows(choices, shape.experts)
     tiles = tiles_of_plan(choices, shape.experts, tile)
+    gate_and_up = Product(
+        rows=tile * tiles, columns=shape.width, depth=shape.hidden, scheme=FP8_BLOCK, tiles=tiles, swiglu=True
+    )
+    down = dataclasses.replace(gate_and_up, columns=shape.hidden, depth=shape.width, swiglu=False)
+    shared = {"rows": shape.tokens, "tiles": None}
     return {
         "plan": dataclasses.asdict(plan_config(choices)),
-        "gate and up": swiglu_config(tile, shape.width, tiles),
-        "down": grouped_config(tile, tiles, shape.hidden, shape.width),
-        "shared gate and up": swiglu_config(shape.tokens, shape.width),
-        "shared down": dense_config(shape.tokens, shape.hidden, shape.width),
+        "gate and up": config_of(gate_and_up),
+        "down": config_of(down),
+        "shared gate and up": config_of(dataclasses.replace(gate_and_up, **shared)),
+        "shared down": config_of(dataclasses.replace(down, **shared)),
     }
-
-
-def swiglu_config(rows: int, width: int, tiles: int | None = None) -> dict[str, Any]:
-    """Of the product of gate and up: of `tiles` tiles of rows, or of the only expert's rows."""
-    few = next((tile for tile in swiglu_few.TILES if tile >= rows), None)
-    if few is not None:
-        return dataclasses.asdict(tuning.few_rows_swiglu(few, width, tiles or 1))
-    return dataclasses.asdict(tuning.many_rows_matmul(rows * (tiles or 1), 2 * width, tiles and rows))
 
 
 # ---- what stands beside it -------------------------------------------------------------------------------------
@@ -232,7 +217,7 @@ def build_reference(shape: MoELayer) -> Case:
 def in_bfloat16(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
     """x [T, D] -> [T, D], by the form that `shape.beside` names."""
     experts = by_ragged_dot if shape.beside == "ragged_dot" else by_loop
-    shared = swiglu(x @ layer.shared_gate.T, x @ layer.shared_up.T) @ layer.shared_down.T
+    shared = silu_product(x @ layer.shared_gate.T, x @ layer.shared_up.T) @ layer.shared_down.T
     return (experts(shape, x, layer) + shared.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -242,7 +227,7 @@ def by_ragged_dot(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
     order = jnp.argsort(experts.reshape(-1), stable=True)
     sizes = jnp.zeros(shape.experts, jnp.int32).at[experts.reshape(-1)].add(1)
     rows = x[order // shape.chosen]
-    hidden = swiglu(*(jax.lax.ragged_dot(rows, weight, sizes) for weight in (layer.gate, layer.up)))
+    hidden = silu_product(*(jax.lax.ragged_dot(rows, weight, sizes) for weight in (layer.gate, layer.up)))
     rows = jax.lax.ragged_dot(hidden, layer.down, sizes).astype(jnp.float32)
     rows = jnp.zeros_like(rows).at[order].set(rows).reshape(*experts.shape, -1)
     return (weight[..., None] * rows).sum(1)
@@ -256,6 +241,6 @@ def by_loop(shape: MoELayer, x: jax.Array, layer: Layer) -> jax.Array:
 
     def add(total, expert):
         gate, up, down, share = expert
-        return total + share[:, None] * (swiglu(x @ gate, x @ up) @ down).astype(jnp.float32), None
+        return total + share[:, None] * (silu_product(x @ gate, x @ up) @ down).astype(jnp.float32), None
 
     return jax.lax.scan(add, jnp.zeros(x.shape), (layer.gate, layer.up, layer.down, by_expert))[0]

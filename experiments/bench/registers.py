@@ -22,12 +22,10 @@ from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from pallas_kernels.cache_format import index_block_bytes, record_bytes
 from pallas_kernels.cache_write import mosaic_gpu as cache_write
 from pallas_kernels.configs import CONFIGS
-from pallas_kernels.grouped_matmul.swiglu import Result
-from pallas_kernels.grouped_matmul.swiglu_few import swiglu_few_rows
-from pallas_kernels.grouped_matmul.swiglu_many import swiglu_many_rows
 from pallas_kernels.indexer_logits import mosaic_gpu as indexer_logits
+from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8, PLAIN, few_rows, few_rows_swiglu, many_rows, many_rows_swiglu
+from pallas_kernels.matmul.swiglu import Result
 from pallas_kernels.moe_dispatch import planning
-from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
 from pallas_kernels.sparse_mla.config import FP8
 from pallas_kernels.top_k import mosaic_gpu as top_k
@@ -86,24 +84,26 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
         yield "cache_write", config, write, [*caches, projections, of_norms, angles]
 
     quantised = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
-    for config in CONFIGS["many_rows_matmul"]:
+    for config in CONFIGS["many_rows"]:
 
         def products(x, row_scales, weights, weight_scales, experts, used, dense_x, dense_weights, config=config):
-            fp8 = many_rows.many_rows_matmul(x, row_scales, weights, weight_scales, experts, used, config=config)
-            bf16 = many_rows.many_rows_matmul(dense_x, None, dense_weights, None, config=config)
-            pairs = (weights, weights), (weight_scales, weight_scales)
-            return fp8, bf16, swiglu_many_rows(x, row_scales, *pairs, experts, used, quantised, config=config)
+            tiles, stage = (experts, used), FP8_BLOCK.many_rows
+            fp8 = many_rows.matmul(x, row_scales, weights, weight_scales, *tiles, stage=stage, config=config)
+            bf16 = many_rows.matmul(dense_x, None, dense_weights, None, stage=PLAIN.many_rows, config=config)
+            pairs, options = ((weights, weights), (weight_scales, weight_scales)), {"stage": stage, "config": config}
+            return fp8, bf16, many_rows_swiglu.swiglu(x, row_scales, *pairs, *tiles, result=quantised, **options)
 
         fp8, bf16 = jnp.float8_e4m3fn, jnp.bfloat16
         rows = [of((256, 512), fp8), of((4, 256), jnp.float32)]
         weights = [of((3, 512, 512), fp8), of((3, 4, 4), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
-        yield "many_rows_matmul", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
+        yield "many_rows", config, products, [*rows, *weights, of((256, 512), bf16), of((512, 512), bf16)]
 
     for config in CONFIGS["many_rows_int8"]:
 
         def int8_products(x, x_scales, weights, scales, experts, used, config=config):
-            dense = many_rows.many_rows_matmul(x, x_scales, weights[0], scales[0], config=config)
-            return dense, many_rows.many_rows_matmul(x, x_scales, weights, scales, experts, used, config=config)
+            options = {"stage": INT8.many_rows, "config": config}
+            dense = many_rows.matmul(x, x_scales, weights[0], scales[0], **options)
+            return dense, many_rows.matmul(x, x_scales, weights, scales, experts, used, **options)
 
         rows = [of((256, 512), jnp.int8), of((256,), jnp.float32)]
         weights = [of((3, 512, 512), jnp.int8), of((3, 512), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
@@ -114,8 +114,9 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
         def few_rows_products(
             x, x_scales, weight, scales, int8_x, int8_x_scales, int8_weight, int8_scales, config=config
         ):
-            fp8 = few_rows.matmul(x, x_scales, weight, scales, config=config)
-            return fp8, few_rows_int8.matmul(int8_x, int8_x_scales, int8_weight, int8_scales, config=config)
+            fp8 = few_rows.matmul(x, x_scales, weight, scales, stage=FP8_BLOCK.few_rows, config=config)
+            int8 = int8_x, int8_x_scales, int8_weight, int8_scales
+            return fp8, few_rows.matmul(*int8, stage=INT8.few_rows, config=config)
 
         rows = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
         int8_rows = [of((config.tile, 512), jnp.int8), of((config.tile,), jnp.float32)]
@@ -128,15 +129,16 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
         def gate_and_up(x, x_scales, gate, up, scales, config=config):
             pairs = (gate, up), (scales, scales)
             by_row = dataclasses.replace(quantised, scales_by_group=False)
-            return swiglu_few_rows(x, x_scales, *pairs, None, None, by_row, config=config)
+            options = {"stage": FP8_BLOCK.few_rows, "config": config, "result": by_row}
+            return few_rows_swiglu.swiglu(x, x_scales, *pairs, None, None, **options)
 
         x = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
         yield "few_rows_swiglu", config, gate_and_up, [*x, *[of((512, 512), fp8)] * 2, of((4, 4), jnp.float32)]
 
     for config in CONFIGS["few_rows_int4"]:
 
-        def int4_product(*arrays, config=config):
-            return few_rows_int4.matmul(*arrays, config=config)
+        def int4_product(x, values, scales, config=config):
+            return few_rows.matmul(x, None, values, scales, stage=INT4.few_rows, config=config)
 
         weights = [of((512, 256), jnp.uint8), of((4, 512), jnp.uint32)]
         yield "few_rows_int4", config, int4_product, [of((config.tile, 512), jnp.bfloat16), *weights]

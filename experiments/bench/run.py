@@ -28,7 +28,7 @@ from pallas_kernels.backend import BACKENDS, on_hopper
 from pallas_kernels.moe_dispatch.shapes import MoEDispatch
 from pallas_kernels.named_shape import Shape
 from pallas_kernels.quantize.shapes import Quantize
-from pallas_kernels.shapes import GroupedMatmul, MoELayer, QuantMatmul
+from pallas_kernels.shapes import GroupedMatmul, Matmul, MoELayer
 
 REST_SECONDS = 0.25
 """Between measurements, so that the power limit does not carry over from one to the next."""
@@ -37,7 +37,7 @@ AHEAD = 16
 MODULES: dict[type[Shape], Any] = {
     Attention: attention,
     GroupedMatmul: matmuls,
-    QuantMatmul: matmuls,
+    Matmul: matmuls,
     Quantize: dispatch,
     MoEDispatch: dispatch,
     MoELayer: moe_layer,

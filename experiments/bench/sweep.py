@@ -1,9 +1,9 @@
 """Other tile sizes than the tuned ones: `python -m experiments.bench.sweep SHAPE...`, on a GPU.
 
-Shapes are named as those of `quant_matmul` are, and may be others: 32x2240x7168 are 32 rows times a weight [2240, 7168]
+Shapes are named as those of `matmul` are, and may be others: 32x2240x7168 are 32 rows times a weight [2240, 7168]
 in FP8, int8-32x2240x7168 and int4-32x2240x7168 the same in other schemes. For each shape every candidate is compiled,
 compared with the reference's result, and timed. Results, the fastest first, are in `--out`; what wins by more than the
-spread belongs into `pallas_kernels/tuning/`.
+spread belongs into `pallas_kernels/matmul/config.py`.
 """
 
 import argparse
@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import made
-from dsv32_jax.experiments.bench.matmuls import build, inputs
+from dsv32_jax.experiments.bench.matmuls import build, inputs, scheme_of
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.generate.compiling import all_at_once
-from pallas_kernels import tuning
-from pallas_kernels.quant_matmul import few_rows, few_rows_int4, few_rows_int8, many_rows
+from pallas_kernels.hopper import SHARED_BYTES, SMS
+from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8, Product, choose, few_rows, many_rows
+from pallas_kernels.matmul.config import TILES, FewRows, FewRowsInt4, ManyRows, distinct
 from pallas_kernels.quantize import quantize_int8
-from pallas_kernels.shapes import SHAPES, QuantMatmul
+from pallas_kernels.shapes import SHAPES, Matmul
 
 NAME = re.compile(r"(?:(int8|int4)-)?(\d+)x(\d+)x(\d+)")
 BUSY = 0.84
@@ -37,19 +38,19 @@ DIFFERENCE = 4e-3
 """Root mean square, relative, from the reference: sums in another order, rounded to bfloat16."""
 
 
-def shape_of(name: str) -> QuantMatmul:
+def shape_of(name: str) -> Matmul:
     """By its name: an optional scheme, tokens, the weight's N and K."""
     match = NAME.fullmatch(name)
     if match is None:
         raise argparse.ArgumentTypeError(f"{name} is not like 32x2240x7168, int8-32x2240x7168 or int4-32x2240x7168")
     tokens, columns, depth = map(int, match.groups()[1:])
-    return QuantMatmul(name=name, scheme=match[1] or "fp8_block", tokens=tokens, columns=columns, depth=depth)
+    return Matmul(name=name, scheme=match[1] or FP8_BLOCK.name, tokens=tokens, columns=columns, depth=depth)
 
 
 def fitting(make: Callable[[int, int], Any], items: int, most: int) -> Iterator[Any]:
     """`make(stages, ctas)` for one CTA on a multiprocessor and for several, each with as many stages as fit."""
     for together in range(1, most + 1):
-        ctas = together * tuning.SMS
+        ctas = together * SMS
         if items < BUSY * -(-items // ctas) * ctas:
             continue
         for stages in range(12, 1, -1):
@@ -57,7 +58,7 @@ def fitting(make: Callable[[int, int], Any], items: int, most: int) -> Iterator[
                 config = make(stages, ctas)
             except ValueError:
                 continue
-            if config.shared_bytes + 1024 <= (tuning.SHARED_BYTES + 1024) // together:
+            if config.shared_bytes + 1024 <= (SHARED_BYTES + 1024) // together:
                 yield config
                 break
 
@@ -67,78 +68,71 @@ def few_rows_candidates(tile: int, columns: int, depth: int, tiles: int = 1) -> 
     many = tile >= 64
     heights = range(32, 72, 8) if many else (16, 32, 40, 48, 56, 64)
     if tile == 128:  # also as two tiles, next to each other
-        found = few_rows_candidates(64, columns, depth, 2)
+        candidates = few_rows_candidates(64, columns, depth, 2)
     else:
-        found = []
-    ways = [(count, 1, *way) for count, *way in itertools.product((1, 2, 3), heights, (1, 2, 4), (1, 2))]
-    if many:  # also with the tokens split in two, for one or two parts of a strip; in clusters only tall ones
-        split = itertools.product((1, 2), heights, (1, 2), (1, 2, 4))
-        ways += [
-            (2 * count, 2, own, blocks, cluster) for count, own, blocks, cluster in split if cluster == 1 or own >= 48
-        ]
-    for warpgroups, token_parts, own, blocks, cluster in ways:
-        if depth % (128 * blocks) or (blocks == 4 if many else warpgroups > 1 or cluster > 1 or blocks == 1):
+        candidates = []
+    ways = [(count, 1, *way) for count, *way in itertools.product((1, 2, 3), heights, (1, 2, 4))]
+    if many:  # also with the tokens split in two, for one or two parts of a strip
+        ways += [(2 * count, 2, height, blocks) for count, height, blocks in itertools.product((1, 2), heights, (1, 2))]
+    for warpgroups, token_parts, height, blocks in ways:
+        if depth % (128 * blocks) or (blocks == 4 if many else warpgroups > 1 or blocks == 1):
             continue
-        if tiles > 1 and (cluster > 1 or token_parts > 1):
+        if tiles > 1 and token_parts > 1:
             continue
-        alone = token_parts > 1 and cluster > 1  # on a multiprocessor, so that there are not too many candidates
-        how = {"warpgroups": warpgroups, "token_parts": token_parts, "blocks": blocks, "cluster": cluster}
-        rows = own * (warpgroups // token_parts)
+        way = {"warpgroups": warpgroups, "token_parts": token_parts, "blocks": blocks}
+        rows = height * (warpgroups // token_parts)
 
-        def make(stages, ctas, how=how, rows=rows):
-            return tuning.FewRows(tile=tile, rows=rows, stages=stages, ctas=ctas, **how)
+        def make(stages, ctas, way=way, rows=rows):
+            return FewRows(tile=tile, rows=rows, stages=stages, ctas=ctas, **way)
 
         items = -(-columns // rows) * tiles
-        found += [c for c in fitting(make, items, (1 if alone else 2) if many else 3) if c.stages * c.blocks >= 4]
-    return found
+        candidates += [c for c in fitting(make, items, 2 if many else 3) if c.stages * c.blocks >= 4]
+    return candidates
 
 
 def few_rows_int4_candidates(tile: int, columns: int, depth: int) -> list[Any]:
     """The same for four-bit weights."""
-    found: list[Any] = []
+    candidates: list[Any] = []
     for rows, deep in itertools.product((16, 24, 32, 40, 48, 56, 64), (1, 2)):
         if depth % (512 * deep):
             continue
 
         def make(stages, ctas, rows=rows, deep=deep):
-            return tuning.FewRowsInt4(tile=tile, rows=rows, depth=deep, stages=stages, ctas=ctas)
+            return FewRowsInt4(tile=tile, rows=rows, depth=deep, stages=stages, ctas=ctas)
 
-        found += fitting(make, -(-columns // rows), 2)
-    return found
-
-
-def many_rows_candidates(int8: bool) -> list[Any]:
-    """Tiles of 128 rows, divided either way, in narrow and wide groups."""
-    return [
-        tuning.ManyRowsMatmul(by_rows=by_rows, group=group, cluster=cluster)
-        for by_rows, group, cluster in itertools.product((False, True) if int8 else (False,), (8, 16, 32), (1, 2))
-    ]
+        candidates += fitting(make, -(-columns // rows), 2)
+    return candidates
 
 
-def programs(shape: QuantMatmul) -> tuple[tuple[Any, ...], Callable[..., jax.Array], Any, list[Any]]:
+def many_rows_candidates(by_rows: bool) -> list[Any]:
+    """Tiles of 128 rows, `by_rows` divided either way, in narrow and wide groups."""
+    ways = itertools.product((False, True) if by_rows else (False,), (8, 16, 32))
+    return [ManyRows(by_rows=each, group=group) for each, group in ways]
+
+
+def programs(shape: Matmul) -> tuple[tuple[Any, ...], Callable[..., jax.Array], Any, list[Any]]:
     """Inputs, `f(*inputs, config=)`, the tuned configuration, and the candidates."""
-    x, weight = made(lambda key: inputs(shape, key, shape.tokens, (shape.columns, shape.depth)))
-    few, columns = shape.tokens <= few_rows.TILES[-1], shape.columns
-    if shape.scheme == "int4":
-        tile = min(few_rows.tile_for(shape.tokens), few_rows_int4.TILES[-1])
-        tuned: Any = tuning.few_rows_int4(tile, columns, 1, shape.depth)
-        return (x, *weight), few_rows_int4.matmul, tuned, few_rows_int4_candidates(tile, columns, shape.depth)
-    rows = quantize_int8(x) if shape.scheme == "int8" else x
-    if few:
-        tile = few_rows.tile_for(shape.tokens)
-        function = few_rows_int8.matmul if shape.scheme == "int8" else few_rows.matmul
-        candidates = few_rows_candidates(tile, columns, shape.depth)
-        return (*rows, *weight), function, tuning.few_rows(tile, columns, 1, shape.depth), candidates
-    tuned = tuning.many_rows_matmul(shape.tokens, columns, int8=shape.scheme == "int8")
-    scales = rows[1] if shape.scheme == "int8" else rows[1].T
-    candidates = many_rows_candidates(shape.scheme == "int8")
-    return (rows[0], scales, *weight), many_rows.many_rows_matmul, tuned, candidates
+    rows, weight = made(lambda key: inputs(shape, key, shape.tokens, (shape.columns, shape.depth)))
+    scheme, columns = scheme_of(shape), shape.columns
+    chosen = choose(Product(rows=shape.tokens, columns=columns, depth=shape.depth, scheme=scheme))
+    x_scales: Any
+    x, x_scales = quantize_int8(rows) if scheme == INT8 else (rows, None) if scheme == INT4 else rows
+    if chosen.many:
+        x_scales = x_scales.T if scheme == FP8_BLOCK else x_scales
+        function = functools.partial(many_rows.matmul, stage=scheme.many_rows)
+        candidates = many_rows_candidates(scheme.by_rows)
+    else:
+        tile = next(tile for tile in TILES if tile >= min(shape.tokens, scheme.few_tiles[-1]))
+        function = functools.partial(few_rows.matmul, stage=scheme.few_rows)
+        make = few_rows_int4_candidates if scheme == INT4 else few_rows_candidates
+        candidates = make(tile, columns, shape.depth)
+    return (x, x_scales, weight.values, weight.scales), function, chosen.config, candidates
 
 
-def sweep(shape: QuantMatmul, timer: timing.Timer, clusters: bool, deadline: float) -> list[dict[str, Any]]:
+def sweep(shape: Matmul, timer: timing.Timer, deadline: float) -> list[dict[str, Any]]:
     """A row for each configuration, the fastest first; the tuned one says so."""
     arguments, function, tuned, candidates = programs(shape)
-    configs = [c for c in tuning.distinct([tuned], candidates) if clusters or getattr(c, "cluster", 1) == 1]
+    configs = distinct([tuned], candidates)
 
     def compile_one(config: Any) -> Any:
         try:
@@ -185,9 +179,8 @@ def line_of(row: dict[str, Any]) -> str:
 def main() -> None:
     """The command."""
     parser = command_line.parser(__doc__)
-    measured = ", ".join(shape.name for shape in SHAPES["quant_matmul"])
-    parser.add_argument("shapes", nargs="+", type=shape_of, metavar="SHAPE", help=f"of quant_matmul: {measured}")
-    parser.add_argument("--clusters", action="store_true", help="also CTAs that copy for each other")
+    measured = ", ".join(shape.name for shape in SHAPES["matmul"])
+    parser.add_argument("shapes", nargs="+", type=shape_of, metavar="SHAPE", help=f"of matmul: {measured}")
     parser.add_argument("--show", type=int, default=4, help="configurations a shape, that are printed")
     parser.add_argument("--seconds", type=float, default=600, help="after which nothing more is measured")
     parser.add_argument("--out", type=Path, required=True)
@@ -198,7 +191,7 @@ def main() -> None:
     timer, _ = timing.device_timer()
     content: dict[str, Any] = {**environment(), "timer": timer.name, "shapes": {}}
     for shape in arguments.shapes:
-        rows = sweep(shape, timer, arguments.clusters, deadline)
+        rows = sweep(shape, timer, deadline)
         content["shapes"][shape.name] = rows
         write_json(arguments.out, content)
         tuned = next(row for row in rows if row["tuned"])

@@ -8,7 +8,7 @@ from dsv32_jax.experiments.bench.shapes import SHAPES, Attention
 from pallas_kernels.index_select.shapes import IndexSelect
 from pallas_kernels.indexer_logits.shapes import IndexerLogits
 from pallas_kernels.named_shape import Shape
-from pallas_kernels.shapes import GroupedMatmul, QuantMatmul
+from pallas_kernels.shapes import GroupedMatmul, Matmul
 from pallas_kernels.sparse_mla.shapes import SparseMLA
 from pallas_kernels.top_k.shapes import TopK
 
@@ -82,7 +82,7 @@ def _alternatives(shape: Shape) -> Alternatives:
             return ((_deep_gemm_logits(shape), _top_k("FlashInfer", shape)),)
         case GroupedMatmul(scheme="fp8_block" | "bf16"):
             return ((_deep_gemm_grouped(shape),),)
-        case QuantMatmul(scheme="fp8_block"):
+        case Matmul(scheme="fp8_block"):
             sizes = f"M={shape.tokens} N={shape.columns} K={shape.depth}"
             return ((PeerRow("DeepGEMM", "quant_matmul fp8_block", sizes),),)
         case Attention(kind="prefill"):
@@ -103,7 +103,7 @@ PEERS: dict[tuple[str, str], Alternatives] = {
 # ---- targets -------------------------------------------------------------------------------------------------------
 
 
-def _quant_matmul(tokens: tuple[int, ...], scheme: str = "", sides: tuple[str, ...] = ()) -> list[str]:
+def _matmul(tokens: tuple[int, ...], scheme: str = "", sides: tuple[str, ...] = ()) -> list[str]:
     sides = sides or ("24576x1536", "7168x16384", "4096x7168", "7168x2048", "36864x7168")
     return [f"{scheme}{count}x{side}" for count in tokens for side in sides]
 
@@ -131,13 +131,11 @@ _BY_OP: dict[str, dict[str, Target]] = {
         "fp8-8of256-1-each": Target(0.8, 1.3),
         **dict.fromkeys(("fp8-160of256-1-each", "fp8-64of64-16-each"), Target(0.8, 1.05)),
     },
-    "quant_matmul": {
-        **dict.fromkeys(_quant_matmul((1, 16, 128)), Target(1.0, 1.4, enough=0.95)),
-        **dict.fromkeys(_quant_matmul((4096,)), Target(0.85, 1.0)),
+    "matmul": {
+        **dict.fromkeys(_matmul((1, 16, 128)), Target(1.0, 1.4, enough=0.95)),
+        **dict.fromkeys(_matmul((4096,)), Target(0.85, 1.0)),
         "int8-8192x8192x8192": Target(1.5, 1.9, of="reference"),
-        **dict.fromkeys(
-            _quant_matmul((1, 16, 128), "int4-", ("7168x16384", "4096x7168")), Target(2.5, 3.5, of="reference")
-        ),
+        **dict.fromkeys(_matmul((1, 16, 128), "int4-", ("7168x16384", "4096x7168")), Target(2.5, 3.5, of="reference")),
     },
     "moe_dispatch": {
         **dict.fromkeys(("plan-1", "plan-32", "plan-1024", "plan-4096"), Target(5, 10, of="reference")),

@@ -1,8 +1,8 @@
 """Times weights in each scheme: `python -m experiments.studies.quantization_speed`, on a GPU, at full width.
 
 It times whole decode steps and one mixture-of-experts layer with weights in bfloat16, in each scheme, and mixed:
-experts in four bits, all other linears in int8. (`dsv32 bench quant_matmul` times single products.) Weights are random
-and made in the types that they are stored in; the weights of one scheme are in memory at a time. A row has, beside the
+experts in four bits, all other linears in int8. (`dsv32 bench matmul` times single products.) Weights are random and
+made in the types that they are stored in; the weights of one scheme are in memory at a time. A row has, beside the
 time, the bytes that must be read, the time that the device needs for them at the bandwidth measured in the same run,
 and the ratio of the time in bfloat16 at the same shape to this one.
 """

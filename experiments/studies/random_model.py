@@ -19,8 +19,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import available_bytes
 from dsv32_jax.model.model import abstract_model
 from dsv32_jax.model.params import named_parameters, replace_parameters
-from dsv32_jax.model.quant import QTensor, Weight, abstract_weight
-from pallas_kernels.quant_matmul import BLOCK, pack_int4
+from pallas_kernels.matmul import BLOCK, FP8_BLOCK, INT8, QTensor, Weight, abstract_weight, pack_int4
 
 LARGEST = 64.0
 """Standard deviation of FP8 values: far from both ends of the format's range."""
@@ -50,8 +49,8 @@ def random_model(config: ModelConfig, seed: int = 0, schemes: Mapping[str, str] 
     Args:
       config: of the model.
       seed: of the random numbers.
-      schemes: of `quant.SCHEMES`, or "bf16", by path of a linear; others are stored as the config says. Integers are
-        uniform instead of normal, with that standard deviation.
+      schemes: names of `pallas_kernels.matmul.SCHEMES`, or "bf16", by path of a linear; others are stored as the
+        config says. Integers are uniform instead of normal, with that standard deviation.
 
     Raises:
       KeyError: a path that is no parameter.
@@ -91,11 +90,11 @@ def random_weight(key: jax.Array, leaf: Any, size: float) -> Weight:
     """Makes a random weight in the type of an abstract one [..., N, K], see `stored`."""
     if not isinstance(leaf, QTensor):
         return normal(key, leaf.shape, leaf.dtype, size)
-    if leaf.scheme == "fp8_block":
+    if leaf.scheme == FP8_BLOCK:
         values, scale = normal(key, leaf.shape, leaf.values.dtype, LARGEST), jnp.float32(size / LARGEST)
     else:
         values = integers(key, leaf.values.shape, leaf.values.dtype)
-        scale = jnp.float32(size / INT8_SIZE) if leaf.scheme == "int8" else int4_word(size / INT4_SIZE)
+        scale = jnp.float32(size / INT8_SIZE) if leaf.scheme == INT8 else int4_word(size / INT4_SIZE)
     return QTensor(values, jnp.full(leaf.scales.shape, scale, leaf.scales.dtype), leaf.scheme)
 
 

@@ -7,7 +7,7 @@ and when all are continued ("decode"). Each phase has the milliseconds from step
 device worked, and its kernels by their time.
 """
 
-import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.engine.device_step import RowSampling
+from dsv32_jax.engine.device_step import RowSampling, Shape
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import Request, SamplingParams
 from dsv32_jax.experiments import command_line
@@ -58,37 +58,29 @@ def profile_steps(engine: Engine) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def without_model(engine: Engine) -> Iterator[None]:
-    """Within it the model's part of a step takes no time; each row samples from the same logits of 256 tokens."""
-    rows = engine._rows
-    logits, zeros = jax.random.normal(jax.random.key(0), (rows, 256)), jnp.zeros(rows, jnp.int32)
-    sampling = RowSampling(zeros, zeros, zeros, jnp.zeros(rows), jnp.ones(rows))
+def without_model(shape: Shape) -> tuple[Any, Any]:
+    """Programs of an engine whose model takes no time; each row samples from the same logits of 256 tokens."""
+    logits, zeros = jax.random.normal(jax.random.key(0), (shape.rows, 256)), jnp.zeros(shape.rows, jnp.int32)
+    sampling = RowSampling(zeros, zeros, zeros, jnp.zeros(shape.rows), jnp.ones(shape.rows))
 
-    def nothing(leaves: Any, flat: Any, previous_tokens: Any, cache: Any) -> Any:
+    def run_step(leaves: Any, flat: Any, previous_tokens: Any, cache: Any) -> Any:
         del leaves, flat, previous_tokens
         return None, logits, sampling, cache
 
-    programs, engine._programs = engine._programs, {shape: (nothing, None) for shape in engine.shapes()}
-    try:
-        yield
-    finally:
-        engine._programs = programs
+    return run_step, None
 
 
 def host_milliseconds(engine: Engine, requests: list[Request]) -> float:
     """Milliseconds of the host for a step that continues all these requests, which are cancelled afterwards."""
-    with without_model(engine):
-        until_continued(engine, requests, len(requests))
-        start = time.perf_counter()
-        for _ in range(OF_HOST):
-            engine.step()
-        seconds = time.perf_counter() - start
-        for request in requests:
-            engine.cancel(request)
-        while engine.busy:
-            engine.step()
-    engine.pool.forget()  # nothing was computed
+    until_continued(engine, requests, len(requests))
+    start = time.perf_counter()
+    for _ in range(OF_HOST):
+        engine.step()
+    seconds = time.perf_counter() - start
+    for request in requests:
+        engine.cancel(request)
+    while engine.busy:
+        engine.step()
     return 1e3 * seconds / OF_HOST
 
 
@@ -106,13 +98,13 @@ def until_continued(engine: Engine, requests: list[Request], count: int) -> None
 def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) -> Iterator[dict[str, Any]]:
     """Yields the row of results after each of its parts is measured."""
     new = 2 * prompt // step_tokens + max(8 * (TIMED + PROFILED), 2 * OF_HOST)  # the first requests wait for the last
-    engine = Engine(
-        lm,
-        cache_tokens=concurrency * (-(-(prompt + new) // 1024) * 1024),
-        max_tokens=step_tokens * concurrency,
-        max_sequences=concurrency,
-    )
+    sizes: dict[str, Any] = {
+        "cache_tokens": concurrency * (-(-(prompt + new) // 1024) * 1024),
+        "max_tokens": step_tokens * concurrency,
+        "max_sequences": concurrency,
+    }
     prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (concurrency, prompt)).tolist()
+    engine = Engine(lm, **sizes, programs=functools.cache(without_model))
     row: dict[str, Any] = {
         "concurrency": concurrency,
         "host_milliseconds": host_milliseconds(engine, add(engine, prompts, new)),
@@ -120,6 +112,8 @@ def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) 
     yield row
     if jax.default_backend() != "gpu":
         return
+    del engine  # its cache makes room for another
+    engine = Engine(lm, **sizes)
     requests = add(engine, prompts, new)
     row["phases"] = {}
     phases = {"mixed": concurrency // 2, "decode": concurrency}

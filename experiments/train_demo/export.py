@@ -12,7 +12,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32, abstract_model
 from dsv32_jax.model.params import named_parameters, replace_parameters
-from dsv32_jax.model.quant import QTensor, quantize_weight
+from pallas_kernels.matmul import QTensor, quantize_weight
 
 SHARD_BYTES = 14 * 10**6
 """No file of the demo is larger, so that it can live in a repository."""

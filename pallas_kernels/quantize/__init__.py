@@ -1,4 +1,4 @@
-"""Quantisation: of activations to FP8 in groups, or to int8 by token; of weights to FP8 in blocks."""
+"""Quantisation of activations: to FP8 in groups, or to int8 by token."""
 
 import functools
 
@@ -18,17 +18,14 @@ from pallas_kernels.backend import (
 from pallas_kernels.operators import callable_package
 from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import FP8_MAX, GROUP, SCALE_FORMATS
-from pallas_kernels.quantize.weights import BLOCK, quantize_weight_fp8
 
 __all__ = [
-    "BLOCK",
     "FP8_MAX",
     "GROUP",
     "SCALE_FORMATS",
     "dequantize",
     "quantize",
     "quantize_int8",
-    "quantize_weight_fp8",
 ]
 
 callable_package(__name__)

@@ -7,11 +7,11 @@ from pallas_kernels.moe_dispatch import shapes as moe_dispatch
 from pallas_kernels.named_shape import Shape
 from pallas_kernels.quantize import shapes as quantize
 from pallas_kernels.shapes import experts
-from pallas_kernels.shapes.experts import GroupedMatmul, MoELayer, QuantMatmul
+from pallas_kernels.shapes.experts import GroupedMatmul, Matmul, MoELayer
 from pallas_kernels.sparse_mla import shapes as sparse_mla
 from pallas_kernels.top_k import shapes as top_k
 
-__all__ = ["SHAPES", "SMALL", "TINY", "GroupedMatmul", "MoELayer", "QuantMatmul", "Shape"]
+__all__ = ["SHAPES", "SMALL", "TINY", "GroupedMatmul", "Matmul", "MoELayer", "Shape"]
 
 _OPS = {
     "sparse_mla": sparse_mla,

@@ -33,13 +33,13 @@ class GroupedMatmul(Shape):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantMatmul(Shape):
+class Matmul(Shape):
     """`tokens` rows times one [columns, depth] weight.
 
     `scheme`: "fp8_block" of rows that are quantised already; "int8" and "int4" of bfloat16 rows.
     """
 
-    op: ClassVar[str] = "quant_matmul"
+    op: ClassVar[str] = "matmul"
     scheme: str = "fp8_block"
     tokens: int
     columns: int
@@ -134,10 +134,10 @@ def _grouped_matmul() -> tuple[GroupedMatmul, ...]:
     return (*many, bf16, *few, *integers)
 
 
-def _quant_matmul() -> tuple[QuantMatmul, ...]:
+def _matmul() -> tuple[Matmul, ...]:
     few, many = Target(1.0, 1.4, enough=0.95), Target(0.85, 1.0)
     fp8 = [
-        QuantMatmul(
+        Matmul(
             name=f"{tokens}x{columns}x{depth}",
             tokens=tokens,
             columns=columns,
@@ -148,7 +148,7 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
         for tokens in (1, 16, 128, 4096)
         for columns, depth in ((24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168))
     ]
-    int8 = QuantMatmul(
+    int8 = Matmul(
         name="int8-8192x8192x8192",
         scheme="int8",
         tokens=8192,
@@ -157,7 +157,7 @@ def _quant_matmul() -> tuple[QuantMatmul, ...]:
         target=Target(1.5, 1.9, of="reference"),
     )
     integers = [
-        QuantMatmul(
+        Matmul(
             name=f"{scheme}-{tokens}x{columns}x{depth}",
             scheme=scheme,
             tokens=tokens,
@@ -185,21 +185,21 @@ def _moe_layer() -> tuple[MoELayer, ...]:
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "grouped_matmul": _grouped_matmul(),
-    "quant_matmul": _quant_matmul(),
+    "matmul": _matmul(),
     "moe_layer": _moe_layer(),
 }
 
 TINY: dict[str, tuple[Shape, ...]] = {
     "grouped_matmul": (
-        GroupedMatmul(name="tiny-fp8", experts=3, used=2, rows=10, columns=192, depth=256),
-        GroupedMatmul(name="tiny-bf16", scheme="bf16", experts=3, used=3, rows=9, columns=64, depth=64),
-        GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128),
-        GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128),
+        GroupedMatmul(name="tiny-fp8", experts=3, used=2, rows=10, columns=192, depth=256, kernel=False),
+        GroupedMatmul(name="tiny-bf16", scheme="bf16", experts=3, used=3, rows=9, columns=64, depth=64, kernel=False),
+        GroupedMatmul(name="tiny-int8", scheme="int8", experts=3, used=2, rows=4, columns=64, depth=128, kernel=False),
+        GroupedMatmul(name="tiny-int4", scheme="int4", experts=3, used=2, rows=4, columns=64, depth=128, kernel=False),
     ),
-    "quant_matmul": (
-        QuantMatmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
-        QuantMatmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
-        QuantMatmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128),
+    "matmul": (
+        Matmul(name="tiny-fp8", tokens=3, columns=192, depth=256),
+        Matmul(name="tiny-int8", scheme="int8", tokens=3, columns=64, depth=128),
+        Matmul(name="tiny-int4", scheme="int4", tokens=3, columns=64, depth=128, kernel=False),
     ),
     "moe_layer": tuple(
         MoELayer(
@@ -225,12 +225,12 @@ SMALL: dict[str, tuple[Shape, ...]] = {
         GroupedMatmul(name="small-int8", scheme="int8", experts=8, used=3, rows=6, columns=64, depth=512),
         GroupedMatmul(name="small-int4", scheme="int4", experts=8, used=3, rows=6, columns=64, depth=512),
     ),
-    "quant_matmul": (
-        QuantMatmul(name="small-few", tokens=3, columns=192, depth=512),
-        QuantMatmul(name="small-many", tokens=150, columns=192, depth=256),
-        QuantMatmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
-        QuantMatmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
-        QuantMatmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
+    "matmul": (
+        Matmul(name="small-few", tokens=3, columns=192, depth=512),
+        Matmul(name="small-many", tokens=150, columns=192, depth=256),
+        Matmul(name="small-int8", scheme="int8", tokens=3, columns=192, depth=512),
+        Matmul(name="small-int8-many", scheme="int8", tokens=130, columns=192, depth=256),
+        Matmul(name="small-int4", scheme="int4", tokens=3, columns=192, depth=512),
     ),
     "moe_layer": (
         MoELayer(name="small", tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, hidden=512, width=512),

@@ -10,7 +10,7 @@ import pytest
 
 from dsv32_jax.experiments.bench import dispatch, matmuls, moe_layer
 from dsv32_jax.experiments.bench.cases import compiled, made
-from pallas_kernels.quant_matmul import dequantize_blocks, dequantize_int4, dequantize_int8
+from pallas_kernels.matmul import FP8_BLOCK, dense
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.shapes import SHAPES, TINY, GroupedMatmul
 
@@ -43,7 +43,7 @@ BITS = {"fp8_block": (8, 8), "bf16": (16, 16), "int8": (16, 8), "int4": (16, 4)}
 
 
 @pytest.mark.parametrize(
-    "shape", [*TINY["grouped_matmul"], *TINY["quant_matmul"]], ids=lambda shape: f"{shape.op}-{shape.name}"
+    "shape", [*TINY["grouped_matmul"], *TINY["matmul"]], ids=lambda shape: f"{shape.op}-{shape.name}"
 )
 def test_counts_are_those_of_the_peers(shape):
     """The peers' own file counts weights, rows and results, without scales."""
@@ -59,13 +59,12 @@ def test_counts_are_those_of_the_peers(shape):
 @pytest.mark.parametrize("shape", TINY["grouped_matmul"], ids=lambda shape: shape.name)
 def test_grouped_products_are_those_of_each_expert(shape):
     found = np.asarray(product(shape).run(), np.float64)
-    exact = {"fp8_block": dequantize_blocks, "int8": dequantize_int8, "int4": dequantize_int4}
 
     def dequantized(key):
         x, weights, tile_expert, _ = matmuls.grouped_inputs(shape, key)
-        if shape.scheme == "fp8_block":
+        if matmuls.scheme_of(shape) == FP8_BLOCK:
             x = dequantize(*x)
-        return x, weights if shape.scheme == "bf16" else exact[shape.scheme](*weights), tile_expert
+        return x, dense(weights, jnp.float32), tile_expert
 
     x, weights, tile_expert = made(dequantized)
     expert = np.repeat(np.asarray(tile_expert), len(found) // len(tile_expert))
@@ -124,18 +123,18 @@ def test_the_layer_computes_what_stands_beside_it():
     shape = TINY["moe_layer"][0]
     ours, *others = (moe_layer.build(shape, "reference", form).run() for form in moe_layer.FORMS)
 
-    def dense(weight):
-        return dequantize_blocks(*weight).astype(jnp.bfloat16)
+    def plain_of(weight):
+        return dense(weight, jnp.float32).astype(jnp.bfloat16)
 
     def beside(key):
         x, layer = moe_layer.layer_inputs(shape, key, True, shape.tokens)  # the same as in a case
         plain = layer._replace(
-            gate=dense(layer.gate).transpose(0, 2, 1),
-            up=dense(layer.up).transpose(0, 2, 1),
-            down=dense(layer.down).transpose(0, 2, 1),
-            shared_gate=dense(layer.shared_gate),
-            shared_up=dense(layer.shared_up),
-            shared_down=dense(layer.shared_down),
+            gate=plain_of(layer.gate).transpose(0, 2, 1),
+            up=plain_of(layer.up).transpose(0, 2, 1),
+            down=plain_of(layer.down).transpose(0, 2, 1),
+            shared_gate=plain_of(layer.shared_gate),
+            shared_up=plain_of(layer.shared_up),
+            shared_down=plain_of(layer.shared_down),
         )
         return [
             moe_layer.in_bfloat16(dataclasses.replace(shape, beside=form), x, plain) for form in ("ragged_dot", "loop")

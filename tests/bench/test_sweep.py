@@ -9,7 +9,7 @@ from pallas_kernels.shapes import SHAPES
 
 
 def test_a_name_says_the_shape():
-    for shape in SHAPES["quant_matmul"]:
+    for shape in SHAPES["matmul"]:
         assert shape_of(shape.name).dims() == shape.dims()
     assert shape_of("int4-32x2240x7168").dims() == {"scheme": "int4", "tokens": 32, "columns": 2240, "depth": 7168}
 

@@ -166,3 +166,20 @@ def test_every_verb_takes_the_shipped_model(dsv32, monkeypatch, tmp_path, verb, 
     monkeypatch.setattr(loading, "find", find)
     with pytest.raises(Found):
         main([verb, *arguments])
+
+
+def test_a_part_is_replaced_by_a_variant_or_by_ones_own_function(dsv32, refused, tiny, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 3)
+
+    def perplexity(*arguments):
+        code, out, err = dsv32("score", "--model", tiny, "--text-file", text, "--json", *arguments)
+        assert code == 0, err
+        return json.loads(out)["perplexity"]
+
+    (tmp_path / "own_selection.py").write_text("from dsv32_jax.model.variants import recent as mine\n")
+    monkeypatch.chdir(tmp_path)
+    recent = perplexity("--part", "index_select=recent")
+    assert recent == perplexity("--part", "index_select=own_selection:mine") != perplexity()
+    message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=last")
+    assert message.startswith("error: --part index_select: variant 'last' is unknown; it is one of dense, recent,")

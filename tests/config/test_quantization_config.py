@@ -10,7 +10,7 @@ from dsv32_jax.convert.quantization import mixed, uniform
 from dsv32_jax.convert.stored import quantization_config, stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import abstract_model
-from dsv32_jax.model.quant import scheme_of
+from pallas_kernels.matmul import scheme_name
 
 W8A8 = {
     "quant_method": "compressed-tensors",
@@ -73,7 +73,7 @@ def test_what_other_tools_add_changes_nothing(more):
 
 def test_all_linears_as_other_tools_say_it():
     model = ModelConfig.tiny(quantization_config=read_quantization_config(W8A8))
-    stored = {path: scheme_of(leaf) for path, leaf in stored_parameters(model).items()}
+    stored = {path: scheme_name(leaf) for path, leaf in stored_parameters(model).items()}
     expected = dict.fromkeys(uniform(abstract_model(model), "int8"), "int8")
     assert {path: scheme for path, scheme in stored.items() if scheme} == expected
 
@@ -131,7 +131,7 @@ def test_schemes_come_back_from_what_is_written(name):
     assert isinstance(written, CompressedTensors)
     new = ModelConfig.from_hf(config.replace(quantization_config=written).to_hf())
     assert new.quantization_config == written
-    read_schemes = {path: scheme_of(leaf) for path, leaf in stored_parameters(new).items()}
+    read_schemes = {path: scheme_name(leaf) for path, leaf in stored_parameters(new).items()}
     assert {path: scheme for path, scheme in read_schemes.items() if scheme} == schemes
 
 

@@ -14,7 +14,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.params import is_linear, named_parameters
-from dsv32_jax.model.quant import is_qtensor, quantize_weight
+from pallas_kernels.matmul import INT4, INT8, is_qtensor, quantize_weight
 from pallas_kernels.rowwise import rms_norm
 from tests.harness import EXACT, Piece, flat_batch, load_golden, tables_of
 
@@ -122,7 +122,7 @@ def test_four_bits_are_rounded_for_what_was_seen(lm, statistics):
 def test_mixed_schemes_and_what_stays(lm):
     schemes = {"layers.0.attn.o": "int8", "layers.1.ffn.experts.gate": "int4", "layers.0.ffn.up": "bf16"}
     before, after = (named_parameters(m) for m in (lm.model, quantize_model(lm.model, schemes)))
-    assert after["layers.0.attn.o"].scheme == "int8" and after["layers.1.ffn.experts.gate"].scheme == "int4"
+    assert after["layers.0.attn.o"].scheme == INT8 and after["layers.1.ffn.experts.gate"].scheme == INT4
     np.testing.assert_array_equal(after["layers.0.ffn.up"], before["layers.0.ffn.up"].dequantize(jnp.bfloat16))
     for path in set(before) - set(schemes):
         for a, b in zip(jax.tree.leaves(before[path]), jax.tree.leaves(after[path]), strict=True):

@@ -14,7 +14,7 @@ from dsv32_jax.convert.quantization import quantize_checkpoint
 from dsv32_jax.convert.stored import stored_parameters
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.memory import parameter_counts
-from dsv32_jax.model.quant import scheme_of
+from pallas_kernels.matmul import scheme_name
 from tests.convert.test_companions import claim
 from tests.harness import golden_directory
 
@@ -44,7 +44,7 @@ def test_schemes_and_bytes_are_those_of_the_files(mixed, layout):
     assert sum(scheme["bytes"] for scheme in result.weights.values()) == sum(result.bytes_by_dtype.values())
     experts = config.n_routed_experts
     assert result.weights["int8"]["tensors"] == 1 and result.weights["int4"]["tensors"] == experts
-    fp8 = [leaf.shape for leaf in stored.values() if scheme_of(leaf) == "fp8_block"]
+    fp8 = [leaf.shape for leaf in stored.values() if scheme_name(leaf) == "fp8_block"]
     assert result.weights["fp8_block"]["tensors"] == sum(1 if len(shape) == 2 else shape[0] for shape in fp8)
     assert result.weights["int4"]["parameters"] == experts * config.moe_intermediate_size * config.hidden_size
     if layout == "orbax":

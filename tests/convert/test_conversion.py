@@ -24,7 +24,7 @@ from dsv32_jax.convert.tensor_file import DTYPES, read_header, read_into
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import DeepseekV32, abstract_model
 from dsv32_jax.model.params import named_parameters
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 NAMES = ["tiny", "tiny128_bf16", "tiny128_fp8"]
 ROUTER = "model.layers.1.mlp.gate.weight"

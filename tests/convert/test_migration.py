@@ -17,7 +17,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import StepContext, abstract_model, step
 from dsv32_jax.model.params import named_parameters, replace_parameters
-from dsv32_jax.model.quant import dense, is_qtensor
+from pallas_kernels.matmul import dense, is_qtensor
 from tests.convert.test_conversion import equal_models
 from tests.harness import EXACT, Piece, flat_batch, load_golden, tables_of
 

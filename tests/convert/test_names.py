@@ -11,7 +11,7 @@ from dsv32_jax.convert.names import hf_name
 from dsv32_jax.convert.stored import hf_tensors
 from dsv32_jax.model.model import abstract_model
 from dsv32_jax.model.params import named_parameters
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 
 def size_of(dtype: str) -> int:

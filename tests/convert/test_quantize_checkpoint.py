@@ -22,7 +22,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import parameter_counts
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import named_parameters
-from dsv32_jax.model.quant import QTensor, scheme_of
+from pallas_kernels.matmul import QTensor, scheme_name
 from tests.convert.test_conversion import arrays, equal_models, tensors
 from tests.harness import EXACT, golden_directory
 
@@ -73,8 +73,8 @@ def test_what_is_written_is_what_is_read(name, model, written, tmp_path):
     directory = written(name)
     loaded = convert.load_hf(directory)
     assert equal_models(loaded, expected)
-    schemes = {path: scheme_of(leaf) for path, leaf in named_parameters(loaded).items()}
-    assert schemes == {path: scheme_of(leaf) for path, leaf in named_parameters(expected).items()}
+    schemes = {path: scheme_name(leaf) for path, leaf in named_parameters(loaded).items()}
+    assert schemes == {path: scheme_name(leaf) for path, leaf in named_parameters(expected).items()}
     convert.convert(directory, tmp_path / "orbax")
     assert equal_models(convert.load_orbax(tmp_path / "orbax"), expected)
     convert.convert(tmp_path / "orbax", tmp_path / "back", to="hf")
@@ -251,7 +251,7 @@ def test_the_command(source, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["scheme"] == "mixed" and printed["to"] == "orbax"
     loaded = named_parameters(convert.load_orbax(tmp_path / "out"))
-    assert scheme_of(loaded["layers.0.attn.o"]) == "int4" and scheme_of(loaded["layers.0.attn.q_a"]) == "fp8_block"
+    assert scheme_name(loaded["layers.0.attn.o"]) == "int4" and scheme_name(loaded["layers.0.attn.q_a"]) == "fp8_block"
     note = json.loads((tmp_path / "out" / "config.json").read_text())[PROVENANCE]
     assert note["linears"]["int4"] == 1 and note["scheme"] == "mixed" and note["version"]
 

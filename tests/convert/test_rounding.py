@@ -8,8 +8,7 @@ from dsv32_jax.convert.quantization import quantize_model
 from dsv32_jax.convert.ranges import RANGES
 from dsv32_jax.convert.rounding import DAMPING, round_int4, round_int8
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.quant import quantize_weight
-from pallas_kernels.quant_matmul import unpack_int4
+from pallas_kernels.matmul import INT8, quantize_weight, unpack_int4
 from tests.harness import load_golden
 
 RNG = np.random.default_rng(0)
@@ -78,7 +77,7 @@ def test_rows_never_lose_more_than_by_their_largest_value():
     mean = mean_square.mean(-1, keepdims=True)
     importance = np.where(mean > 0, mean_square / np.where(mean > 0, mean, 1), 1) + DAMPING
     searched, nearest = round_int8(heavy, moments), quantize_weight(jnp.asarray(heavy), "int8")
-    assert searched.scheme == "int8" and searched.values.dtype == jnp.int8 and searched.scales.shape == (3, 64)
+    assert searched.scheme == INT8 and searched.values.dtype == jnp.int8 and searched.scales.shape == (3, 64)
     after, before = (row_errors(heavy, rounded, importance) for rounded in (searched, nearest))
     assert (after <= before * (1 + 1e-5)).all()
     assert (after[:2].sum(-1) < 0.95 * before[:2].sum(-1)).all(), after.sum(-1) / before.sum(-1)
@@ -124,7 +123,10 @@ def test_no_range_loses_less_than_the_searched_one():
     weight = jnp.asarray(RNG.standard_t(3, (16, 512)), jnp.float32)
     for rounded in (round_int8, round_int4):
         by_ranges = {ranges: rounded(weight, None, ranges) for ranges in RANGES}
-        errors = {name: np.square(np.asarray(each.dequantize()) - weight).sum() for name, each in by_ranges.items()}
+        errors = {
+            ranges: np.square(np.asarray(of_range.dequantize()) - weight).sum()
+            for ranges, of_range in by_ranges.items()
+        }
         assert errors["mse"] == min(errors.values()) < errors["percentile"], errors
 
 

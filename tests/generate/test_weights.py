@@ -20,7 +20,7 @@ from dsv32_jax.generate import weights as parts
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.model import DeepseekV32, Options
-from dsv32_jax.model.quant import QTensor, quantize_weight
+from pallas_kernels.matmul import QTensor, quantize_weight
 from tests.harness import EXACT, Piece, flat_batch, golden_directory, one_shape, tables_of
 
 IDS = [5, 6, 7, 8]
@@ -196,7 +196,6 @@ def test_with_parts_is_another_model_that_shares_the_rest(m):
             r"values float32 \[64, 128\]; in fp8_block they must be",
         ),
         ({Q_A: QTensor(jnp.ones((64, 128), jnp.float8_e4m3fn), jnp.ones(1))}, r"scales float32 \[1\]; in fp8_block"),
-        ({Q_A: QTensor(jnp.ones((64, 128), jnp.int8), jnp.ones(64), "fp9")}, "scheme 'fp9' is unknown"),
         ({"layers.1.ffn.router_bias": jnp.full(8, jnp.nan)}, "router_bias': has a value that is NaN or infinite"),
         ({"layers.0.attn.indexer.k_norm_bias": jnp.full(128, jnp.inf)}, "k_norm_bias': has a value that is NaN"),
     ],

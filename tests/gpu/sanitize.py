@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 OPS = (
     *("sparse_mla", "indexer_logits", "top_k", "index_select", "cache_write"),
-    *("grouped_matmul", "quant_matmul", "quantize", "moe_dispatch", "moe_layer"),
+    *("grouped_matmul", "matmul", "quantize", "moe_dispatch", "moe_layer"),
 )
 TOOLS = ("memcheck", "synccheck", "racecheck")
 FOUND = 77

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
-from pallas_kernels.quant_matmul import few_rows
+from pallas_kernels.matmul import FP8_BLOCK, few_rows
+from pallas_kernels.matmul.config import CONFIGS
 from tests.kernels.cases import few_rows as cases
 
 
 def poisoned(case, dtype, config=None):
     """The kernel's result, in memory that very likely held NaN."""
-    function = few_rows.matmul if case.tile_expert is None else few_rows.grouped_matmul
-    call = jax.jit(functools.partial(function, dtype=dtype, config=config))
+    (rows, depth), tiles = case.x.shape, None if case.tile_expert is None else len(case.tile_expert)
+    config = config or cases.tuned(FP8_BLOCK, rows, case.values.shape[-2], depth, tiles)
+    call = jax.jit(functools.partial(few_rows.matmul, stage=FP8_BLOCK.few_rows, dtype=dtype, config=config))
     arguments = jax.block_until_ready(list(map(jnp.asarray, case.arguments)))
     shape = (case.x.shape[0], case.values.shape[-2])
     poison = jax.block_until_ready([jnp.full(shape, jnp.nan, dtype) for _ in range(3)])
@@ -29,7 +30,7 @@ def test_kernel(case, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["few_rows"], ids=repr)
+@pytest.mark.parametrize("config", CONFIGS["few_rows"], ids=repr)
 def test_every_config(config):
     for case in cases.uneven(config.tile):
         check(case, jnp.float32, config)

@@ -7,33 +7,64 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_swiglu
-from pallas_kernels.grouped_matmul.mosaic_gpu import swiglu_takes_few
+from pallas_kernels.matmul import (
+    FP8_BLOCK,
+    PLAIN,
+    Product,
+    QTensor,
+    choose,
+    grouped_swiglu,
+    many_rows_swiglu,
+    swiglu,
+)
+from pallas_kernels.matmul.swiglu import Result
 from pallas_kernels.quantize import quantize
 from tests.kernels.cases import grouped_swiglu as cases
 
 
-def poisoned(case, *, unused=0, **options):
-    """What the op gives of the tiles that are used, twice, in memory that very likely held NaN."""
-    by_group = options.get("scales_by_group", False)
-    scales = {}
-    if case.row_scales is not None:
-        row_scales = case.row_scales if by_group else case.row_scales.T
-        scales = {"row_scales": row_scales, "gate_scales": case.gate_scales, "up_scales": case.up_scales}
+def choice_of(case):
+    """The kernel that the op takes for a case."""
+    (rows, depth), tiles = case.rows.shape, None if case.tile is None else len(case.tile_expert)
+    scheme = PLAIN if case.row_scales is None else FP8_BLOCK
+    shape = {"rows": rows, "columns": case.gate.shape[-2], "depth": depth, "tiles": tiles}
+    return scheme, choose(Product(**shape, scheme=scheme, swiglu=True))
+
+
+def poisoned(case, *, unused=0, quantize_result=False, scale_fmt="ue8m0", scales_by_group=False):
+    """What the op gives of the tiles that are used, twice, in memory that very likely held NaN.
+
+    Of one weight in bfloat16, which the op leaves to XLA, what the kernel gives.
+    """
+    scheme, choice = choice_of(case)
+    fp8, by_group = scheme == FP8_BLOCK, scales_by_group
     used = None if case.tile is None else jnp.int32(len(case.tile_expert) - unused)
+    options = {"quantize_result": quantize_result, "scale_fmt": scale_fmt, "scales_by_group": by_group}
 
     @jax.jit
-    def call(arrays, scales):
-        return grouped_swiglu(*arrays, **scales, used_tiles=used, **options, backend="mosaic_gpu")
+    def call(rows, row_scales, weights, scales, tile_expert):
+        if tile_expert is None and not fp8:
+            how = {"config": choice.config, "result": Result(quantize_result, scale_fmt, by_group)}
+            found = many_rows_swiglu.swiglu(rows, None, weights, (), None, None, stage=scheme.many_rows, **how)
+            return found if quantize_result else found[0]
+        weights = tuple(map(QTensor, weights, scales)) if fp8 else weights
+        plan, op = (
+            ((), swiglu)
+            if tile_expert is None
+            else ((tile_expert,), functools.partial(grouped_swiglu, used_tiles=used))
+        )
+        return op(rows, *weights, *plan, row_scales=row_scales, **options, backend="mosaic_gpu")
 
-    arguments = jax.tree.map(jnp.asarray, ((case.rows, case.gate, case.up, case.tile_expert), scales))
+    row_scales = case.row_scales if by_group or not fp8 else case.row_scales.T
+    scales = (case.gate_scales, case.up_scales) if fp8 else ()
+    weights = (case.gate, case.up)
+    arguments = jax.tree.map(jnp.asarray, (case.rows, row_scales, weights, scales, case.tile_expert))
     shape, runs = (case.rows.shape[0], case.gate.shape[-2]), []
     written = slice(0, shape[0] - unused * (case.tile or 0))
     for _ in range(2):
         poison = jax.block_until_ready([jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(3)])
         del poison
         found = call(*arguments)
-        if not options.get("quantize_result"):
+        if not quantize_result:
             runs.append([np.asarray(found)[written]])
             continue
         values, by_row = found[0], found[1].T if by_group else found[1]
@@ -76,7 +107,7 @@ def test_kernel(which):
 
 def test_both_kernels_are_asked():
     """The cases of few rows take the kernel of few rows, and the others the other one, but for the one row in FP8."""
-    few = [swiglu_takes_few(case.rows, case.gate, case.tile_expert) for case in CASES if case.row_scales is not None]
+    few = [not choice_of(case)[1].many for case in CASES if case.row_scales is not None]
     assert sum(few) == len(cases.real_few()) + 1
 
 
@@ -84,11 +115,11 @@ def test_rows_that_are_not_quantised_yet():
     """Both backends quantise them alike."""
     case = cases.case("op", 8 * 128, 512, 1024, fp8=True, tile_expert=[i // 3 for i in range(8)])
     x = jax.random.normal(jax.random.key(0), case.rows.shape, jnp.bfloat16)
-    arrays = [jnp.asarray(y) for y in (case.gate, case.up, case.tile_expert)]
-    scales = {"gate_scales": jnp.asarray(case.gate_scales), "up_scales": jnp.asarray(case.up_scales)}
+    gate, up = (QTensor(*map(jnp.asarray, w)) for w in ((case.gate, case.gate_scales), (case.up, case.up_scales)))
 
     def run(backend):
-        return np.asarray(jax.jit(functools.partial(grouped_swiglu, backend=backend))(x, *arrays, **scales), np.float64)
+        call = jax.jit(functools.partial(grouped_swiglu, backend=backend))
+        return np.asarray(call(x, gate, up, jnp.asarray(case.tile_expert)), np.float64)
 
     got, want = run("mosaic_gpu"), run("reference")
     assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) <= 3e-3

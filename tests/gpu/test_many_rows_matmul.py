@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
-from pallas_kernels.quant_matmul import quant_matmul
-from pallas_kernels.quant_matmul.many_rows import many_rows_matmul
+from pallas_kernels.matmul import FP8_BLOCK, PLAIN, QTensor, grouped_matmul, many_rows, matmul
+from pallas_kernels.matmul import config as tuning
 from tests.kernels.cases import many_rows_matmul as cases
 
 
@@ -47,10 +46,11 @@ def poisoned(function, arguments, shape):
 def test_kernel(case):
     arguments = [None if x is None else jnp.asarray(x) for x in case.arguments]
     shape = (case.x.shape[0], case.weights.shape[-2])
-    function = jax.jit(many_rows_matmul)
+    tile = None if case.tile_expert is None else case.x.shape[0] // len(case.tile_expert)
+    stage = (PLAIN if case.row_scales is None else FP8_BLOCK).many_rows
+    function = jax.jit(functools.partial(many_rows.matmul, stage=stage, config=tuning.many_rows(*shape, tile)))
     got = poisoned(function, arguments, shape)
     np.testing.assert_array_equal(got, poisoned(function, arguments, shape), err_msg="from run to run")
-    tile = None if case.tile_expert is None else case.x.shape[0] // len(case.tile_expert)
     want = np.asarray(reference(*arguments, tile=tile), np.float64)
     error = got.astype(np.float64) - want
     # Tensor cores keep about 14 bits of a sum of FP8 products; bfloat16 rounds to 9 in the end.
@@ -64,12 +64,12 @@ def test_grouped_ops(fp8, tile):
     """Rows of a plan through the public op; both backends quantise alike."""
     case = cases.case("op", tile * 12, 640, 1024, fp8=fp8, tile_expert=[i // 3 for i in range(12)])
     x = jax.random.normal(jax.random.key(tile), case.x.shape, jnp.bfloat16)
-    weights = [jnp.asarray(case.weights), *([jnp.asarray(case.weight_scales)] if fp8 else [])]
-    op, options = (grouped_quant_matmul, {"quantize_input": True}) if fp8 else (grouped_dense_matmul, {})
+    weights = jnp.asarray(case.weights)
+    weights = QTensor(weights, jnp.asarray(case.weight_scales)) if fp8 else weights
 
     def run(backend):
-        call = jax.jit(functools.partial(op, used_tiles=jnp.int32(11), backend=backend, **options))
-        return np.asarray(call(x, *weights, jnp.asarray(case.tile_expert)), np.float64)[: 11 * tile]
+        call = jax.jit(functools.partial(grouped_matmul, used_tiles=jnp.int32(11), backend=backend))
+        return np.asarray(call(x, weights, jnp.asarray(case.tile_expert)), np.float64)[: 11 * tile]
 
     got, want = run("mosaic_gpu"), run("reference")
     assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) <= 3e-3
@@ -80,11 +80,10 @@ def test_dense_op(shape):
     rows, columns, depth = shape
     case = cases.case("op", rows, columns, depth, fp8=True)
     x = jax.random.normal(jax.random.key(rows), (rows, depth), jnp.bfloat16)
-    weight = jnp.asarray(case.weights), jnp.asarray(case.weight_scales)
+    weight = QTensor(jnp.asarray(case.weights), jnp.asarray(case.weight_scales))
 
     def run(backend):
-        call = jax.jit(functools.partial(quant_matmul, quantize_input=True, backend=backend))
-        return np.asarray(call(x, *weight), np.float64)
+        return np.asarray(jax.jit(functools.partial(matmul, backend=backend))(x, weight), np.float64)
 
     got, want = run("mosaic_gpu"), run("reference")
     assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) <= 3e-3

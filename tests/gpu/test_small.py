@@ -57,7 +57,7 @@ def test_small(shape):
             assert overlap(found, expected) == 1
         case "index_select":
             assert overlap(found, expected) >= 0.98  # scores that are nearly equal may change places
-        case "grouped_matmul" | "quant_matmul":
+        case "grouped_matmul" | "matmul":
             # The reference makes weights in bfloat16; int8 sums are exact.
             assert relative_error(found, expected) <= (1e-3 if shape.scheme == "int8" else 1e-2)
         case "quantize":

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.backend import BackendError
+from pallas_kernels.hopper import SMS
+from pallas_kernels.matmul import FP8_BLOCK, Product, QTensor, choose, few_rows, matmul
+from pallas_kernels.matmul import config as tuning
+from pallas_kernels.matmul import few_rows_fp8 as device
 from pallas_kernels.moe_dispatch import make_plan
-from pallas_kernels.quant_matmul import dequantize_blocks, few_rows, quant_matmul
-from pallas_kernels.quant_matmul import few_rows_tile as device
 from tests.kernels.cases import few_rows as cases
 
 TINY = {case.name: case for case in cases.tiny()}
@@ -34,25 +36,17 @@ INTERPRETED = [
     ("experts", tuning.FewRows(tile=8, rows=56, blocks=2, stages=2, ctas=4)),
     # In two tiles, next to each other.
     ("two tiles' worth", tuning.FewRows(tile=8, rows=24, blocks=2, stages=3, ctas=4)),
-    # Three strips for two CTAs of a cluster, and four of two strips.
-    ("two tiles' worth", tuning.FewRows(tile=16, rows=24, blocks=1, stages=3, cluster=2, ctas=2)),
-    ("two tiles' worth", tuning.FewRows(tile=32, rows=48, blocks=1, stages=2, cluster=4, ctas=4)),
     # Warpgroups that share rows and take different tokens: of one part of a strip, and of two.
     ("part of a tile", tuning.FewRows(tile=16, rows=24, warpgroups=2, token_parts=2, blocks=1, stages=3, ctas=3)),
     ("two tiles' worth", tuning.FewRows(tile=16, rows=56, warpgroups=2, token_parts=2, blocks=2, stages=2, ctas=2)),
     ("two tiles' worth", tuning.FewRows(tile=32, rows=64, warpgroups=4, token_parts=4, blocks=4, stages=2, ctas=1)),
     ("two tiles' worth", tuning.FewRows(tile=16, rows=48, warpgroups=4, token_parts=2, blocks=2, stages=3, ctas=1)),
     ("part of a tile", tuning.FewRows(tile=16, rows=112, warpgroups=4, token_parts=2, blocks=2, stages=2, ctas=1)),
-    (
-        "two tiles' worth",
-        tuning.FewRows(tile=16, rows=24, warpgroups=2, token_parts=2, blocks=1, stages=3, cluster=2, ctas=2),
-    ),
     ("experts of two parts", tuning.FewRows(tile=16, rows=56, warpgroups=2, token_parts=2, blocks=2, stages=2, ctas=3)),
 ]
 
 
-def function(case):
-    return few_rows.matmul if case.tile_expert is None else few_rows.grouped_matmul
+product = functools.partial(few_rows.matmul, stage=FP8_BLOCK.few_rows)
 
 
 @pytest.mark.interpret
@@ -60,7 +54,7 @@ def function(case):
 def test_kernel_in_the_interpreter(name, config, capfd):
     case = TINY[name]
     arguments = map(jnp.asarray, case.arguments)
-    got = function(case)(*arguments, dtype=jnp.float32, config=config, interpret=mosaic.interpreter())
+    got = product(*arguments, dtype=jnp.float32, config=config, interpret=mosaic.interpreter())
     expected = cases.expected(case)
     assert got.shape == (case.x.shape[0], case.values.shape[-2])
     np.testing.assert_allclose(
@@ -87,32 +81,21 @@ def test_every_config_lowers(config):
     def lower(f, dtype, arguments):
         jax.jit(functools.partial(f, config=config, dtype=dtype)).trace(*arguments).lower(lowering_platforms=("cuda",))
 
-    lower(few_rows.matmul, jnp.float32, shapes(config.tile // 2 + 1, 7168, 2048))
-    lower(few_rows.grouped_matmul, jnp.bfloat16, shapes(3 * config.tile, 4096, 7168, (16,), 3))
-
-
-@pytest.mark.parametrize("cluster", [2, 4])
-def test_clusters_lower(cluster):
-    config = tuning.FewRows(tile=128, rows=56, blocks=2, stages=4, cluster=cluster)
-    for f, arguments in (
-        (few_rows.matmul, shapes(100, 7168, 2048)),
-        (few_rows.grouped_matmul, shapes(384, 4096, 7168, (16,), 3)),
-    ):
-        jax.jit(functools.partial(f, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    lower(product, jnp.float32, shapes(config.tile // 2 + 1, 7168, 2048))
+    lower(product, jnp.bfloat16, shapes(3 * config.tile, 4096, 7168, (16,), 3))
 
 
 @pytest.mark.parametrize("config", cases.token_parts(), ids=repr)
 def test_token_parts_lower(config):
     """Each warpgroup's product is of its own tokens."""
-    for f, arguments in (
-        (few_rows.matmul, shapes(config.tile - 3, 7168, 2048)),
-        (few_rows.grouped_matmul, shapes(3 * config.tile, 4096, 7168, (16,), 3)),
-    ):
-        lowered = jax.jit(functools.partial(f, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
-        assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {str(config.own_tokens)}
+    for arguments in (shapes(config.tile - 3, 7168, 2048), shapes(3 * config.tile, 4096, 7168, (16,), 3)):
+        lowered = (
+            jax.jit(functools.partial(product, config=config)).trace(*arguments).lower(lowering_platforms=("cuda",))
+        )
+        assert set(re.findall(r"m64n(\d+)k32", lowered.as_text())) == {str(config.warpgroup_tokens)}
 
 
-@pytest.mark.parametrize("tile", few_rows.TILES)
+@pytest.mark.parametrize("tile", tuning.TILES)
 @pytest.mark.parametrize(
     ("rows", "tiles"), [(64, 1), (576, 1), (2112, 1), (4096, 1), (4096, 8), (36864, 1), (7168, 276)]
 )
@@ -129,8 +112,8 @@ def test_the_choice_is_one_of_the_configs(tile, rows, tiles, columns):
 def test_no_multiprocessor_has_much_more_than_its_share_of_one_weight(choice, rows):
     config = choice(8, rows, 1, 2048)
     strips = -(-rows // config.rows)
-    busiest = -(-strips // tuning.SMS) * config.rows
-    assert busiest <= 1.05 * rows / tuning.SMS
+    busiest = -(-strips // SMS) * config.rows
+    assert busiest <= 1.05 * rows / SMS
 
 
 def test_many_tokens_have_tall_strips():
@@ -158,8 +141,6 @@ def test_scales_of_a_strip(rows):
         ({"rows": 320, "warpgroups": 5}, "1 to 4 warpgroups"),
         ({"rows": 8, "blocks": 1, "stages": 3}, "reads past a warpgroup's 8"),
         ({"stages": 20}, "bytes of shared memory"),
-        ({"cluster": 2}, "eights of tokens"),
-        ({"tile": 64, "cluster": 3}, "a cluster of 1, 2 or 4"),
         ({"warpgroups": 2, "token_parts": 2}, "token_parts divides .*: 2 does not divide 2 warpgroups and 8 tokens"),
         ({"tile": 64, "token_parts": 2}, "2 does not divide 1 warpgroups and 64 tokens"),
         ({"tile": 64, "warpgroups": 4, "token_parts": 3}, "3 does not divide 4 warpgroups and 64 tokens"),
@@ -183,17 +164,18 @@ def test_strips_of_gate_and_up_are_not_split_by_tokens():
         tuning.FewRowsSwiGLU(tile=16, rows=64, warpgroups=2, token_parts=2, blocks=1, stages=4)
 
 
-def test_what_the_kernel_does_not_take():
-    def reason(x, values, dtype=jnp.float8_e4m3fn, tile=None):
-        return few_rows.unsupported(jax.ShapeDtypeStruct(x, dtype), jax.ShapeDtypeStruct(values, dtype), tile)
+def test_what_the_kernels_do_not_take():
+    def chosen(rows, columns, depth, **options):
+        return choose(Product(rows=rows, columns=columns, depth=depth, scheme=FP8_BLOCK, **options))
 
-    assert reason((128, 512), (64, 512)) is None
-    assert reason((1024, 512), (3, 64, 512), tile=8) is None
-    assert "1 to 128 rows" in reason((129, 512), (64, 512))
-    assert "tiles of 24 rows" in reason((240, 512), (3, 64, 512), tile=24)
-    assert "N in multiples of 64" in reason((1, 512), (96, 512))
-    assert "K in multiples of 512" in reason((1, 640), (64, 640))
-    assert "dtype bfloat16" in reason((1, 512), (64, 512), jnp.bfloat16)
+    assert chosen(128, 64, 512).kernel == "few_rows"
+    assert chosen(1024, 64, 512, tiles=128).kernel == "few_rows"
+    assert chosen(129, 64, 512).kernel == "many_rows"
+    assert chosen(1, 64, 640).kernel == "many_rows"
+    assert "tiles of 24 rows" in chosen(240, 64, 512, tiles=10).unsupported
+    assert "N a multiple of 64" in chosen(1, 96, 512).unsupported
+    assert "K in multiples of 512" in chosen(24, 64, 640, tiles=3).unsupported
+    assert "dtype float16" in chosen(1, 64, 512, row_dtype="float16").unsupported
 
 
 def test_used_tiles_of_a_plan():
@@ -210,14 +192,12 @@ def test_kernel_through_the_op(monkeypatch):
     rng = np.random.default_rng(0)
     case = TINY["part of a tile"]
     x = jnp.asarray(rng.standard_normal((3, 512)), jnp.bfloat16)
-    arguments = (x, jnp.asarray(case.values), jnp.asarray(case.scales))
-    got, expected = (
-        quant_matmul(*arguments, quantize_input=True, backend=backend) for backend in ("interpret", "reference")
-    )
+    weight = QTensor(jnp.asarray(case.values), jnp.asarray(case.scales), FP8_BLOCK)
+    got, expected = (matmul(x, weight, backend=backend) for backend in ("interpret", "reference"))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), rtol=2**-7, atol=1e-4)
     with pytest.raises(BackendError, match="an input that stays as it is"):
-        quant_matmul(*arguments, quantize_input=False, backend="mosaic_gpu")
+        matmul(x, weight, quantize_input=False, backend="mosaic_gpu")
 
 
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "reference"])
@@ -230,7 +210,7 @@ def test_a_gradient_that_would_be_rounded_away_is_refused(monkeypatch, backend):
     values, scales = jnp.asarray(case.values), jnp.asarray(case.scales)
 
     def loss(x, values, scales, backend=backend, quantize_input=True):
-        return quant_matmul(x, values, scales, quantize_input=quantize_input, backend=backend).sum()
+        return matmul(x, QTensor(values, scales), quantize_input=quantize_input, backend=backend).sum()
 
     with pytest.raises(NotImplementedError, match="rounding activations has no gradient"):
         jax.grad(loss)(x, values, scales)
@@ -238,6 +218,6 @@ def test_a_gradient_that_would_be_rounded_away_is_refused(monkeypatch, backend):
         with pytest.raises(NotImplementedError, match="a quantised weight has no gradient"):
             jax.grad(functools.partial(loss, quantize_input=quantize_input), 1)(x, values, scales)
     plain = functools.partial(loss, backend="reference", quantize_input=False)
-    weight = dequantize_blocks(values, scales)
+    weight = QTensor(values, scales).dequantize()
     expected = jnp.broadcast_to(weight.sum(0), x.shape)
     np.testing.assert_allclose(jax.grad(plain)(x, values, scales), expected, rtol=1e-5, atol=1e-4)

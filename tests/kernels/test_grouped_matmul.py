@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backend import BackendError
-from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul
+from pallas_kernels.matmul import QTensor, grouped_matmul, many_rows
 from pallas_kernels.quantize import dequantize, quantize
 from tests.kernels.cases import many_rows_matmul as cases
 
@@ -26,8 +26,8 @@ def arguments(tile: int, depth: int, fp8: bool):
 
 def op(fp8: bool, **options):
     if fp8:
-        return lambda *arrays: grouped_quant_matmul(*arrays, quantize_input=True, **options)
-    return lambda *arrays: grouped_dense_matmul(*arrays, **options)
+        return lambda x, values, scales, experts: grouped_matmul(x, QTensor(values, scales), experts, **options)
+    return lambda *arrays: grouped_matmul(*arrays, **options)
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def test_reference(fp8, tile):
     got = np.asarray(jax.jit(op(fp8))(x, *weights, experts), np.float64)
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
     if fp8:
-        plain = jax.jit(functools.partial(grouped_quant_matmul, quantize_input=False))(x, *weights, experts)
+        plain = jax.jit(op(True, quantize_input=False))(x, *weights, experts)
         assert np.abs(np.asarray(plain, np.float64) - want).max() > 1e-3 * np.abs(want).max()
         assert np.abs(np.asarray(jax.jit(lambda x: dequantize(*quantize(x)) - x)(x))).max() > 0
 
@@ -89,22 +89,19 @@ def test_row_scales_that_do_not_fit():
     x, *others = arguments(8, 512, True)
     rows, scales = jitted_quantize(x)
     with pytest.raises(ValueError, match=r"must be \(4, 24\)"):
-        grouped_quant_matmul(rows, *others, quantize_input=True, row_scales=scales, scales_by_group=True)
+        op(True, row_scales=scales, scales_by_group=True)(rows, *others)
     with pytest.raises(ValueError, match="come with row_scales"):
-        grouped_quant_matmul(rows, *others, quantize_input=True)
+        op(True)(rows, *others)
     with pytest.raises(ValueError, match="others without"):
-        grouped_quant_matmul(x, *others, quantize_input=True, row_scales=scales)
+        op(True, row_scales=scales)(x, *others)
 
 
 @pytest.mark.parametrize("fp8", [True, False])
 def test_gradient_is_that_of_the_reference(fp8, monkeypatch):
     """With a kernel that cannot run here: only its gradient is asked for. Behind FP8 activations there is none."""
     x, *others = arguments(64, 128, fp8)
-    name = "grouped_quant_matmul" if fp8 else "grouped_dense_matmul"
     shape = (x.shape[0], 64)
-    monkeypatch.setattr(
-        f"pallas_kernels.grouped_matmul.mosaic_gpu.{name}", lambda *_, **__: jnp.zeros(shape, jnp.bfloat16)
-    )
+    monkeypatch.setattr(many_rows, "matmul", lambda *_, **__: jnp.zeros(shape, jnp.bfloat16))
 
     def gradient(backend):
         return jax.jit(jax.grad(lambda x: op(fp8, backend=backend)(x, *others).astype(jnp.float32).sum()))(x)
@@ -134,9 +131,9 @@ def test_what_the_kernels_do_not_take(fp8, tile, depth, message):
 
 def test_what_no_backend_takes():
     x, values, scales, experts = arguments(8, 128, True)
-    with pytest.raises(ValueError, match=r"must be \(4, 1, 1\)"):
-        grouped_quant_matmul(x, values, scales[:3], experts, quantize_input=True)
-    with pytest.raises(ValueError, match="P a multiple of tiles"):
-        grouped_quant_matmul(x[:-1], values, scales, experts, quantize_input=True)
+    with pytest.raises(ValueError, match=r"scales of float32 \(4, 1, 1\), not of \(3, 1, 1\)"):
+        op(True)(x, values, scales[:3], experts)
+    with pytest.raises(ValueError, match="as many rows in each tile"):
+        op(True)(x[:-1], values, scales, experts)
     with pytest.raises(BackendError, match="quantize_input=True"):
-        grouped_quant_matmul(x, values, scales, experts, quantize_input=False, backend="mosaic_gpu")
+        op(True, quantize_input=False, backend="mosaic_gpu")(x, values, scales, experts)

@@ -7,21 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.backend import BackendError
-from pallas_kernels.grouped_matmul import grouped_dense_matmul, grouped_quant_matmul, grouped_swiglu, mosaic_gpu
-from pallas_kernels.grouped_matmul.reference import swiglu
-from pallas_kernels.grouped_matmul.swiglu import Result
+from pallas_kernels.matmul import (
+    FP8_BLOCK,
+    PLAIN,
+    Product,
+    QTensor,
+    choose,
+    few_rows_swiglu,
+    grouped_matmul,
+    grouped_swiglu,
+    many_rows_swiglu,
+    matmul,
+    quantize_weight,
+    silu_product,
+    swiglu,
+)
+from pallas_kernels.matmul import config as tuning
+from pallas_kernels.matmul.swiglu import Result
 from pallas_kernels.quantize import dequantize, quantize
 from tests.kernels.cases import grouped_swiglu as cases
 
-PLAIN = Result(quantized=False, scale_fmt="ue8m0", scales_by_group=True)
+ROUNDED = Result(quantized=False, scale_fmt="ue8m0", scales_by_group=True)
 BY_GROUP = Result(quantized=True, scale_fmt="ue8m0", scales_by_group=True)
 BY_ROW = Result(quantized=True, scale_fmt=None, scales_by_group=False)
 
 
 def arrays(case, *, by_group):
-    """Arguments of `mosaic_gpu.grouped_swiglu`, all but how many tiles are used."""
+    """Arguments of the kernels' functions, all but how many tiles are used."""
     fp8 = case.row_scales is not None
     row_scales = case.row_scales if by_group or not fp8 else case.row_scales.T
     scales = (case.gate_scales, case.up_scales) if fp8 else ()
@@ -29,11 +43,23 @@ def arrays(case, *, by_group):
 
 
 def named(case, *, by_group):
-    """The same for the public op: positional and named ones."""
+    """The same for the public ops: positional and named ones."""
     rows, row_scales, weights, scales, experts = arrays(case, by_group=by_group)
-    gate_scales, up_scales = scales or (None, None)
-    options = {"row_scales": row_scales, "gate_scales": gate_scales, "up_scales": up_scales}
-    return (rows, *weights, experts), options | {"scales_by_group": by_group}
+    weights = tuple(map(QTensor, weights, scales)) if scales else weights
+    plan = () if experts is None else (experts,)
+    return (rows, *weights, *plan), {"row_scales": row_scales, "scales_by_group": by_group}
+
+
+def op_of(case):
+    return swiglu if case.tile_expert is None else grouped_swiglu
+
+
+def kernel(rows, row_scales, weights, scales, experts, used, *, config, **options):
+    """The kernel that takes such a config; `row_scales` as it takes them."""
+    scheme = PLAIN if row_scales is None else FP8_BLOCK
+    many = isinstance(config, tuning.ManyRows)
+    module, stage = (many_rows_swiglu, scheme.many_rows) if many else (few_rows_swiglu, scheme.few_rows)
+    return module.swiglu(rows, row_scales, weights, scales, experts, used, stage=stage, config=config, **options)
 
 
 def check(found, case, result, rows=slice(None)):
@@ -48,13 +74,13 @@ def check(found, case, result, rows=slice(None)):
 # ---- the reference ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("result", [PLAIN, BY_GROUP, BY_ROW], ids=repr)
+@pytest.mark.parametrize("result", [ROUNDED, BY_GROUP, BY_ROW], ids=repr)
 @pytest.mark.parametrize("experts", [None, [0, 2, 2]])
 @pytest.mark.parametrize("fp8", [True, False])
 def test_reference(fp8, experts, result):
     case = cases.case("reference", 24, 256, 256, fp8=fp8, tile_expert=experts)
     given, options = named(case, by_group=result.scales_by_group)
-    found = grouped_swiglu(*given, **options, quantize_result=result.quantized, scale_fmt=result.scale_fmt)
+    found = op_of(case)(*given, **options, quantize_result=result.quantized, scale_fmt=result.scale_fmt)
     check(found if result.quantized else (found,), case, result)
 
 
@@ -62,51 +88,51 @@ def test_reference(fp8, experts, result):
 def test_equals_separate_operations(fp8):
     """Rows that are not quantised yet, and the product down of the quantised result."""
     case = cases.case("apart", 24, 256, 256, fp8=fp8, tile_expert=[0, 2, 2])
-    (_, gate, up, experts), options = named(case, by_group=False)
+    (_, gate, up, experts), _ = named(case, by_group=False)
     rows = jnp.asarray(np.random.default_rng(5).standard_normal(case.rows.shape), jnp.bfloat16)
-    scales = [options[name] for name in ("gate_scales", "up_scales")]
-
-    def product(rows, weights, scales):
-        if scales is None:
-            return grouped_dense_matmul(rows, weights, experts)
-        return grouped_quant_matmul(rows, weights, scales, experts, quantize_input=True)
-
-    want = swiglu(*(product(rows, *weight) for weight in zip((gate, up), scales, strict=True)))
-    given = functools.partial(grouped_swiglu, rows, gate, up, experts, gate_scales=scales[0], up_scales=scales[1])
-    np.testing.assert_array_equal(given(), want)
-    values, by_group = given(quantize_result=True, scales_by_group=True)
+    want = silu_product(*(grouped_matmul(rows, weight, experts) for weight in (gate, up)))
+    np.testing.assert_array_equal(grouped_swiglu(rows, gate, up, experts), want)
+    values, by_group = grouped_swiglu(rows, gate, up, experts, quantize_result=True, scales_by_group=True)
     wanted_values, by_row = quantize(want)
     np.testing.assert_array_equal(values, wanted_values)
     np.testing.assert_array_equal(by_group, by_row.T)
     if fp8:
-        down = jnp.swapaxes(gate, 1, 2), jnp.swapaxes(scales[0], 1, 2)
-        again = grouped_quant_matmul(
-            values, *down, experts, quantize_input=True, row_scales=by_group, scales_by_group=True
-        )
-        np.testing.assert_array_equal(again, grouped_quant_matmul(want, *down, experts, quantize_input=True))
+        down = QTensor(jnp.swapaxes(gate.values, 1, 2), jnp.swapaxes(gate.scales, 1, 2))
+        again = grouped_matmul(values, down, experts, row_scales=by_group, scales_by_group=True)
+        np.testing.assert_array_equal(again, grouped_matmul(want, down, experts))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_schemes_without_a_kernel_of_their_own(scheme, grouped):
+    """Two products and SwiGLU."""
+    rng, lead = np.random.default_rng(0), (3,) if grouped else ()
+    x = jnp.asarray(rng.standard_normal((24, 128)), jnp.bfloat16)
+    gate, up = (quantize_weight(jnp.asarray(rng.standard_normal((*lead, 128, 128))), scheme) for _ in range(2))
+    plan = (jnp.asarray([0, 2, 2]),) if grouped else ()
+    product, fused = (grouped_matmul, grouped_swiglu) if grouped else (matmul, swiglu)
+    want = silu_product(*(product(x, weight, *plan) for weight in (gate, up)))
+    np.testing.assert_array_equal(fused(x, gate, up, *plan), want)
+    for got, expected in zip(fused(x, gate, up, *plan, quantize_result=True), quantize(want), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 # ---- kernels in the interpreter --------------------------------------------------------------------------------
 
 
-def interpreted(case, result, config, used=None):
-    found = mosaic_gpu.grouped_swiglu(
-        *arrays(case, by_group=result.scales_by_group),
-        used,
-        result=result,
-        config=config,
-        interpret=mosaic.interpreter(),
-    )
+def interpreted(case, result, config):
+    arguments = arrays(case, by_group=isinstance(config, tuning.ManyRows))
+    found = kernel(*arguments, None, result=result, config=config, interpret=mosaic.interpreter())
     return [np.asarray(x) for x in found]
 
 
 MANY = {"stages": 2, "group": 2}
 MANY_CASES = [
-    ("fp8", 128, None, BY_GROUP, tuning.ManyRowsMatmul(rows=64, ctas=1, **MANY)),
-    ("fp8", 256, [2, 0], BY_ROW, tuning.ManyRowsMatmul(rows=128, ctas=2, **MANY)),
-    ("fp8", 128, [1, 0], PLAIN, tuning.ManyRowsMatmul(rows=64, ctas=3, **MANY)),
-    ("bf16", 150, None, BY_GROUP, tuning.ManyRowsMatmul(rows=128, ctas=1, **MANY)),
-    ("bf16", 128, [0, 2], PLAIN, tuning.ManyRowsMatmul(rows=64, ctas=2, **MANY)),
+    ("fp8", 128, None, BY_GROUP, tuning.ManyRows(rows=64, ctas=1, **MANY)),
+    ("fp8", 256, [2, 0], BY_ROW, tuning.ManyRows(rows=128, ctas=2, **MANY)),
+    ("fp8", 128, [1, 0], ROUNDED, tuning.ManyRows(rows=64, ctas=3, **MANY)),
+    ("bf16", 150, None, BY_GROUP, tuning.ManyRows(rows=128, ctas=1, **MANY)),
+    ("bf16", 128, [0, 2], ROUNDED, tuning.ManyRows(rows=64, ctas=2, **MANY)),
 ]
 
 
@@ -121,7 +147,7 @@ def test_many_rows_in_the_interpreter(kind, rows, experts, result, config, capfd
 FEW_CASES = [
     (8, [0, 2, 2], BY_ROW, tuning.FewRowsSwiGLU(tile=8, rows=256, warpgroups=4, blocks=1, stages=2, ctas=2)),
     (5, None, BY_GROUP, tuning.FewRowsSwiGLU(tile=8, rows=256, warpgroups=4, blocks=2, stages=3, ctas=1)),
-    (16, [1, 0], PLAIN, tuning.FewRowsSwiGLU(tile=16, rows=128, warpgroups=2, blocks=2, stages=2, ctas=2)),
+    (16, [1, 0], ROUNDED, tuning.FewRowsSwiGLU(tile=16, rows=128, warpgroups=2, blocks=2, stages=2, ctas=2)),
     (8, [1], BY_GROUP, tuning.FewRowsSwiGLU(tile=8, rows=64, blocks=4, stages=2, ctas=1)),
     (3, None, BY_ROW, tuning.FewRowsSwiGLU(tile=8, rows=32, blocks=4, stages=2, ctas=3)),
 ]
@@ -172,26 +198,24 @@ def shapes(rows, width, depth, *, fp8, experts=None, tiles=None, by_group=False)
 
 
 def lower(arguments, result, config):
-    call = jax.jit(functools.partial(mosaic_gpu.grouped_swiglu, result=result, config=config))
+    call = jax.jit(functools.partial(kernel, result=result, config=config))
     return call.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS["many_rows_matmul"], ids=repr)
-@pytest.mark.parametrize("result", [PLAIN, BY_GROUP, BY_ROW], ids=repr)
+@pytest.mark.parametrize("config", tuning.CONFIGS["many_rows"], ids=repr)
+@pytest.mark.parametrize("result", [ROUNDED, BY_GROUP, BY_ROW], ids=repr)
 @pytest.mark.parametrize("fp8", [True, False])
 def test_every_config_of_many_rows_lowers(config, result, fp8):
-    by_group = result.scales_by_group
-    lower(shapes(1024, 2048, 1536, fp8=fp8, experts=3, tiles=8, by_group=by_group), result, config)
-    lower(shapes(1000, 384, 1536, fp8=fp8, by_group=by_group), result, config)
+    lower(shapes(1024, 2048, 1536, fp8=fp8, experts=3, tiles=8, by_group=True), result, config)
+    lower(shapes(1000, 384, 1536, fp8=fp8, by_group=True), result, config)
 
 
 @pytest.mark.parametrize("config", tuning.CONFIGS["few_rows_swiglu"], ids=repr)
-@pytest.mark.parametrize("result", [PLAIN, BY_GROUP, BY_ROW], ids=repr)
+@pytest.mark.parametrize("result", [ROUNDED, BY_GROUP, BY_ROW], ids=repr)
 def test_every_config_of_few_rows_lowers(config, result):
-    by_group = result.scales_by_group
     tile = config.tile
-    lower(shapes(8 * tile, 2048, 1536, fp8=True, experts=9, tiles=8, by_group=by_group), result, config)
-    lower(shapes(tile - 1, 2048, 1536, fp8=True, by_group=by_group), result, config)
+    lower(shapes(8 * tile, 2048, 1536, fp8=True, experts=9, tiles=8), result, config)
+    lower(shapes(tile - 1, 2048, 1536, fp8=True), result, config)
 
 
 @pytest.mark.parametrize("tile", [8, 16, 32, 64])
@@ -227,32 +251,31 @@ def test_configs_that_do_not_fit_are_refused():
 )
 def test_unsupported(changes, message):
     given = {"rows": 384, "width": 256, "depth": 512, "tile": 64, "fp8": True} | changes
-    tile, experts = given.pop("tile"), None
-    if tile is not None:
-        experts = jax.ShapeDtypeStruct((given["rows"] // tile,), jnp.int32)
-    fp8 = given["fp8"]
-    rows, _, (gate, up), *_ = shapes(**given, experts=None if tile is None else 3, tiles=0)
-    found = mosaic_gpu.unsupported_swiglu(rows, gate, up, experts, fp8)
+    tiles = None if given["tile"] is None else given["rows"] // given["tile"]
+    scheme = FP8_BLOCK if given["fp8"] else PLAIN
+    shape = {"rows": given["rows"], "columns": given["width"], "depth": given["depth"], "tiles": tiles}
+    found = choose(Product(**shape, scheme=scheme, swiglu=True)).unsupported
     assert found is None if message is None else message in found
 
 
 def test_what_no_backend_takes():
     case = cases.case("wrong", 16, 128, 128, fp8=True, tile_expert=[0, 1])
     (rows, gate, up, experts), options = named(case, by_group=False)
+    fewer = QTensor(up.values[:, :64], up.scales)
     with pytest.raises(ValueError, match="one shape"):
-        grouped_swiglu(rows, gate, up[:2], experts, **options)
+        grouped_swiglu(rows, gate, fewer, experts, **options)
     with pytest.raises(ValueError, match="others without"):
         grouped_swiglu(rows, gate, up, experts, **options | {"row_scales": None})
     with pytest.raises(ValueError, match=r"must be \(1, 16\)"):
         grouped_swiglu(rows, gate, up, experts, **options | {"scales_by_group": True})
-    with pytest.raises(ValueError, match="must be"):
-        grouped_swiglu(rows, gate, up, experts, **options | {"up_scales": options["up_scales"][:2]})
-    with pytest.raises(ValueError, match="weights with scales"):
-        grouped_swiglu(rows, gate, up, experts, row_scales=options["row_scales"])
+    with pytest.raises(ValueError, match=r"up_scales of float32 \(3, 1, 1\), not of \(2, 1, 1\)"):
+        grouped_swiglu(rows, gate, QTensor(up.values, up.scales[:2]), experts, **options)
+    with pytest.raises(ValueError, match="needs rows float"):
+        grouped_swiglu(rows, gate.dequantize(), up.dequantize(), experts, row_scales=options["row_scales"])
     with pytest.raises(ValueError, match="scale_fmt"):
         grouped_swiglu(rows, gate, up, experts, **options, scale_fmt="e8m0")
     with pytest.raises(ValueError, match="whole groups"):
-        grouped_swiglu(jnp.zeros((8, 64)), jnp.zeros((64, 64)), jnp.zeros((64, 64)), None, quantize_result=True)
+        swiglu(jnp.zeros((8, 64)), jnp.zeros((64, 64)), jnp.zeros((64, 64)), quantize_result=True)
     with pytest.raises(BackendError, match="K in multiples of 512"):
         grouped_swiglu(rows, gate, up, experts, **options, backend="mosaic_gpu")
 
@@ -263,7 +286,7 @@ def test_gradient_is_that_of_the_reference(fp8, monkeypatch):
     case = cases.case("gradient", 128, 128, 128, fp8=fp8, tile_expert=[0, 2])
     (_, gate, up, experts), options = named(case, by_group=False)
     rows = jnp.asarray(np.random.default_rng(1).standard_normal(case.rows.shape), jnp.bfloat16)
-    monkeypatch.setattr(mosaic_gpu, "grouped_swiglu", lambda *_, **__: (jnp.zeros((128, 128), jnp.bfloat16),))
+    monkeypatch.setattr(many_rows_swiglu, "swiglu", lambda *_, **__: (jnp.zeros((128, 128), jnp.bfloat16),))
     options["row_scales"] = None
 
     def gradient(backend):

@@ -1,6 +1,7 @@
 """The kernel of int8 products of many rows: in the interpreter, through the ops, and lowered."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +9,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import mosaic
 from pallas_kernels.backend import BackendError
-from pallas_kernels.quant_matmul import grouped_int8_matmul, int8_matmul, integer
-from pallas_kernels.quant_matmul.many_rows import Problem, many_rows_matmul
+from pallas_kernels.matmul import FP8_BLOCK, INT8, PLAIN, Product, QTensor, choose, grouped_matmul, many_rows, matmul
+from pallas_kernels.matmul import config as tuning
+from pallas_kernels.matmul.many_rows import Problem
 from tests.kernels.cases import integer_matmul as cases
 from tests.kernels.cases import many_rows_matmul as other_cases
 
-SMALL = tuning.ManyRowsMatmul(rows=64, stages=2, group=2, ctas=2)
+SMALL = tuning.ManyRows(rows=64, stages=2, group=2, ctas=2)
 BY_ROWS = dataclasses.replace(SMALL, rows=128, by_rows=True)
-CLUSTERS = dataclasses.replace(BY_ROWS, cluster=2, ctas=4)
 TINY = {case.name.split(",")[0]: case for case in cases.many_tiny()}
 of = jax.ShapeDtypeStruct
+
+
+product = functools.partial(many_rows.matmul, stage=INT8.many_rows)
 
 
 def plan_of(case):
@@ -44,15 +48,13 @@ def expected(case):
         ("experts", SMALL),
         ("experts", BY_ROWS),
         ("nothing", BY_ROWS),
-        ("ragged rows", CLUSTERS),
-        ("experts", dataclasses.replace(CLUSTERS, rows=64, by_rows=False)),
     ],
-    ids=lambda x: x if isinstance(x, str) else f"{x.rows}{' by rows' * x.by_rows}{' clusters' * (x.cluster > 1)}",
+    ids=lambda x: x if isinstance(x, str) else f"{x.rows}{' by rows' * x.by_rows}",
 )
 def test_kernel_in_the_interpreter(name, config, capfd):
     case = TINY[name]
     arguments = (*map(jnp.asarray, (case.x, case.x_scales, *case.weight)), *plan_of(case))
-    got = np.asarray(many_rows_matmul(*arguments, config=config, interpret=mosaic.interpreter()))
+    got = np.asarray(product(*arguments, config=config, interpret=mosaic.interpreter()))
     assert got.shape == (len(case.x), case.weight[0].shape[-2]) and got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got[: case.written], expected(case))
     assert "RACE DETECTED" not in capfd.readouterr().out
@@ -62,30 +64,21 @@ def test_kernel_in_the_interpreter(name, config, capfd):
 def test_bfloat16_by_rows_in_the_interpreter(capfd):
     case = other_cases.case("ragged", 200, 320, 192, fp8=False)
     arguments = [None if x is None else jnp.asarray(x) for x in case.arguments]
-    got = np.asarray(many_rows_matmul(*arguments, config=BY_ROWS, interpret=mosaic.interpreter()), np.float64)
+    got = np.asarray(
+        many_rows.matmul(*arguments, stage=PLAIN.many_rows, config=BY_ROWS, interpret=mosaic.interpreter()), np.float64
+    )
     want = other_cases.expected(case)
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.interpret
-def test_fp8_in_clusters_in_the_interpreter(capfd):
-    case = other_cases.case("grouped", 512, 192, 256, fp8=True, tile_expert=[0, 2, 2, 1])
-    config = dataclasses.replace(CLUSTERS, rows=64, by_rows=False)
-    arguments = (*map(jnp.asarray, case.arguments), jnp.int32(3))
-    got = np.asarray(many_rows_matmul(*arguments, config=config, interpret=mosaic.interpreter()), np.float64)[:384]
-    want = other_cases.expected(case)
-    np.testing.assert_allclose(got, want[:384], rtol=2**-8, atol=1e-5 * np.abs(want).max())
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-@pytest.mark.interpret
-def test_kernel_through_int8_matmul(capfd):
+def test_kernel_through_the_op(capfd):
     """More rows than the kernel of few rows takes, and a K that it does not take."""
     case = cases.int8("", 1, 192, 384)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((130, 384)), jnp.bfloat16)
     got, want = (
-        np.asarray(int8_matmul(x, *map(jnp.asarray, case.weight), backend=backend))
+        np.asarray(matmul(x, QTensor(*map(jnp.asarray, case.weight), INT8), backend=backend))
         for backend in ("interpret", "reference")
     )
     assert got.dtype == jnp.bfloat16
@@ -94,14 +87,13 @@ def test_kernel_through_int8_matmul(capfd):
 
 
 @pytest.mark.interpret
-def test_kernel_through_grouped_int8_matmul(capfd):
+def test_kernel_through_the_grouped_op(capfd):
     case = TINY["experts"]
     experts, used = plan_of(case)
+    weight = QTensor(*map(jnp.asarray, case.weight), INT8)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(case.x.shape), jnp.bfloat16)
     got, want = (
-        np.asarray(grouped_int8_matmul(x, *map(jnp.asarray, case.weight), experts, used_tiles=used, backend=backend))[
-            : case.written
-        ]
+        np.asarray(grouped_matmul(x, weight, experts, used_tiles=used, backend=backend))[: case.written]
         for backend in ("interpret", "reference")
     )
     np.testing.assert_array_equal(got, want)
@@ -121,34 +113,20 @@ def arguments_of(rows, columns, depth, experts=None, tile=128):
 @pytest.mark.parametrize("config", tuning.CONFIGS["many_rows_int8"], ids=repr)
 @pytest.mark.parametrize("experts", [None, 3])
 def test_every_config_lowers(config, experts):
-    call = jax.jit(lambda *arguments: many_rows_matmul(*arguments, config=config))
+    call = jax.jit(lambda *arguments: product(*arguments, config=config))
     for columns in (576, 4096):
         call.trace(*arguments_of(1024, columns, 1536, experts)).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "bf16"])
-def test_clusters_lower(kind):
-    """Pairs of CTAs, which copy the weight for each other."""
-    config = tuning.ManyRowsMatmul(cluster=2, by_rows=kind != "fp8")
-    if kind == "int8":
-        arguments = arguments_of(1024, 4096, 1536, 3, tile=256)
-    else:
-        dtype = jnp.float8_e4m3fn if kind == "fp8" else jnp.bfloat16
-        scales = [of((12, 1000), jnp.float32), of((32, 12), jnp.float32)] if kind == "fp8" else [None, None]
-        arguments = [of((1000, 1536), dtype), scales[0], of((4096, 1536), dtype), scales[1]]
-    call = jax.jit(lambda *arguments: many_rows_matmul(*arguments, config=config))
-    call.trace(*arguments).lower(lowering_platforms=("cuda",))
-
-
 @pytest.mark.parametrize(("rows", "columns", "by_rows"), [(129, 576, False), (8192, 8192, True), (4096, 7168, True)])
 def test_the_choice_for_all_rows(rows, columns, by_rows):
-    config = tuning.many_rows_matmul(rows, columns, int8=True)
+    config = tuning.many_rows(rows, columns, by_rows=True)
     assert config.by_rows == by_rows and config in tuning.CONFIGS["many_rows_int8"]
 
 
 @pytest.mark.parametrize("tile", [64, 128, 192, 256])
 def test_the_choice_divides_the_tiles_of_experts(tile):
-    config = tuning.many_rows_matmul(10 * tile, 4096, tile, int8=True)
+    config = tuning.many_rows(10 * tile, 4096, tile, by_rows=True)
     assert tile % config.rows == 0 and config in tuning.CONFIGS["many_rows_int8"]
 
 
@@ -170,10 +148,10 @@ def test_the_choice_divides_the_tiles_of_experts(tile):
     ],
 )
 def test_the_choice_of_a_kernel(rows, depth, dtype, tile, many):
-    experts = () if tile is None else (3,)
-    x, values = of((rows, depth), dtype), of((*experts, 64, depth), jnp.int8)
-    assert integer.unsupported_int8(x, values, tile) is None
-    assert integer.takes_many(x, values, tile) == many
+    tiles = None if tile is None else rows // tile
+    shape = {"rows": rows, "columns": 64, "depth": depth, "tiles": tiles}
+    chosen = choose(Product(**shape, scheme=INT8, row_dtype=str(jnp.dtype(dtype))))
+    assert chosen.kernel == ("many_rows" if many else "few_rows")
 
 
 @pytest.mark.parametrize(
@@ -188,27 +166,28 @@ def test_the_choice_of_a_kernel(rows, depth, dtype, tile, many):
     ],
 )
 def test_what_neither_kernel_takes(rows, columns, depth, dtype, tile, message):
-    experts = () if tile is None else (3,)
-    found = integer.unsupported_int8(of((rows, depth), dtype), of((*experts, columns, depth), jnp.int8), tile)
-    assert found is not None and message in found
+    tiles = None if tile is None else rows // tile
+    shape = {"rows": rows, "columns": columns, "depth": depth, "tiles": tiles}
+    chosen = choose(Product(**shape, scheme=INT8, row_dtype=str(jnp.dtype(dtype))))
+    assert chosen.kernel is None and message in chosen.unsupported
 
 
 def test_the_op_says_what_it_does_not_take():
-    with pytest.raises(BackendError, match="int8_matmul does not take rows of float32; it takes bfloat16"):
-        int8_matmul(jnp.zeros((129, 512)), jnp.zeros((64, 512), jnp.int8), jnp.zeros(64), backend="mosaic_gpu")
+    with pytest.raises(BackendError, match="matmul does not take rows of float32; it takes bfloat16"):
+        matmul(
+            jnp.zeros((129, 512)), QTensor(jnp.zeros((64, 512), jnp.int8), jnp.zeros(64), INT8), backend="mosaic_gpu"
+        )
 
 
 def test_no_rows_give_none():
     weight = jnp.zeros((64, 128), jnp.int8), jnp.zeros(64)
-    assert many_rows_matmul(jnp.zeros((0, 128), jnp.int8), jnp.zeros(0), *weight).shape == (0, 64)
+    assert product(jnp.zeros((0, 128), jnp.int8), jnp.zeros(0), *weight, config=SMALL).shape == (0, 64)
 
 
 def test_tiles_by_rows_where_there_are_none_are_refused():
     with pytest.raises(ValueError, match="share 128 rows, not 64"):
-        tuning.ManyRowsMatmul(rows=64, by_rows=True)
-    with pytest.raises(ValueError, match="clusters of 1 or 2"):
-        tuning.ManyRowsMatmul(cluster=2, ctas=5)
+        tuning.ManyRows(rows=64, by_rows=True)
     with pytest.raises(ValueError, match="take no tiles by rows"):
-        Problem(128, 256, 128, jnp.dtype(jnp.float8_e4m3fn), BY_ROWS)
+        FP8_BLOCK.many_rows(Problem(128, 256, 128, jnp.dtype(jnp.float8_e4m3fn), BY_ROWS))
     with pytest.raises(ValueError, match="take no tiles by rows"):
         Problem(128, 256, 128, jnp.dtype(jnp.bfloat16), BY_ROWS, weights=2)

@@ -1,12 +1,11 @@
 """Routing and the routing plan."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.matmul import grouped_matmul
 from pallas_kernels.moe_dispatch import combine, gather_rows, make_plan, route
 
 TOKENS, EXPERTS, GROUPS, KEPT, CHOSEN, FACTOR = 9, 16, 4, 2, 3, 2.5
@@ -111,12 +110,7 @@ def test_dispatched_products_equal_a_loop_over_experts():
     @jax.jit
     def dispatched(x, kernels, experts, valid, weights):
         plan = make_plan(experts, valid, EXPERTS)
-        products = grouped_matmul(
-            gather_rows(x, plan),
-            kernels,
-            plan.tile_expert,
-            lambda rows, w: jnp.matmul(rows, w.T, precision="highest"),
-        )
+        products = grouped_matmul(gather_rows(x, plan), kernels, plan.tile_expert)
         return combine(products, weights, plan)
 
     out = np.asarray(dispatched(x, kernels, experts, valid, weights))

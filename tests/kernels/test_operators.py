@@ -27,8 +27,8 @@ import pallas_kernels.top_k
 from pallas_kernels import top_k
 from pallas_kernels.top_k import top_k as function
 print(called, pk.top_k(scores, 2).tolist(), function(scores, 2).tolist(), before is top_k is pk.top_k)
-import pallas_kernels.quantize, pallas_kernels.grouped_matmul.mosaic_gpu
-print(len(pk.quantize(jnp.zeros((2, 128)))), callable(pk.grouped_matmul))
+import pallas_kernels.quantize, pallas_kernels.matmul.few_rows
+print(len(pk.quantize(jnp.zeros((2, 128)))), callable(pk.matmul))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["[[1, 2]] [[1, 2]] [[1, 2]] True", "2 True"], done.stderr

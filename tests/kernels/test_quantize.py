@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv32_jax.model.quant import quantize_weight
-from pallas_kernels.quant_matmul import dequantize_blocks
-from pallas_kernels.quantize import dequantize, quantize, quantize_int8, quantize_weight_fp8
+from pallas_kernels.matmul import quantize_weight
+from pallas_kernels.matmul.fp8_block import dequantize_blocks, quantize_weight_fp8
+from pallas_kernels.quantize import dequantize, quantize, quantize_int8
 from pallas_kernels.quantize.reference import round_up_to_power_of_two
 from tests import numpy_model
 

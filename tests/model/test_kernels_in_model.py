@@ -16,8 +16,8 @@ from dsv32_jax.model.model import Batch, Options, abstract_model, step
 from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
-from dsv32_jax.model.quant import is_qtensor, quantize_weight
 from pallas_kernels import backend
+from pallas_kernels.matmul import is_qtensor, quantize_weight
 
 WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
 """What the kernels take."""

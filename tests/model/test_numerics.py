@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dsv32_jax.model.numerics import Numerics
-from dsv32_jax.model.quant import SCHEMES, concatenated, dense, quantize_weight
+from pallas_kernels.matmul import SCHEMES, QTensor, concatenated, dense, quantize_weight
+from pallas_kernels.matmul.reference import int8_matmul
 from pallas_kernels.moe_dispatch import combine, make_plan
-from pallas_kernels.quant_matmul import int8_matmul
 
 WEIGHTS_ALONE = Numerics(act_quant=False, scale_fmt="ue8m0", backend="reference")
 ROWS_TOO = Numerics(act_quant=True, scale_fmt="ue8m0", backend="reference")
@@ -39,7 +39,7 @@ def assert_near(got, expected, tolerance):
 def test_a_weight_is_the_nearest_of_its_scheme(scheme):
     weight = normal(3, 65, DEPTH)
     found = quantize_weight(weight, scheme)
-    assert found.shape == weight.shape and found.scheme == scheme
+    assert found.shape == weight.shape and found.scheme.name == scheme
     error = np.abs(np.asarray(found.dequantize()) - np.asarray(weight))
     assert error.max() <= 0.51 * STEP[scheme] * np.abs(weight).max()
     assert np.unique(np.asarray(found.dequantize())[0, 0, :128]).size <= (16 if scheme == "int4" else 128)
@@ -48,6 +48,8 @@ def test_a_weight_is_the_nearest_of_its_scheme(scheme):
 def test_an_unknown_scheme_and_a_depth_that_does_not_fit():
     with pytest.raises(ValueError, match="'int3' is unknown; it is one of fp8_block, int8, int4"):
         quantize_weight(normal(2, 128), "int3")
+    with pytest.raises(ValueError, match="scheme 'fp9' is unknown; it is one of fp8_block, int8, int4"):
+        QTensor(jnp.ones((64, 128), jnp.int8), jnp.ones(64), "fp9")
     with pytest.raises(ValueError, match=r"int4 is in groups of 128.*\[2, 192\]"):
         quantize_weight(normal(2, 192), "int4")
 
@@ -75,7 +77,7 @@ def test_product(scheme):
     with_rows = ROWS_TOO.matmul(x, weight)
     assert_near(with_rows, exact, {"fp8_block": 0.04, "int8": 0.02}.get(scheme, 1e-6))
     if scheme == "int8":
-        np.testing.assert_array_equal(with_rows, int8_matmul(x, weight.values, weight.scales, backend="reference"))
+        np.testing.assert_array_equal(with_rows, int8_matmul(x, weight.values, weight.scales))
 
 
 def experts_of(x, weights, choices, shares):

@@ -16,8 +16,8 @@ from dsv32_jax.model.parts import Parts
 from pallas_kernels import moe_dispatch, rowwise
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import reference as indexer_reference
+from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.moe_dispatch import reference as moe_reference
-from pallas_kernels.quant_matmul import reference as matmul_reference
 from tests.harness import EXACT, load_golden
 from tests.model import test_golden
 

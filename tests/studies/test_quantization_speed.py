@@ -24,7 +24,7 @@ from dsv32_jax.experiments.studies.random_model import random_model, random_para
 from dsv32_jax.model.model import abstract_model
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import named_parameters
-from dsv32_jax.model.quant import dense, scheme_of
+from pallas_kernels.matmul import dense, scheme_name
 
 CONFIG = ModelConfig.tiny(num_nextn_predict_layers=0)
 
@@ -34,7 +34,7 @@ def test_random_weights_are_as_quantised_ones_and_of_their_size(scheme):
     shape, size = (3, 192, 256), 0.02
     abstract = stored(shape, scheme)
     weight = random_weight(jax.random.key(0), abstract, size)
-    assert scheme_of(weight) == (None if scheme == "bf16" else scheme)
+    assert scheme_name(weight) == (None if scheme == "bf16" else scheme)
     forms, expected = (jax.tree.map(lambda x: (x.shape, x.dtype), leaf) for leaf in (weight, abstract))
     assert forms == expected
     values = np.asarray(jax.jit(lambda weight: dense(weight, jnp.float32))(weight))
@@ -49,7 +49,7 @@ def test_a_model_whose_linears_all_have_their_scheme():
     for path, leaf in named_parameters(lm.model).items():
         assert leaf.shape == named_parameters(abstract)[path].shape
         expected = ("int4" if "experts." in path else "int8") if is_linear(path) else None
-        assert scheme_of(leaf) == expected, path
+        assert scheme_name(leaf) == expected, path
     logits = lm.logits([[1, 2, 3]])
     assert np.isfinite(logits).all() and logits.std() > 0
 
@@ -60,7 +60,7 @@ def test_a_path_that_is_none():
 
 
 def test_all_linears_of_a_layer_alone():
-    quantised = {path for path, leaf in named_parameters(layer_in(CONFIG, FORMS["int8"])).items() if scheme_of(leaf)}
+    quantised = {path for path, leaf in named_parameters(layer_in(CONFIG, FORMS["int8"])).items() if scheme_name(leaf)}
     assert quantised == {f"{part}.{side}" for part in ("experts", "shared") for side in ("gate", "up", "down")}
 
 

@@ -1,10 +1,10 @@
-"""The profile of a step, on a small model: the host's part, and that it leaves the engine as it was."""
+"""The profile of a step, on a small model: the host's part."""
 
+import jax.numpy as jnp
 import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine.engine import Engine
-from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.experiments.studies import step_profile
 from dsv32_jax.experiments.studies.random_model import random_model
 
@@ -17,16 +17,13 @@ def lm():
 
 def test_the_host_alone_runs_no_model(lm, monkeypatch):
     monkeypatch.setattr(step_profile, "OF_HOST", 10)
-    engine = Engine(lm, cache_tokens=1024, max_tokens=12, max_sequences=2)
-    prompt = list(range(2, 102))
-    (before,) = engine.generate([prompt], SamplingParams(4, ignore_eos=True))
-    engine.pool.forget()
-    requests = step_profile.add(engine, [prompt, [7] * 50], 80)
-    assert step_profile.host_milliseconds(engine, requests) > 0
+    monkeypatch.setattr(lm.model, "head", jnp.full_like(lm.model.head, jnp.nan))  # whoever reads it fails
+    engine = Engine(lm, cache_tokens=1024, max_tokens=12, max_sequences=2, programs=step_profile.without_model)
+    requests = step_profile.add(engine, [list(range(2, 102)), [7] * 50], 80)
+    assert step_profile.of_host(engine, requests) > 0
     assert {request.completions[0].finish_reason for request in requests} == {"cancelled"}
     assert all(len(request.completions[0].tokens) >= 10 for request in requests)  # all of them were continued
-    (after,) = engine.generate([prompt], SamplingParams(4, ignore_eos=True))
-    assert after.cached_tokens == 0 and after.completions[0].tokens == before.completions[0].tokens
+    assert engine.pool.statistics().in_use == 0
 
 
 def test_a_row_without_a_gpu_is_the_host_alone(lm, monkeypatch):

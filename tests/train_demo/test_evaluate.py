@@ -15,6 +15,7 @@ from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.train_demo import evaluate
 from dsv32_jax.experiments.train_demo.recall import HELD_OUT_ANIMALS
 from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.loading import load
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.model.model import DeepseekV32, Options
 from tests.harness import TEXT
@@ -159,3 +160,20 @@ def test_token_bytes_add_up_to_the_text(data):
     for text in (TEXT, "naïve 灯台"):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
     assert sizes[tokenizer.bos_id] == 0
+
+
+def last_k(queries, head_weights, index, layer, block_tables, sequence, positions, *, k):
+    """The last k positions, by the docstring of `pallas_kernels.index_select`: present ones first, then -1."""
+    chosen = positions[:, None] - np.arange(k)
+    return jax.numpy.where(chosen >= 0, chosen, -1).astype("int32")
+
+
+@pytest.mark.parametrize("length", [320, pytest.param(4096, marks=pytest.mark.slow)])
+def test_a_users_own_selection_scores_as_the_evaluation_of_the_training(length):
+    lm = load("demo")
+    ids = held_out.windows(lm.tokenizer, length, 2)
+    k = lm.config.index_topk
+    evaluated = evaluate.scorer(lm.model, "recent", k, lm.options.compute_dtype, lm.options.act_quant)(ids)[0]
+    scored = lm.with_parts(index_select=last_k).score(ids)
+    assert scored.perplexity == pytest.approx(float(np.exp(-evaluated.mean(dtype=np.float64))), rel=1e-3)
+    assert scored.perplexity != pytest.approx(lm.score(ids).perplexity, rel=1e-3)

@@ -12,7 +12,7 @@ from dsv32_jax.experiments.train_demo import export, report, training
 from dsv32_jax.experiments.train_demo.evaluate import MODES
 from dsv32_jax.experiments.train_demo.sizes import SIZES
 from dsv32_jax.model.params import named_parameters
-from dsv32_jax.model.quant import QTensor
+from pallas_kernels.matmul import QTensor
 
 
 @pytest.fixture(scope="module")

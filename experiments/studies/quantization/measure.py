@@ -19,8 +19,8 @@ from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.model import DecoderLayer, DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import dense
 from dsv32_jax.model.sequence import Run, Sequences, decoder_layer, log_likelihoods, product
+from pallas_kernels.matmul import dense
 
 BATCH = 4
 PLAIN_RUN = Run()

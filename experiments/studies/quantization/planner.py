@@ -17,7 +17,7 @@ from dsv32_jax.experiments.studies.quantization.table import PLAN
 from dsv32_jax.experiments.studies.quantization.variants import Setting
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters
-from dsv32_jax.model.quant import abstract_weight
+from pallas_kernels.matmul import abstract_weight
 
 ADDED_KL = 0.001
 """Nats that the shipped plan's four bits may add to the loss of eight bits everywhere, by the sum of the sensitivities:

@@ -13,7 +13,7 @@ from dsv32_jax.experiments.studies.quantization.measure import Ruler, dequantise
 from dsv32_jax.experiments.studies.quantization.variants import Setting, alone
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.params import is_linear, named_parameters, replace_parameters
-from dsv32_jax.model.quant import quantize_weight
+from pallas_kernels.matmul import quantize_weight
 
 RESULT = RESULTS / "quantization_sensitivity.json"
 FAMILIES = {

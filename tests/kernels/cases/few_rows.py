@@ -5,7 +5,9 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import tuning
+from pallas_kernels.hopper import SMS
+from pallas_kernels.matmul.config import TILES, FewRows
+from pallas_kernels.matmul.schemes import Scheme
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BLOCK = 128
@@ -132,18 +134,18 @@ def uneven(tile: int) -> list[Case]:
     ]
 
 
-def token_parts() -> list[tuning.FewRows]:
-    """Configs whose warpgroups share rows: one part of a strip and two, of 64 rows and less, also in clusters."""
+def token_parts() -> list[FewRows]:
+    """Configs whose warpgroups share rows: one part of a strip and two, of 64 rows and less."""
     return [
-        tuning.FewRows(tile=16, rows=64, warpgroups=2, token_parts=2, blocks=4, stages=3),
-        tuning.FewRows(tile=64, rows=64, warpgroups=2, token_parts=2, blocks=2, stages=5),
-        tuning.FewRows(tile=64, rows=112, warpgroups=4, token_parts=2, blocks=2, stages=4, cluster=4),
-        tuning.FewRows(tile=128, rows=64, warpgroups=2, token_parts=2, blocks=1, stages=8),
-        tuning.FewRows(tile=128, rows=56, warpgroups=2, token_parts=2, blocks=1, stages=4, ctas=2 * tuning.SMS),
-        tuning.FewRows(tile=128, rows=48, warpgroups=2, token_parts=2, blocks=2, stages=4, cluster=2),
-        tuning.FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=2, stages=3),
-        tuning.FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=1, stages=6, cluster=4),
-        tuning.FewRows(tile=128, rows=128, warpgroups=8, token_parts=4, blocks=1, stages=6),
+        FewRows(tile=16, rows=64, warpgroups=2, token_parts=2, blocks=4, stages=3),
+        FewRows(tile=64, rows=64, warpgroups=2, token_parts=2, blocks=2, stages=5),
+        FewRows(tile=64, rows=112, warpgroups=4, token_parts=2, blocks=2, stages=4),
+        FewRows(tile=128, rows=64, warpgroups=2, token_parts=2, blocks=1, stages=8),
+        FewRows(tile=128, rows=56, warpgroups=2, token_parts=2, blocks=1, stages=4, ctas=2 * SMS),
+        FewRows(tile=128, rows=48, warpgroups=2, token_parts=2, blocks=2, stages=4),
+        FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=2, stages=3),
+        FewRows(tile=128, rows=96, warpgroups=4, token_parts=2, blocks=1, stages=6),
+        FewRows(tile=128, rows=128, warpgroups=8, token_parts=4, blocks=1, stages=6),
     ]
 
 
@@ -162,3 +164,9 @@ def real() -> list[Case]:
         grouped("tiles of 128", {2: 200, 3: 1}, 4, 128, 1024, 1536),
         grouped("nothing", {}, 4, 8, 1024, 1536),
     ]
+
+
+def tuned(scheme: Scheme, rows: int, columns: int, depth: int, tiles: int | None = None):
+    """The config of the kernel of few rows at a shape, whichever kernel the op would choose."""
+    tile = next(tile for tile in TILES if tile >= rows) if tiles is None else rows // tiles
+    return scheme.few_rows_config(min(tile, scheme.few_tiles[-1]), columns, tiles or 1, depth)

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quant_matmul import dequantize_blocks, quant_matmul
+from pallas_kernels.matmul import QTensor, matmul
+from pallas_kernels.matmul.fp8_block import dequantize_blocks
 from pallas_kernels.quantize import dequantize, quantize
 from tests import numpy_model
 
@@ -29,9 +30,8 @@ def test_dequantised_blocks_with_ragged_edges(shape):
 @pytest.mark.parametrize("scale_fmt", ["ue8m0", None])
 def test_product(quantize_input, scale_fmt):
     x, values, scales = case()
-    got = quant_matmul(
-        jnp.asarray(x), jnp.asarray(values), jnp.asarray(scales), quantize_input=quantize_input, scale_fmt=scale_fmt
-    )
+    weight = QTensor(jnp.asarray(values), jnp.asarray(scales))
+    got = matmul(jnp.asarray(x), weight, quantize_input=quantize_input, scale_fmt=scale_fmt)
     # Quantised by the op itself (its own test checks it): with plain scales float64 could round a tie otherwise.
     rounded = dequantize(*quantize(jnp.asarray(x), scale_fmt)) if quantize_input else x
     exact = np.asarray(rounded, np.float64)
@@ -42,15 +42,14 @@ def test_product(quantize_input, scale_fmt):
 
 def test_the_input_is_really_quantised():
     x, values, scales = case()
-    plain, quantised = (
-        quant_matmul(jnp.asarray(x), jnp.asarray(values), jnp.asarray(scales), quantize_input=q) for q in (False, True)
-    )
+    weight = QTensor(jnp.asarray(values), jnp.asarray(scales))
+    plain, quantised = (matmul(jnp.asarray(x), weight, quantize_input=q) for q in (False, True))
     assert float(jnp.abs(plain - quantised).max()) > 1e-3 * float(jnp.abs(plain).max())
 
 
 def test_shapes_that_do_not_fit_are_refused():
     x, values, scales = case()
-    with pytest.raises(ValueError, match=r"scales must be \(2, 3\)"):
-        quant_matmul(jnp.asarray(x), jnp.asarray(values), jnp.asarray(scales.T), quantize_input=False)
+    with pytest.raises(ValueError, match=r"scales of float32 \(2, 3\), not of \(3, 2\)"):
+        matmul(jnp.asarray(x), QTensor(jnp.asarray(values), jnp.asarray(scales.T)), quantize_input=False)
     with pytest.raises(ValueError, match="last axes"):
-        quant_matmul(jnp.asarray(x[:, :128]), jnp.asarray(values), jnp.asarray(scales), quantize_input=False)
+        matmul(jnp.asarray(x[:, :128]), QTensor(jnp.asarray(values), jnp.asarray(scales)), quantize_input=False)

@@ -15,25 +15,26 @@ from jax import lax
 
 
 def plan_of(tile_expert: jax.Array, used_tiles: jax.Array | None, parts: int = 1) -> tuple[jax.Array, jax.Array]:
-    """`plan` of `stream`: int32 [tiles] and [1], each tile taken as so many `parts`; without `used_tiles` all are."""
+    """Returns `plan` of `stream`, int32 [tiles] and [1], each tile taken as so many `parts`."""
     used = tile_expert.shape[0] if used_tiles is None else used_tiles
     experts = tile_expert if parts == 1 else jnp.repeat(tile_expert, parts)
     return experts, jnp.asarray(used * parts, jnp.int32).reshape(1)
 
 
 def in_lines(matrix: jax.Array) -> jax.Array:
-    """[rows, K] as [rows, lines, values]: lines of 128 bytes, which is how `copy_lines` takes them."""
+    """Returns [rows, K] as [rows, lines, values]: lines of 128 bytes, which is how `copy_lines` takes them."""
     return matrix.reshape(matrix.shape[0], -1, 128 // matrix.dtype.itemsize)
 
 
-def copy_lines(source: Any, row: Any, line: Any, there: Any, barrier: Any, **how: Any) -> None:
+def copy_lines(matrix_gmem: Any, row: Any, line: Any, lines_smem: Any, barrier: Any) -> None:
     """Starts one copy of the rows from `row` and the lines from `line` of a matrix that is `in_lines`.
 
-    Into `there`, [lines, rows, values]: a line of all rows is an operand of the matrix units. One copy for all lines,
-    since a multiprocessor starts only one in about 50 ns.
+    It goes into `lines_smem`, [lines, rows, values]: a line of all rows is an operand of the matrix units. There is one
+    copy for all lines, since a multiprocessor starts only one in about 50 ns.
     """
-    lines, rows, _ = there.shape
-    plgpu.copy_gmem_to_smem(source.at[pl.ds(row, rows), pl.ds(line, lines)], there.transpose((1, 0, 2)), barrier, **how)
+    lines, rows, _ = lines_smem.shape
+    part_gmem = matrix_gmem.at[pl.ds(row, rows), pl.ds(line, lines)]
+    plgpu.copy_gmem_to_smem(part_gmem, lines_smem.transpose((1, 0, 2)), barrier)
 
 
 def stream(
@@ -48,13 +49,12 @@ def stream(
     store: Callable[..., None],
     barriers: tuple[Any, Any],
     tiles: int = 1,
-    cluster: int = 1,
 ) -> None:
-    """All items of a CTA; every warpgroup calls it.
+    """Works on all items of a CTA; every warpgroup calls it.
 
     Args:
       config: has `rows` of a strip, tokens of a `tile`, `stages` and `ctas`.
-      strips: of the weight; a multiple of `cluster`.
+      strips: of the weight.
       steps: stages of an item.
       plan: refs of the tiles' experts and of how many tiles are in use; empty for one weight.
       load: `load(slot, expert, token, row, step)` starts the copies of a stage, which arrive at the first barrier.
@@ -63,17 +63,9 @@ def stream(
       store: `store(sums, token, row, warpgroup)` at an item's end.
       barriers: of the slots: full, and free (an arrival a warpgroup).
       tiles: of one weight. A strip's tiles are taken next to each other, so that it leaves device memory once.
-      cluster: CTAs that take strips next to each other, at the same time, and copy for each other; `free` is theirs
-        together.
     """
-    if cluster > 1 and tiles > 1 and not plan:
-        raise ValueError("a cluster copies one tile's tokens for all of its strips; there are several tiles")
-    full, free = barriers
+    full_bar, free_bar = barriers
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
-    ahead = config.stages
-    if cluster > 1:
-        cta = cta * cluster + lax.axis_index("rank")
-        ahead -= 1  # the others have a stage's time to free a slot
     used = plan[1][0] if plan else cta * 0 + tiles
     items = lax.div(jnp.maximum(used * strips - cta + (config.ctas - 1), 0), jnp.int32(config.ctas))
     total = items * steps
@@ -84,7 +76,7 @@ def stream(
         return plan[0][jnp.minimum(lax.div(item, jnp.int32(strips)), plan[0].shape[0] - 1)]
 
     def place_of(item):
-        """The first token and the first row."""
+        """Returns the first token and the first row."""
         if not plan:
             strip = lax.div(item, jnp.int32(tiles))
             return (item - strip * tiles) * config.tile, strip * config.rows
@@ -98,7 +90,7 @@ def stream(
 
         @pl.when(number >= config.stages)
         def _():
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait(free_bar.at[slot])
 
         load(slot, expert, *place_of(item), step)
         step, item, expert, following = lax.cond(
@@ -122,11 +114,11 @@ def stream(
         def step(j, state):
             sums, cursor = state
             number = i * steps + j
-            cursor = load_up_to(cursor, number + ahead)  # refills the slot of `number - 1`, or of the one before
+            cursor = load_up_to(cursor, number + config.stages)  # refills the slot of `number - 1`
             slot = lax.rem(number, jnp.int32(config.stages))
-            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_wait(full_bar.at[slot])
             sums = add(sums, slot, j, place_of(item)[1], warpgroup)
-            plgpu.barrier_arrive(free.at[slot])
+            plgpu.barrier_arrive(free_bar.at[slot])
             return sums, cursor
 
         sums, cursor = lax.fori_loop(0, steps, step, (start(), cursor))
@@ -140,5 +132,5 @@ def stream(
     def _():  # every phase of a barrier is waited for, before its shared memory goes
         begin = jnp.maximum(total - config.stages, 0)
         lax.fori_loop(
-            begin, total, lambda i, _: plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(config.stages))]), None
+            begin, total, lambda i, _: plgpu.barrier_wait(free_bar.at[lax.rem(i, jnp.int32(config.stages))]), None
         )

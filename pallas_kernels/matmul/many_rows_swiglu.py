@@ -10,7 +10,7 @@ values by shuffles, so that a lane stores 16 bytes, a quad 64 in a row: no share
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,27 +24,35 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels import mosaic, tuning
-from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.grouped_matmul.swiglu import Result, high_halves, low_halves, swiglu, transpose_in_quad
+from pallas_kernels import mosaic
+from pallas_kernels.matmul import reference
+from pallas_kernels.matmul.config import ManyRows
+from pallas_kernels.matmul.many_rows import BLOCK, MATH, PART, Problem, launch, whole_tiles
+from pallas_kernels.matmul.many_rows_fp8 import MATRIX
+from pallas_kernels.matmul.swiglu import (
+    Epilogue,
+    Result,
+    high_halves,
+    low_halves,
+    silu_product,
+    store_reference,
+    transpose_in_quad,
+)
 from pallas_kernels.mosaic import REF, SCALAR, Float, Word, fp8
 from pallas_kernels.mosaic.wgmma import first_row, numbers_of
-from pallas_kernels.quant_matmul.accumulate import BLOCK, MATRIX, PART
-from pallas_kernels.quant_matmul.many_rows import MATH, Problem, launch, whole_tiles
 from pallas_kernels.quantize.reference import GROUP
-from pallas_kernels.quantize.reference import quantize as quantize_reference
 
 WORDS = 16
 """A thread's packed values of a row: 32 of the 128 columns."""
 
 
 def half_of(rows: int) -> Any:
-    """The layout of a warpgroup's half of a tile's rows: each thread has 8 values in a row, then the next thread."""
+    """Returns the layout of a warpgroup's half of a tile's rows: a thread has 8 values in a row, then the next one."""
     return plgpu.Layout.WG_STRIDED((rows // 2 * BLOCK,), vec_size=8)
 
 
 def to_array(words: list[Word], layout: Any) -> Any:
-    """A thread's packed bfloat16 values as an array."""
+    """Returns a thread's packed bfloat16 values as an array."""
     registers = []
     eight = ir.VectorType.get((8,), ir.BF16Type.get())
     for i in range(0, len(words), 4):
@@ -54,14 +62,14 @@ def to_array(words: list[Word], layout: Any) -> Any:
 
 
 def to_words(array: Any) -> list[Word]:
-    """The inverse of `to_array`."""
+    """Returns a thread's packed values of an array: the inverse of `to_array`."""
     four = ir.VectorType.get((4,), mosaic.integer(32))
     parts = [vector.bitcast(four, x) for x in array.registers.flat]
     return [Word(llvm.extractelement(x, mosaic.i32(i))) for x in parts for i in range(4)]
 
 
 def halves(sums: list[list[Float]], warpgroup: Word) -> tuple[list[Word], list[Word]]:
-    """A thread's sums, of each 64 rows as wgmma leaves them -> packed, row by row: what it keeps, and what it gives."""
+    """Returns a thread's sums, of each 64 rows as wgmma leaves them, packed by row: those it keeps and the others."""
     words = []
     for numbers in sums:
         packed = mosaic.pack_bf16(numbers)
@@ -73,7 +81,7 @@ def halves(sums: list[list[Float]], warpgroup: Word) -> tuple[list[Word], list[W
 
 
 def split_function(rows: int):
-    """`split(sums, warpgroup) -> (kept, given)`: bfloat16, of its own half of the rows and of the other's.
+    """Returns `split(sums, warpgroup) -> (kept, others)`: bfloat16, of its own half of the rows and of the other's.
 
     Of 128 rows, a half is 64 of them. Of 64, it is 8 of each 16: one of a thread's two rows.
     """
@@ -103,13 +111,13 @@ def split_twin(rows: int):
 
 
 def store_bf16(values: ir.Value, packed: Sequence[Word], lane: Word) -> None:
-    """A row's 128 columns from a quad's lanes, which have two of each 8."""
+    """Stores a row's 128 columns from a quad's lanes, which have two of each 8."""
     for i in range(0, WORDS, 4):
         mosaic.store_global(mosaic.offset(values, lane + i, 16), transpose_in_quad(packed[i : i + 4], lane))
 
 
 def store_fp8(values: ir.Value, packed: Sequence[Word], lane: Word) -> None:
-    """The same of a byte each: of each 16 columns, a lane has two of the first 8 and two of the others."""
+    """Stores the same of a byte each: of each 16 columns, a lane has two of the first 8 and two of the others."""
     for i in range(0, WORDS // 2, 4):
         words = transpose_in_quad(packed[i : i + 4], lane)
         pairs = (words[:2], words[2:])
@@ -127,7 +135,7 @@ def store_half(
     column: Word,
     warpgroup: Word,
 ) -> None:
-    """A thread's rows of a tile, to the outputs' addresses."""
+    """Stores a thread's rows of a tile at the outputs' addresses."""
     rows, width = problem.config.rows, problem.columns
     is_gate, parts = warpgroup.equals(0), rows // PART
     gate = [is_gate.where(x, y) for x, y in zip(kept, received, strict=True)]
@@ -136,19 +144,19 @@ def store_half(
     lane = thread & 3
     first = row * rows + first_row(thread) + warpgroup * (PART if parts == 2 else 8)
     for i in range(parts):
-        words, own = slice(WORDS * i, WORDS * (i + 1)), first + 8 * i
-        hidden = swiglu(gate[words], up[words])
+        words, row = slice(WORDS * i, WORDS * (i + 1)), first + 8 * i
+        hidden = silu_product(gate[words], up[words])
         if not result.quantized:
-            store_bf16(mosaic.offset(mosaic.offset(outputs[0], own, 2 * width), column, 2 * BLOCK), hidden, lane)
+            store_bf16(mosaic.offset(mosaic.offset(outputs[0], row, 2 * width), column, 2 * BLOCK), hidden, lane)
             continue
         packed, scale = fp8.quantize(hidden, 4, result.scale_fmt)
-        store_fp8(mosaic.offset(mosaic.offset(outputs[0], own, width), column, BLOCK), packed, lane)
-        at = column * problem.rows + own if result.scales_by_group else own * (width // GROUP) + column
+        store_fp8(mosaic.offset(mosaic.offset(outputs[0], row, width), column, BLOCK), packed, lane)
+        at = column * problem.rows + row if result.scales_by_group else row * (width // GROUP) + column
         mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=lane.equals(0))
 
 
 def store_function(problem: Problem, result: Result):
-    """`store(kept, received, outputs, row, column, warpgroup)`, row and column being numbers of tiles."""
+    """Returns `store(kept, received, outputs, row, column, warpgroup)`; row and column are numbers of tiles."""
     layout = half_of(problem.config.rows)
 
     @plgpu.inline_mgpu(arg_types=(layout, layout, (REF,) * (1 + result.quantized), SCALAR, SCALAR, SCALAR))
@@ -169,100 +177,76 @@ def store_twin(problem: Problem, result: Result):
     def store(kept, received, outputs, row, column, warpgroup):
         gate = jnp.where(warpgroup == 0, kept, received).reshape(-1, BLOCK)
         up = jnp.where(warpgroup == 0, received, kept).reshape(-1, BLOCK)
-        hidden = reference.swiglu(gate, up)
+        hidden = reference.silu_product(gate, up)
         for i in range(pieces):
-            here = pl.ds(row * rows + i * distance + warpgroup * height, height)
+            tokens = pl.ds(row * rows + i * distance + warpgroup * height, height)
             values = hidden[i * height : (i + 1) * height]
-            if result.quantized:
-                values, scales = quantize_reference(values, result.scale_fmt, GROUP)
-                if result.scales_by_group:
-                    outputs[1][column, here] = scales[:, 0]
-                else:
-                    outputs[1][here, column] = scales[:, 0]
-            outputs[0][here, pl.ds(column * BLOCK, BLOCK)] = values
+            store_reference(result, outputs, values, tokens, pl.ds(column * BLOCK, BLOCK), column)
 
     return store
 
 
-@dataclasses.dataclass(frozen=True)
-class SwiGLU:
+class SwiGLU(Epilogue):
     """The epilogue of `many_rows`: see the module."""
-
-    problem: Problem
-    result: Result
-    interpret: bool
-
-    @property
-    def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self.result.outputs(self.problem.rows, self.problem.columns)
 
     @property
     def scratch(self) -> tuple[Any, ...]:
         return (
-            plgpu.SMEM((MATH, self.problem.config.rows // 2 * BLOCK), jnp.bfloat16),  # given: by the taker
-            plgpu.Barrier(num_arrivals=MATH),  # there: both have given
-            plgpu.Barrier(num_arrivals=MATH),  # taken: both have read
+            plgpu.SMEM((MATH, self.problem.config.rows // 2 * BLOCK), jnp.bfloat16),  # what each receives
+            plgpu.Barrier(num_arrivals=MATH),  # both have handed over
+            plgpu.Barrier(num_arrivals=MATH),  # both have read
         )
 
-    def begin(self, refs: tuple[Any, ...]) -> None:
-        """Nothing is there that has to be taken."""
-        *_, taken = refs
-        plgpu.barrier_arrive(taken)
-
     def store(self, refs: tuple[Any, ...], sums: Any, row: Any, column: Any) -> None:
-        """Of a tile."""
-        *outputs, given, there, taken = refs
-        rows, warpgroup = self.problem.config.rows, lax.axis_index("warpgroup")
-        split = (split_twin if self.interpret else split_function)(rows)
-        store = (store_twin if self.interpret else store_function)(self.problem, self.result)
+        """Stores a tile."""
+        *outputs, received_smem, written_bar, read_bar = refs
+        interpret, rows, warpgroup = self.problem.interpret, self.problem.config.rows, lax.axis_index("warpgroup")
+        split = (split_twin if interpret else split_function)(rows)
+        store = (store_twin if interpret else store_function)(self.problem, self.result)
         kept, others = split(tuple(sums), warpgroup)
-        plgpu.barrier_wait(taken)
-        given.at[1 - warpgroup][...] = others
-        plgpu.barrier_arrive(there)
-        plgpu.barrier_wait(there)
-        received = given[warpgroup] if self.interpret else plgpu.load(given.at[warpgroup], layout=half_of(rows))
-        plgpu.barrier_arrive(taken)
+        plgpu.barrier_wait(read_bar)
+        received_smem.at[1 - warpgroup][...] = others
+        plgpu.barrier_arrive(written_bar)
+        plgpu.barrier_wait(written_bar)
+        own_smem = received_smem.at[warpgroup]
+        received = received_smem[warpgroup] if interpret else plgpu.load(own_smem, layout=half_of(rows))
+        plgpu.barrier_arrive(read_bar)
         store(kept, received, tuple(outputs), row, column, warpgroup)
 
-    def end(self, refs: tuple[Any, ...]) -> None:
-        """Waits for the last phase, before the barrier's memory goes."""
-        *_, taken = refs
-        plgpu.barrier_wait(taken)
 
-
-def swiglu_many_rows(
+@functools.partial(jax.jit, static_argnames=("stage", "config", "result", "interpret"))
+def swiglu(
     x: jax.Array,
     row_scales: jax.Array | None,
     weights: tuple[jax.Array, jax.Array],
     weight_scales: tuple[jax.Array, ...],
     tile_expert: jax.Array | None,
     used_tiles: jax.Array | None,
-    result: Result,
     *,
-    config: tuning.ManyRowsMatmul | None = None,
+    stage: Any,
+    config: ManyRows,
+    result: Result,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """silu(x gate^T) * (x up^T), each product rounded to bfloat16 first.
 
     Args:
-      x, row_scales, tile_expert, used_tiles, config, interpret: see `many_rows_matmul`.
+      x, row_scales, tile_expert, used_tiles, stage, config, interpret: see `many_rows.matmul`.
       weights: gate and up, of x's dtype, each [W, K], or [E, W, K] with `tile_expert`; W a multiple of 128.
       weight_scales: theirs, float32 [..., W / 128, K / 128]; empty for bfloat16.
-      result: what of it.
+      result: what becomes of it.
 
     Returns:
       values [M, W] and, if quantised, scales.
     """
     count, depth = x.shape
     width = weights[0].shape[-2]
-    tile = None if tile_expert is None else count // tile_expert.shape[0]
-    config = config or tuning.many_rows_matmul(count, 2 * width, tile)
     x, row_scales, experts, used = whole_tiles(x, row_scales, tile_expert, used_tiles, config)
     if tile_expert is None:
         weights, weight_scales = jax.tree.map(lambda array: array[None], (weights, weight_scales))
-    problem = Problem(x.shape[0], width, depth, x.dtype, config, weights=2)
-    epilogue = SwiGLU(problem, result, interpret is not None)
-    values, *scales = launch(problem, epilogue, experts, used, x, row_scales, weights, weight_scales, interpret)
+    problem = Problem(x.shape[0], width, depth, x.dtype, config, interpret is not None, weights=2)
+    epilogue = SwiGLU(problem, result)
+    values, *scales = launch(stage(problem), epilogue, experts, used, x, row_scales, weights, weight_scales, interpret)
     if result.scales_by_group:
         return values[:count], *(x[:, :count] for x in scales)
     return values[:count], *(x[:count] for x in scales)

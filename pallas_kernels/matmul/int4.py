@@ -1,4 +1,4 @@
-"""Four-bit weights in groups of 128 along K, and the product with them in plain jax.numpy: the specification.
+"""Four-bit weights in groups of 128 along K.
 
 A weight is (value - zero) * scale, with a scale and a zero for each row and group of 128. It is stored as the kernel
 reads it, `pack_int4`, so that nothing is rearranged at a call; `unpack_int4` is the exact inverse. The 128 values of a
@@ -110,9 +110,3 @@ def dequantize_int4(packed: jax.Array, words: jax.Array, dtype: Any = jnp.float3
     grouped = values.astype(jnp.float32).reshape(*scales.shape, GROUP)
     grouped = (grouped - zeros[..., None].astype(jnp.float32)) * scales[..., None].astype(jnp.float32)
     return grouped.astype(dtype).reshape(values.shape)
-
-
-def matmul(x: jax.Array, packed: jax.Array, words: jax.Array) -> jax.Array:
-    """x [M, K] times the weight's transpose, the weight in x's dtype: [M, N] in it, accumulated in float32."""
-    weight = dequantize_int4(packed, words, x.dtype)
-    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
