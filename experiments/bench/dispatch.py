@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal
 from dsv32_jax.experiments.bench.matmuls import scales_by_group
+from dsv32_jax.experiments.bench.shapes import MoELayer
 from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows_fp8, make_plan, route
 from pallas_kernels.moe_dispatch.config import choose_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.moe_dispatch.shapes import MoEDispatch
 from pallas_kernels.quantize import GROUP, quantize, quantize_int8
 from pallas_kernels.quantize.shapes import Quantize
-from pallas_kernels.shapes import MoELayer
 
 SCALING_FACTOR = 2.5
 """Of the chosen experts' weights, in the model's config."""

@@ -22,8 +22,8 @@ from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import compile_, made
 from dsv32_jax.experiments.bench.dispatch import routed
 from dsv32_jax.experiments.bench.peers import Peers
+from dsv32_jax.experiments.bench.shapes import MOE_LAYER, MoELayer
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
-from pallas_kernels.shapes import SHAPES, MoELayer
 
 RESULT = RESULTS / "moe_layer_profile.json"
 LAYERS = {"kernels": moe_layer.build, "ragged_dot": lambda shape, _: moe_layer.build_reference(shape)}
@@ -31,8 +31,7 @@ LAYERS = {"kernels": moe_layer.build, "ragged_dot": lambda shape, _: moe_layer.b
 
 def layer_of(tokens: int) -> MoELayer:
     """The measured layer at full width, with another number of tokens."""
-    shape = next(shape for shape in SHAPES["moe_layer"] if isinstance(shape, MoELayer))
-    return dataclasses.replace(shape, tokens=tokens)
+    return dataclasses.replace(MOE_LAYER[0], tokens=tokens)
 
 
 def profiled(run: Callable[[], Any]) -> list[dict[str, Any]]:

@@ -27,10 +27,10 @@ from pallas_kernels.matmul import (
     matmul,
     quantize_weight,
 )
+from pallas_kernels.matmul.shapes import GroupedMatmul, Matmul
 from pallas_kernels.moe_dispatch import RoutingPlan, make_plan
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.quantize import GROUP
-from pallas_kernels.shapes import GroupedMatmul, Matmul
 
 MASKED_ROWS = 2**19
 """Rows times experts of a `ragged_dot`: XLA multiplies each row by every expert's weight, and may store it as often."""

@@ -15,6 +15,7 @@ import numpy as np
 from dsv32_jax.experiments.bench.cases import Case, Program, compile_, made, normal, once, only_shapes
 from dsv32_jax.experiments.bench.dispatch import routed
 from dsv32_jax.experiments.bench.matmuls import Fp8, config_of, fewer, fp8_weight, scales_by_group, weights
+from dsv32_jax.experiments.bench.shapes import MoELayer
 from pallas_kernels.backend import on_hopper
 from pallas_kernels.matmul import (
     BLOCK,
@@ -31,7 +32,6 @@ from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
 from pallas_kernels.moe_dispatch.config import choose_config as plan_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.quantize import quantize
-from pallas_kernels.shapes import MoELayer
 
 
 class Layer(NamedTuple):
@@ -139,7 +139,7 @@ def build(shape: MoELayer, backend: str, form: str = "fused") -> Case:
     arguments = made(lambda key: layer_inputs(shape, key, True, shape.tokens))
     leaves, structure = jax.tree.flatten(arguments)
     avals = structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    bare = dataclasses.replace(shape, name="", beside="", peers=(), target=None)
+    bare = dataclasses.replace(shape, name="", beside="")
     program = layer_program(bare, avals, backend, form)
     return Case(
         run=lambda: program.call(*arguments),

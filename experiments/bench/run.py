@@ -20,15 +20,15 @@ from dsv32_jax.experiments.bench import attention, cases, dispatch, matmuls, moe
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.report import three
-from dsv32_jax.experiments.bench.shapes import SHAPES, TINY, Attention
+from dsv32_jax.experiments.bench.shapes import SHAPES, TINY, Attention, MoELayer
 from dsv32_jax.experiments.bench.targets import target_of
 from dsv32_jax.experiments.command_line import writable
 from dsv32_jax.experiments.results import environment, write_json
 from pallas_kernels.backend import BACKENDS, on_hopper
+from pallas_kernels.matmul.shapes import GroupedMatmul, Matmul
 from pallas_kernels.moe_dispatch.shapes import MoEDispatch
 from pallas_kernels.named_shape import Shape
 from pallas_kernels.quantize.shapes import Quantize
-from pallas_kernels.shapes import GroupedMatmul, Matmul, MoELayer
 
 REST_SECONDS = 0.25
 """Between measurements, so that the power limit does not carry over from one to the next."""

@@ -1,4 +1,4 @@
-"""What `dsv32 bench` measures: the named shapes of the ops, and those of a layer's whole attention."""
+"""What `dsv32 bench` measures: the named shapes of the ops, and of a layer's whole attention and experts."""
 
 from __future__ import annotations
 
@@ -34,6 +34,26 @@ class Attention(Shape):
     """Tokens that a prefill handles at a time."""
     room: int = 0
     """Tokens of a cache that is larger than `sequences` contexts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoELayer(Shape):
+    """A whole mixture-of-experts layer in FP8, from the router to the sum with the shared expert.
+
+    `beside` says what it stands beside. In bfloat16: "ragged_dot" of sorted rows, or a "loop" over the experts of
+    products of all tokens, weighted by 0 where a token did not choose the expert. Or the same kernels: "apart" with
+    gate, up, SwiGLU and quantisation one after another instead of in one.
+    """
+
+    op: ClassVar[str] = "moe_layer"
+    beside: str = "ragged_dot"
+    tokens: int
+    experts: int = 256
+    groups: int = 8
+    groups_kept: int = 4
+    chosen: int = 8
+    hidden: int = 7168
+    width: int = 2048
 
 
 ATTENTION: tuple[Attention, ...] = (
@@ -73,8 +93,37 @@ TINY_ATTENTION: tuple[Attention, ...] = (
     Attention(name="tiny-masked", kind="masked", tokens=8, context=128, heads=2, index_heads=2, chosen=32),
 )
 
-SHAPES: dict[str, tuple[Shape, ...]] = shapes.SHAPES | {"attention": ATTENTION}
+MOE_LAYER: tuple[MoELayer, ...] = (
+    MoELayer(name="prefill-4096", tokens=4096),
+    MoELayer(name="prefill-4096-loop", beside="loop", tokens=4096),
+    *(MoELayer(name=f"decode-{tokens}", tokens=tokens) for tokens in (1, 32, 128)),
+    *(MoELayer(name=f"{tokens}-apart", beside="apart", tokens=tokens) for tokens in (4096, 128)),
+)
+
+TINY_MOE_LAYER: tuple[MoELayer, ...] = tuple(
+    MoELayer(
+        name=f"tiny-{beside}",
+        beside=beside,
+        tokens=5,
+        experts=8,
+        groups=4,
+        groups_kept=2,
+        chosen=2,
+        hidden=256,
+        width=128,
+    )
+    for beside in ("ragged_dot", "loop", "apart")
+)
+
+SMALL_MOE_LAYER: tuple[MoELayer, ...] = (
+    MoELayer(name="small", tokens=5, experts=8, groups=4, groups_kept=2, chosen=2, hidden=512, width=512),
+)
+
+SHAPES: dict[str, tuple[Shape, ...]] = shapes.SHAPES | {"moe_layer": MOE_LAYER, "attention": ATTENTION}
 """By op: the shapes of the full model."""
 
-TINY: dict[str, tuple[Shape, ...]] = shapes.TINY | {"attention": TINY_ATTENTION}
+TINY: dict[str, tuple[Shape, ...]] = shapes.TINY | {"moe_layer": TINY_MOE_LAYER, "attention": TINY_ATTENTION}
 """The same kinds of calls, small enough for the reference on a CPU."""
+
+SMALL: dict[str, tuple[Shape, ...]] = shapes.SMALL | {"moe_layer": SMALL_MOE_LAYER}
+"""What the kernels take, as small as it gets: for tools that slow a GPU down a hundred times."""

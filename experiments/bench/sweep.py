@@ -28,8 +28,9 @@ from dsv32_jax.generate.compiling import all_at_once
 from pallas_kernels.hopper import SHARED_BYTES, SMS
 from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8, Product, choose, few_rows, many_rows
 from pallas_kernels.matmul.config import TILES, FewRows, FewRowsInt4, ManyRows, distinct
+from pallas_kernels.matmul.shapes import Matmul
 from pallas_kernels.quantize import quantize_int8
-from pallas_kernels.shapes import SHAPES, Matmul
+from pallas_kernels.shapes import SHAPES
 
 NAME = re.compile(r"(?:(int8|int4)-)?(\d+)x(\d+)x(\d+)")
 BUSY = 0.84

@@ -7,8 +7,8 @@ import dataclasses
 from dsv32_jax.experiments.bench.shapes import SHAPES, Attention
 from pallas_kernels.index_select.shapes import IndexSelect
 from pallas_kernels.indexer_logits.shapes import IndexerLogits
+from pallas_kernels.matmul.shapes import GroupedMatmul, Matmul
 from pallas_kernels.named_shape import Shape
-from pallas_kernels.shapes import GroupedMatmul, Matmul
 from pallas_kernels.sparse_mla.shapes import SparseMLA
 from pallas_kernels.top_k.shapes import TopK
 

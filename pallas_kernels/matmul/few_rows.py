@@ -183,7 +183,7 @@ class Rounded:
     def store(self, refs: tuple[Any, ...], sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
         """Stores from registers."""
         problem = self.problem
-        store = tile_code.store_twin if problem.interpret else tile_code.store_function
+        store = tile_code.interpreted_store if problem.interpret else tile_code.device_store
         store(problem.config, problem.tokens, problem.rows, self.dtype)(*refs, sums, token, row, warpgroup)
 
     end = begin

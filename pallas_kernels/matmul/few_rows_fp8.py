@@ -38,7 +38,7 @@ def scale_rows(rows: int) -> int:
     return (BLOCK - math.gcd(rows, BLOCK) + rows - 1) // BLOCK + 1
 
 
-def tile_function(config: FewRows, matrices: int = 1):
+def device_tile(config: FewRows, matrices: int = 1):
     """Returns a function of a warpgroup: its sums and the products of one stage, added up.
 
     matrices: weights that share a strip, 1 or 2.
@@ -108,8 +108,8 @@ def tile_function(config: FewRows, matrices: int = 1):
     return tile
 
 
-def tile_twin(config: FewRows, matrices: int = 1):
-    """`tile_function` for the interpreter."""
+def interpreted_tile(config: FewRows, matrices: int = 1):
+    """Returns the twin of `device_tile`."""
     rows = config.warpgroup_rows
 
     def tile(weights_smem, x_smem, x_scales_smem, scales_smem, sums, slot, place, row, warpgroup):
@@ -194,7 +194,7 @@ class Fp8Stage(Stage):
         return [(i, strip_smem.at[pl.ds(i, 1), rows]) for i in range(self.problem.config.blocks)]
 
     def add(self, refs: Refs, sums: Any, slot: Any, step: Any, row: Any, warpgroup: Any) -> Any:
-        tile = (tile_twin if self.problem.interpret else tile_function)(self.problem.config, self.problem.weights)
+        tile = (interpreted_tile if self.problem.interpret else device_tile)(self.problem.config, self.problem.weights)
         place = lax.rem(step * self.problem.config.blocks, jnp.int32(GROUP))
         return tile(refs.weight_smem, refs.x_smem, *refs.stage_smem, sums, slot, place, row, warpgroup)
 

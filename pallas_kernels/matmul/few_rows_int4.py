@@ -60,7 +60,7 @@ def start_product(left: list[Word], right: Any, columns: int) -> list[Any]:
     return floats(text + "wgmma.commit_group.sync.aligned; }", count, right, *left)
 
 
-def stage_function(config: FewRowsInt4):
+def device_stage(config: FewRowsInt4):
     """Returns a function of a warpgroup: its sums and the products of its groups in a stage, added up.
 
     Its arguments:
@@ -115,8 +115,8 @@ def stage_function(config: FewRowsInt4):
     return stage
 
 
-def stage_twin(config: FewRowsInt4):
-    """`stage_function` for the interpreter."""
+def interpreted_stage(config: FewRowsInt4):
+    """Returns the twin of `device_stage`."""
 
     def stage(values_smem, x_smem, words_smem, sums, slot, warpgroup):
         groups = [config.warpgroups * which + warpgroup for which in range(config.depth)]
@@ -139,7 +139,7 @@ def stage_twin(config: FewRowsInt4):
     return stage
 
 
-def scratch_function(config: FewRowsInt4, *, load: bool):
+def device_scratch(config: FewRowsInt4, *, load: bool):
     """Returns `access(scratch_smem, sums, part)` of float32 [3, 64 * tile].
 
     It stores sums at `part`; or, to `load`, it returns `sums` plus those that are there.
@@ -167,8 +167,8 @@ def scratch_function(config: FewRowsInt4, *, load: bool):
     return access
 
 
-def scratch_twin(config: FewRowsInt4, *, load: bool):
-    """`scratch_function` for the interpreter."""
+def interpreted_scratch(config: FewRowsInt4, *, load: bool):
+    """Returns the twin of `device_scratch`."""
     del config
 
     def access(scratch_smem, sums, part):
@@ -232,12 +232,12 @@ class Int4Stage(Stage):
         plgpu.copy_gmem_to_smem(words_gmem, refs.stage_smem[0].at[slot], full_bar)
 
     def add(self, refs: Refs, sums: Any, slot: Any, step: Any, row: Any, warpgroup: Any) -> Any:
-        add = (stage_twin if self.problem.interpret else stage_function)(self.problem.config)
+        add = (interpreted_stage if self.problem.interpret else device_stage)(self.problem.config)
         return add(refs.weight_smem, refs.x_smem, refs.stage_smem[0], sums, slot, warpgroup)
 
     def store(self, refs: Refs, epilogue: Epilogue, sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
         config, scratch_smem, (met_bar,) = self.problem.config, refs.stage_smem[1], refs.stage_bars
-        access = scratch_twin if self.problem.interpret else scratch_function
+        access = interpreted_scratch if self.problem.interpret else device_scratch
         put, get = (access(config, load=load) for load in (False, True))
 
         def meet():

@@ -25,7 +25,7 @@ BLOCK = 128
 """Values of K in a line of shared memory."""
 
 
-def stage_function(config: FewRows):
+def device_stage(config: FewRows):
     """Returns `stage(weight_smem, x_smem, sums, slot, warpgroup)`: its sums and the products of a stage, added up.
 
     The refs are int8 [stages, blocks, rows, 128] and [stages, blocks, tile, 128]; sums are int32, as `layout_of`.
@@ -53,8 +53,8 @@ def stage_function(config: FewRows):
     return stage
 
 
-def stage_twin(config: FewRows):
-    """`stage_function` for the interpreter."""
+def interpreted_stage(config: FewRows):
+    """Returns the twin of `device_stage`."""
     own_rows = config.warpgroup_rows
 
     def stage(weight_smem, x_smem, sums, slot, warpgroup):
@@ -72,7 +72,7 @@ def stage_twin(config: FewRows):
     return stage
 
 
-def scale_function(config: FewRows, tokens: int, rows: int):
+def device_scale(config: FewRows, tokens: int, rows: int):
     """Returns `scaled(x_scales_gmem [tokens], scales_gmem [rows], sums, token, row, warpgroup)`, of a strip at `row`.
 
     It gives float32 sums. rows: of all experts; those past the end, and a strip's past its expert's end, get the scale
@@ -110,8 +110,8 @@ def scale_function(config: FewRows, tokens: int, rows: int):
     return scaled
 
 
-def scale_twin(config: FewRows, tokens: int, rows: int):
-    """`scale_function` for the interpreter; whole tiles and strips only."""
+def interpreted_scale(config: FewRows, tokens: int, rows: int):
+    """Returns the twin of `device_scale`; whole tiles and strips only."""
     del tokens, rows
     own_rows = config.warpgroup_rows
 
@@ -150,12 +150,12 @@ class Int8Stage(Stage):
         return zeros(self.problem.config, jnp.int32)
 
     def add(self, refs: Refs, sums: Any, slot: Any, step: Any, row: Any, warpgroup: Any) -> Any:
-        add = (stage_twin if self.problem.interpret else stage_function)(self.problem.config)
+        add = (interpreted_stage if self.problem.interpret else device_stage)(self.problem.config)
         return add(refs.weight_smem, refs.x_smem, sums, slot, warpgroup)
 
     def store(self, refs: Refs, epilogue: Epilogue, sums: Any, token: Any, row: Any, warpgroup: Any) -> None:
         problem, (scales_gmem,) = self.problem, refs.scales_gmem
-        scaled = (scale_twin if problem.interpret else scale_function)(
+        scaled = (interpreted_scale if problem.interpret else device_scale)(
             problem.config, problem.tokens, scales_gmem.shape[0]
         )
         first = refs.plan[0][lax.div(token, jnp.int32(problem.config.tile))] * problem.rows if refs.plan else 0

@@ -46,7 +46,7 @@ def stage_sums(config: FewRowsSwiGLU, address: Word, sums: Sequence[Float], warp
         mosaic.ptx("st.shared.u16 [$0], $1;", place, word, predicate=exists)
 
 
-def stage_function(config: FewRowsSwiGLU):
+def device_stage(config: FewRowsSwiGLU):
     """Returns `stage(staged_smem, sums, warpgroup)`: `stage_sums` of a warpgroup."""
 
     @plgpu.inline_mgpu(arg_types=(REF, layout_of(config), SCALAR))
@@ -57,8 +57,8 @@ def stage_function(config: FewRowsSwiGLU):
     return stage
 
 
-def stage_twin(config: FewRowsSwiGLU):
-    """`stage_function` for the interpreter."""
+def interpreted_stage(config: FewRowsSwiGLU):
+    """Returns the twin of `device_stage`."""
     rows = min(64, config.rows)
 
     def stage(staged_smem, sums, warpgroup):
@@ -118,7 +118,7 @@ def store_pairs(
         mosaic.store_global(place, hidden, predicate=exists)
 
 
-def store_function(problem: Problem, result: Result):
+def device_store(problem: Problem, result: Result):
     """Returns `store(staged_smem, outputs, token, column)`: a strip's result, by all warpgroups together."""
     store_all = store_groups if result.quantized else store_pairs
 
@@ -132,8 +132,8 @@ def store_function(problem: Problem, result: Result):
     return store
 
 
-def store_twin(problem: Problem, result: Result):
-    """`store_function` for the interpreter, by the references; of the first warpgroup alone, and whole tiles."""
+def interpreted_store(problem: Problem, result: Result):
+    """Returns the twin of `device_store`, by the references; of the first warpgroup alone, and whole tiles."""
     config = problem.config
     half = config.rows // 2
 
@@ -164,8 +164,8 @@ class SwiGLU(Epilogue):
         """Stores a strip."""
         *outputs, staged_smem, staged_bar, read_bar = refs
         interpret = self.problem.interpret
-        stage = (stage_twin if interpret else stage_function)(self.problem.config)
-        store = (store_twin if interpret else store_function)(self.problem, self.result)
+        stage = (interpreted_stage if interpret else device_stage)(self.problem.config)
+        store = (interpreted_store if interpret else device_store)(self.problem, self.result)
         plgpu.barrier_wait(read_bar)
         stage(staged_smem, sums, warpgroup)
         plgpu.barrier_arrive(staged_bar)

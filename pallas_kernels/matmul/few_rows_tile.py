@@ -78,7 +78,7 @@ def store_number(address: ir.Value, x: Float, predicate: Word, dtype: Any) -> No
     mosaic.ptx(text, address, x.value, predicate.to_word())
 
 
-def store_function(config: Config, tokens: int, rows: int, dtype: Any):
+def device_store(config: Config, tokens: int, rows: int, dtype: Any):
     """Returns `store(out_gmem [tokens, rows], sums, token, row, warpgroup)`, of a strip and a tile that start there.
 
     It stores in `dtype`, and nothing of a strip's rows past the end.
@@ -106,8 +106,8 @@ def store_function(config: Config, tokens: int, rows: int, dtype: Any):
     return store
 
 
-def store_twin(config: Config, tokens: int, rows: int, dtype: Any):
-    """`store_function` for the interpreter; whole tiles and strips only."""
+def interpreted_store(config: Config, tokens: int, rows: int, dtype: Any):
+    """Returns the twin of `device_store`; whole tiles and strips only."""
     rows, tokens = config.warpgroup_rows, config.warpgroup_tokens
 
     def store(out_gmem, sums, token, row, warpgroup):

@@ -7,6 +7,7 @@ the product of the other warpgroup runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def matrix_of(numbers: list[ir.Value], like: Any) -> Any:
     return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
 
 
-def accumulate_function(rows: int):
+def device_accumulate(rows: int):
     """Returns `accumulate(left_smem, right_smem, row_scales_smem, sums, weight_scale, slot, warpgroup) -> sums`.
 
     It is a function of a warpgroup. Its arguments:
@@ -91,8 +92,8 @@ def accumulate_function(rows: int):
     return accumulate
 
 
-def accumulate_twin(rows: int):
-    """`accumulate_function` for the interpreter."""
+def interpreted_accumulate(rows: int):
+    """Returns the twin of `device_accumulate`."""
 
     def accumulate(left_smem, right_smem, row_scales_smem, sums, weight_scale, slot, warpgroup):
         a = left_smem[slot].astype(jnp.float32)
@@ -106,6 +107,7 @@ def accumulate_twin(rows: int):
     return accumulate
 
 
+@dataclasses.dataclass(frozen=True)
 class Fp8Stage(Stage):
     """The stage of `many_rows`."""
 
@@ -142,7 +144,7 @@ class Fp8Stage(Stage):
 
     def multiply(self, refs: Refs, row: Any, column: Any, expert: Any, done: Any) -> Any:
         problem, warpgroup = self.problem, lax.axis_index("warpgroup")
-        accumulate = (accumulate_twin if problem.interpret else accumulate_function)(problem.config.rows)
+        accumulate = (interpreted_accumulate if problem.interpret else device_accumulate)(problem.config.rows)
         weight_scale = self.weight_scales_of(refs, expert, column)
 
         def step(k, state):

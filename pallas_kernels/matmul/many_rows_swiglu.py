@@ -80,7 +80,7 @@ def halves(sums: list[list[Float]], warpgroup: Word) -> tuple[list[Word], list[W
     return [takes_first.where(x, y) for x, y in pairs], [takes_first.where(y, x) for x, y in pairs]
 
 
-def split_function(rows: int):
+def device_split(rows: int):
     """Returns `split(sums, warpgroup) -> (kept, others)`: bfloat16, of its own half of the rows and of the other's.
 
     Of 128 rows, a half is 64 of them. Of 64, it is 8 of each 16: one of a thread's two rows.
@@ -97,8 +97,8 @@ def split_function(rows: int):
     return split
 
 
-def split_twin(rows: int):
-    """`split_function` for the interpreter; a half is in the order of its rows."""
+def interpreted_split(rows: int):
+    """Returns the twin of `device_split`; a half is in the order of its rows."""
 
     def split(sums, warpgroup):
         if rows == PART:
@@ -155,7 +155,7 @@ def store_half(
         mosaic.store_global(mosaic.offset(outputs[1], at, 4), [scale.bits()], predicate=lane.equals(0))
 
 
-def store_function(problem: Problem, result: Result):
+def device_store(problem: Problem, result: Result):
     """Returns `store(kept, received, outputs, row, column, warpgroup)`; row and column are numbers of tiles."""
     layout = half_of(problem.config.rows)
 
@@ -168,8 +168,8 @@ def store_function(problem: Problem, result: Result):
     return store
 
 
-def store_twin(problem: Problem, result: Result):
-    """`store_function` for the interpreter, by the references."""
+def interpreted_store(problem: Problem, result: Result):
+    """Returns the twin of `device_store`, by the references."""
     rows = problem.config.rows
     # Of 64 rows, a half is 4 times 8 of them.
     pieces, height, distance = (4, 8, 16) if rows == PART else (1, PART, rows)
@@ -201,8 +201,8 @@ class SwiGLU(Epilogue):
         """Stores a tile."""
         *outputs, received_smem, written_bar, read_bar = refs
         interpret, rows, warpgroup = self.problem.interpret, self.problem.config.rows, lax.axis_index("warpgroup")
-        split = (split_twin if interpret else split_function)(rows)
-        store = (store_twin if interpret else store_function)(self.problem, self.result)
+        split = (interpreted_split if interpret else device_split)(rows)
+        store = (interpreted_store if interpret else device_store)(self.problem, self.result)
         kept, others = split(tuple(sums), warpgroup)
         plgpu.barrier_wait(read_bar)
         received_smem.at[1 - warpgroup][...] = others

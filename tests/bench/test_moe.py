@@ -10,9 +10,10 @@ import pytest
 
 from dsv32_jax.experiments.bench import dispatch, matmuls, moe_layer
 from dsv32_jax.experiments.bench.cases import compiled, made
+from dsv32_jax.experiments.bench.shapes import SHAPES, TINY
 from pallas_kernels.matmul import FP8_BLOCK, dense
+from pallas_kernels.matmul.shapes import GroupedMatmul
 from pallas_kernels.quantize import dequantize
-from pallas_kernels.shapes import SHAPES, TINY, GroupedMatmul
 
 
 def named(op, name):

@@ -8,12 +8,11 @@ import pytest
 from dsv32_jax.cli import main
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import cases, run, targets
-from dsv32_jax.experiments.bench.shapes import SHAPES, TINY
+from dsv32_jax.experiments.bench.shapes import SHAPES, SMALL, TINY
 from dsv32_jax.experiments.bench.targets import PeerRow
 from dsv32_jax.experiments.bench.timer import FLUSH
 from dsv32_jax.experiments.results import environment
 from pallas_kernels import backend as kernels_backend
-from pallas_kernels.shapes import SMALL
 
 DEVICE = environment()["device"]
 REFERENCES = [shape for shapes in SMALL.values() for shape in shapes if shape.op != "moe_layer"]

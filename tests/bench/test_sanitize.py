@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.shapes import SMALL
+from dsv32_jax.experiments.bench.shapes import SMALL
 from tests.gpu.sanitize import FOUND, OPS, TOOLS, command, judged, merged
 
 PASSED = "==== 2 passed, 3 deselected in 4.00s ====\n"

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from dsv32_jax.experiments.bench import run
-from dsv32_jax.experiments.bench.shapes import SHAPES, TINY
+from dsv32_jax.experiments.bench.shapes import SHAPES, SMALL, TINY
 from dsv32_jax.experiments.bench.targets import PEERS, TARGETS, PeerRow, peers_of, target_of
-from pallas_kernels.shapes import SMALL
 
 ALL = [(op, shape) for grid in (SHAPES, TINY, SMALL) for op in grid for shape in grid[op]]
 

@@ -7,7 +7,7 @@ import pytest
 
 from dsv32_jax.experiments.bench import matmuls
 from dsv32_jax.experiments.bench.run import module_of
-from pallas_kernels.shapes import SMALL
+from dsv32_jax.experiments.bench.shapes import SMALL
 from tests.kernels.cases import cache_write as write_cases
 
 ALL = [shape for op, shapes in SMALL.items() for shape in shapes if op != "cache_write"]

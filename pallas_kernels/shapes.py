@@ -3,15 +3,12 @@
 from pallas_kernels.cache_write import shapes as cache_write
 from pallas_kernels.index_select import shapes as index_select
 from pallas_kernels.indexer_logits import shapes as indexer_logits
+from pallas_kernels.matmul import shapes as matmul
 from pallas_kernels.moe_dispatch import shapes as moe_dispatch
 from pallas_kernels.named_shape import Shape
 from pallas_kernels.quantize import shapes as quantize
-from pallas_kernels.shapes import experts
-from pallas_kernels.shapes.experts import GroupedMatmul, Matmul, MoELayer
 from pallas_kernels.sparse_mla import shapes as sparse_mla
 from pallas_kernels.top_k import shapes as top_k
-
-__all__ = ["SHAPES", "SMALL", "TINY", "GroupedMatmul", "Matmul", "MoELayer", "Shape"]
 
 _OPS = {
     "sparse_mla": sparse_mla,
@@ -23,11 +20,11 @@ _OPS = {
     "moe_dispatch": moe_dispatch,
 }
 
-SHAPES: dict[str, tuple[Shape, ...]] = {op: module.SHAPES for op, module in _OPS.items()} | experts.SHAPES
+SHAPES: dict[str, tuple[Shape, ...]] = {op: module.SHAPES for op, module in _OPS.items()} | matmul.SHAPES
 """By op: the shapes of DeepSeek-V3.2-Exp that are measured."""
 
-TINY: dict[str, tuple[Shape, ...]] = {op: module.TINY for op, module in _OPS.items()} | experts.TINY
+TINY: dict[str, tuple[Shape, ...]] = {op: module.TINY for op, module in _OPS.items()} | matmul.TINY
 """The same kinds of calls, small enough for the reference on a CPU."""
 
-SMALL: dict[str, tuple[Shape, ...]] = {op: module.SMALL for op, module in _OPS.items()} | experts.SMALL
+SMALL: dict[str, tuple[Shape, ...]] = {op: module.SMALL for op, module in _OPS.items()} | matmul.SMALL
 """What the kernels take, as small as it gets: for tools that slow a GPU down a hundred times."""
