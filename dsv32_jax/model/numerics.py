@@ -69,7 +69,8 @@ class Numerics:
         seams = self.seams
         rounding = {"quantize_input": self.act_quant, "scale_fmt": self.scale_fmt, "backend": self.backend}
         inputs = [f"{name}.input" for name in ("gate", "up", "down")]
-        if not seams.composes("experts") and not ("experts" not in seams.parts.replaced and seams.taps_any(*inputs)):
+        looked_at = "experts" not in seams.parts.replaced and seams.taps_any(*inputs)
+        if not (seams.composes("experts") or looked_at):
             return seams.call("experts", x, gate, up, down, plan, **rounding)
         rows = seams.call("gather_rows", x, plan, backend=self.backend)
 
