@@ -60,7 +60,8 @@ def rope_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def rope_half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Pair i is (x[i], x[i + R / 2]): the indexer. x is [T, ..., R]; float32 inside, x's dtype out."""
-    rotated = rotate(*jnp.split(x, 2, axis=-1), cos, sin)
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = rotate(first, second, cos, sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 

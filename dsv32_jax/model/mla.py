@@ -108,9 +108,16 @@ class MLA(nnx.Module):
         self, kv_a: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
         """What the cache holds of kv_a [T, latent + R]: latent, normalised, and rotated rope key [T, R]."""
-        rounding = (numerics.act_quant, numerics.scale_fmt)
-        functions = {"norm": numerics.rms_norm, "rope": numerics.rope}
-        return latents(kv_a, self.kv_a_norm, config.rms_norm_eps, angles, *rounding, **functions)
+        return latents(
+            kv_a,
+            self.kv_a_norm,
+            config.rms_norm_eps,
+            angles,
+            numerics.act_quant,
+            numerics.scale_fmt,
+            norm=numerics.rms_norm,
+            rope=numerics.rope,
+        )
 
     def write(self, kv_a: jax.Array, index_key: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> KVCache:
         """Latents, rope keys and index keys of the step's tokens, into their slots; arguments are `project`'s."""

@@ -1,5 +1,9 @@
 """Multi-token prediction: one more decoder layer that predicts the token after the next."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,11 +14,14 @@ from dsv32_jax.model.context import StepContext
 from dsv32_jax.model.params import Init
 from dsv32_jax.model.products import float32_matmul
 
+if TYPE_CHECKING:
+    from dsv32_jax.model.model import DecoderLayer
+
 
 class MTP(nnx.Module):
     """V3 report, section 2.2, as V3's README_WEIGHTS lays it out (HF layer `num_hidden_layers`)."""
 
-    def __init__(self, config: ModelConfig, init: Init, layer: nnx.Module):
+    def __init__(self, config: ModelConfig, init: Init, layer: DecoderLayer):
         hidden = config.hidden_size
         self.embed = init.matrix(config.vocab_size, hidden)
         self.enorm = init.constant(1.0, hidden)

@@ -67,19 +67,36 @@ class Numerics:
         Composed where a part inside is replaced, or where somebody looks at what goes into a product.
         """
         seams = self.seams
-        rounding = {"quantize_input": self.act_quant, "scale_fmt": self.scale_fmt, "backend": self.backend}
         inputs = [f"{name}.input" for name in ("gate", "up", "down")]
         looked_at = "experts" not in seams.parts.replaced and seams.taps_any(*inputs)
         if not (seams.composes("experts") or looked_at):
-            return seams.call("experts", x, gate, up, down, plan, **rounding)
+            return seams.call(
+                "experts",
+                x,
+                gate,
+                up,
+                down,
+                plan,
+                quantize_input=self.act_quant,
+                scale_fmt=self.scale_fmt,
+                backend=self.backend,
+            )
         rows = seams.call("gather_rows", x, plan, backend=self.backend)
 
         def product(name: str, rows: jax.Array, weight: Weight) -> jax.Array:
             of_plan = {"row_token": plan.row_token, "tile_expert": plan.tile_expert, "num_experts": gate.shape[0]}
             seams.tap(f"{name}.input", rows, **of_plan)
             with seams.scope(name):
-                tiles = {"used_tiles": plan.used_tiles, **rounding}
-                return seams.call("grouped_matmul", rows, weight, plan.tile_expert, **tiles)
+                return seams.call(
+                    "grouped_matmul",
+                    rows,
+                    weight,
+                    plan.tile_expert,
+                    used_tiles=plan.used_tiles,
+                    quantize_input=self.act_quant,
+                    scale_fmt=self.scale_fmt,
+                    backend=self.backend,
+                )
 
         hidden = seams.call("swiglu", product("gate", rows, gate), product("up", rows, up))
         return product("down", hidden, down)

@@ -43,23 +43,48 @@ def experts(
       plan: of the tokens.
       quantize_input, scale_fmt, backend: see `matmul`.
     """
-    rounding: dict[str, Any] = {"quantize_input": quantize_input, "scale_fmt": scale_fmt, "backend": backend}
-    tiles: dict[str, Any] = {"tile_expert": plan.tile_expert, "used_tiles": plan.used_tiles, **rounding}
+    used_tiles = plan.used_tiles
+
+    def product(rows: jax.Array, weight: Weight, row_scales: jax.Array | None = None, by_group: bool = False):
+        return grouped_matmul(
+            rows,
+            weight,
+            plan.tile_expert,
+            used_tiles=used_tiles,
+            row_scales=row_scales,
+            scales_by_group=by_group,
+            quantize_input=quantize_input,
+            scale_fmt=scale_fmt,
+            backend=backend,
+        )
+
+    def activations(rows: jax.Array, row_scales: jax.Array | None = None, by_group: bool = False) -> Any:
+        return grouped_swiglu(
+            rows,
+            gate,
+            up,
+            plan.tile_expert,
+            used_tiles=used_tiles,
+            row_scales=row_scales,
+            scales_by_group=by_group,
+            quantize_result=row_scales is not None,
+            quantize_input=quantize_input,
+            scale_fmt=scale_fmt,
+            backend=backend,
+        )
+
     if quantize_input and all_fp8(gate, up, down) and x.dtype == jnp.bfloat16:
         # A token is quantised once for all its experts, and each expert's hidden rows once.
-        order = {"scales_by_group": plan.tile % BLOCK == 0}  # what the kernels for these tiles take
-        rows, row_scales = gather_rows_fp8(x, plan, scale_fmt, **order, backend=backend)
-        hidden: Any
-        hidden, hidden_scales = grouped_swiglu(
-            rows, gate, up, row_scales=row_scales, quantize_result=True, **order, **tiles
-        )
-        return grouped_matmul(hidden, down, row_scales=hidden_scales, **order, **tiles)
+        by_group = plan.tile % BLOCK == 0  # what the kernels for these tiles take
+        rows, row_scales = gather_rows_fp8(x, plan, scale_fmt, scales_by_group=by_group, backend=backend)
+        hidden, hidden_scales = activations(rows, row_scales, by_group)
+        return product(hidden, down, hidden_scales, by_group)
     rows = gather_rows(x, plan, backend=backend)
     if all_fp8(gate, up, down) or not any(map(is_qtensor, (gate, up, down))):
-        hidden = grouped_swiglu(rows, gate, up, **tiles)
+        hidden = activations(rows)
     else:
-        hidden = swiglu(*(grouped_matmul(rows, weight, **tiles) for weight in (gate, up)))
-    return grouped_matmul(hidden, down, **tiles)
+        hidden = swiglu(product(rows, gate), product(rows, up))
+    return product(hidden, down)
 
 
 def tile_rows(choices: int, *weights: Weight, backend: str) -> int | None:

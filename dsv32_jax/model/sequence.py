@@ -250,8 +250,8 @@ def replaced_selection(
     def padded() -> jax.Array:
         return jnp.pad(weights().reshape(-1, seqs.length), ((0, 0), (0, width - seqs.length)))
 
-    products = (ctx.numerics.matmul(x, weight) for weight in (attn.kv_a, attn.indexer.k))
-    cache = attn.write(*products, layer, seqs.cache(layer, seqs.index_quant), ctx)
+    kv_a, index_key = ctx.numerics.matmul(x, attn.kv_a), ctx.numerics.matmul(x, attn.indexer.k)
+    cache = attn.write(kv_a, index_key, layer, seqs.cache(layer, seqs.index_quant), ctx)
     chosen = attn.select(x, q_latent, padded, layer, cache, ctx)
     rows = jnp.arange(len(chosen))[:, None]
     mask = jnp.zeros((len(chosen), width), bool).at[rows, jnp.where(chosen < 0, width, chosen)].set(True, mode="drop")
@@ -369,7 +369,9 @@ def run_layer(layer: DecoderLayer, residual, update, number: int, seqs: Sequence
     if not seqs.run.remat:
         return decoder_layer(layer, residual, update, number, seqs)
     policy = None if seqs.run.attention == "dense" else jax.checkpoint_policies.save_only_these_names(SELECTED)
-    recomputed = jax.checkpoint(lambda *moving: decoder_layer(*moving, number, seqs), policy=policy)
+    recomputed = jax.checkpoint(
+        lambda layer, residual, update: decoder_layer(layer, residual, update, number, seqs), policy=policy
+    )
     return recomputed(layer, residual, update)
 
 

@@ -149,7 +149,8 @@ def named_part(text: str) -> tuple[str, Callable[..., Any]]:
     if part not in NAMES:
         raise UserError(f"part {part!r} is unknown; it is one of {', '.join(NAMES)}")
     if ":" in name:
-        return part, imported(*name.split(":", 1), part)
+        module, _, function = name.partition(":")
+        return part, imported(module, function, part)
     variants = VARIANTS.get(part, {})
     if name not in variants:
         known = f"it is one of {', '.join(variants)}, or" if variants else "it has none; give"

@@ -5,7 +5,7 @@ in the cache. The dense sides get their inputs in the form they like best (expan
 contiguous latents); making it is not timed.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,8 @@ def build(shape: Attention, backend: str) -> Case:
     for start in range(0, shape.tokens, chunk):
         seen = shape.context if shape.kind != "prefill" else start + chunk
         width = min(power_of_two(seen), shape.context) // cases.BLOCK_SIZE
-        where = cases.last_tokens(chunk, seen, shape.sequences)
-        arguments = (queries, index_queries, weights, kv, index, tables[:, :width], *where)
+        sequence, positions = cases.last_tokens(chunk, seen, shape.sequences)
+        arguments = (queries, index_queries, weights, kv, index, tables[:, :width], sequence, positions)
         avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments)
         calls.append((sparse_program(avals, shape.chosen, shape.rope, backend), arguments))
 
@@ -82,19 +82,18 @@ def sparse_program(avals: tuple[jax.ShapeDtypeStruct, ...], chosen: int, rope: i
     """The op compiled for one chunk; prompts of different lengths share what they have in common."""
 
     def op(queries, index_queries, weights, kv, index, tables, sequence, positions):
-        found = select(chosen, index_queries, weights, index, tables, sequence, positions, backend)
-        slots = physical_slots(found, sequence, tables)
-        lengths = jnp.minimum(positions + 1, found.shape[1])  # the selection returns present keys first
-        how = {"scale": SCALE, "rope_dim": rope, "lengths": lengths, "backend": backend}
-        return sparse_mla(queries, kv, LAYER, slots, **how)[0]
+        selected = select(chosen, index_queries, weights, index, tables, sequence, positions, backend)
+        slots = physical_slots(selected, sequence, tables)
+        lengths = jnp.minimum(positions + 1, selected.shape[1])  # the selection returns present keys first
+        return sparse_mla(queries, kv, LAYER, slots, scale=SCALE, rope_dim=rope, lengths=lengths, backend=backend)[0]
 
     return compile_(op, *avals)
 
 
 def select(chosen: int, index_queries, weights, index, tables, sequence, positions, backend: str) -> jax.Array:
     """Logical positions int32 [T, K] of the chosen keys."""
-    where = (index_queries, weights, index, LAYER, tables, sequence, positions)
-    return index_select(*where, k=min(chosen, tables.shape[1] * cases.BLOCK_SIZE), backend=backend)
+    k = min(chosen, tables.shape[1] * cases.BLOCK_SIZE)
+    return index_select(index_queries, weights, index, LAYER, tables, sequence, positions, k=k, backend=backend)
 
 
 def chosen_work(shape: Attention) -> int:
@@ -134,7 +133,7 @@ def causal_flash(shape: Attention) -> Case:
     v = v.at[..., VALUE_DIM:].set(0)
 
     def dense(q, k, v):
-        implementation = "cudnn" if gpu else None
+        implementation: Literal["cudnn"] | None = "cudnn" if gpu else None
         return jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation=implementation)
 
     program = compile_(dense, q, k, v)

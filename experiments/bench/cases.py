@@ -295,8 +295,7 @@ def build_sparse_mla(shape: SparseMLA, backend: str) -> Case:
     lengths = jnp.full(shape.tokens, shape.chosen, jnp.int32)
 
     def op(queries, kv, slots, lengths):
-        how = {"scale": SCALE, "rope_dim": shape.rope, "lengths": lengths, "backend": backend}
-        return sparse_mla(queries, kv, LAYER, slots, **how)
+        return sparse_mla(queries, kv, LAYER, slots, scale=SCALE, rope_dim=shape.rope, lengths=lengths, backend=backend)
 
     program = compile_(op, queries, kv, slots, lengths)
     return Case(
@@ -377,9 +376,11 @@ def build_cache_write(shape: CacheWrite, backend: str) -> Case:
     ]
 
     def op(kv, index, slots, kv_a, index_key, weights, bias, angles):
-        norms = KeyNorms(*weights, bias, 1e-6, 1e-6)
-        how = {"quantize_latent": True, "backend": backend}
-        return cache_write(kv, index, LAYER, slots, kv_a, index_key, norms, angles, **how)
+        latent_weight, index_weight = weights
+        norms = KeyNorms(latent_weight, index_weight, bias, 1e-6, 1e-6)
+        return cache_write(
+            kv, index, LAYER, slots, kv_a, index_key, norms, angles, quantize_latent=True, backend=backend
+        )
 
     program = compile_(op, *caches, *new, donate=(0, 1))
 

@@ -28,7 +28,7 @@ from pallas_kernels.matmul import (
     silu_product,
     swiglu,
 )
-from pallas_kernels.moe_dispatch import combine, gather_rows_fp8
+from pallas_kernels.moe_dispatch import RoutingPlan, combine, gather_rows_fp8
 from pallas_kernels.moe_dispatch.config import choose_config as plan_config
 from pallas_kernels.moe_dispatch.reference import tile_rows, tiles_of_plan
 from pallas_kernels.quantize import quantize
@@ -97,13 +97,30 @@ def moe_layer(shape: MoELayer, x: jax.Array, layer: Layer, backend: str, form: s
     _, weight, plan = routed(shape, logits_of(x, layer.router), layer.bias, backend)
     by_group = scales_by_group(plan)
     x_fp8, x_scales = gather_rows_fp8(x, plan, scales_by_group=by_group, backend=backend)
-    options = {"used_tiles": plan.used_tiles, "scales_by_group": by_group, "backend": backend}
-    experts = (layer.gate, layer.up, plan.tile_expert)
+    used_tiles = plan.used_tiles
     if form == "apart":
-        hidden, hidden_scales = activations_apart((x_fp8, x_scales), *experts, **options)
+        hidden, hidden_scales = activations_apart((x_fp8, x_scales), layer, plan, used_tiles, backend)
     else:
-        hidden, hidden_scales = grouped_swiglu(x_fp8, *experts, row_scales=x_scales, quantize_result=True, **options)
-    out = grouped_matmul(hidden, layer.down, plan.tile_expert, row_scales=hidden_scales, **options)
+        hidden, hidden_scales = grouped_swiglu(
+            x_fp8,
+            layer.gate,
+            layer.up,
+            plan.tile_expert,
+            used_tiles=used_tiles,
+            row_scales=x_scales,
+            scales_by_group=by_group,
+            quantize_result=True,
+            backend=backend,
+        )
+    out = grouped_matmul(
+        hidden,
+        layer.down,
+        plan.tile_expert,
+        used_tiles=used_tiles,
+        row_scales=hidden_scales,
+        scales_by_group=by_group,
+        backend=backend,
+    )
     shared = of_shared_expert(x, layer, backend)
     return (combine(out, weight, plan, backend=backend) + shared.astype(jnp.float32)).astype(x.dtype)
 
@@ -116,12 +133,24 @@ def of_shared_expert(x: jax.Array, layer: Layer, backend: str) -> jax.Array:
     return matmul(hidden, layer.shared_down, row_scales=scales, backend=backend)
 
 
-def activations_apart(rows: Fp8, gate: QTensor, up: QTensor, tile_expert: jax.Array, **options: Any) -> Fp8:
+def activations_apart(rows: Fp8, layer: Layer, plan: RoutingPlan, used_tiles: jax.Array, backend: str) -> Fp8:
     """Quantised silu(gate) * up of quantised rows, by two products, SwiGLU in XLA, and quantisation."""
     x, row_scales = rows
-    both = silu_product(*(grouped_matmul(x, w, tile_expert, row_scales=row_scales, **options) for w in (gate, up)))
-    values, scales = quantize(both, backend=options["backend"])
-    return values, scales.T if options["scales_by_group"] else scales
+    by_group = scales_by_group(plan)
+
+    def product(weight: QTensor) -> jax.Array:
+        return grouped_matmul(
+            x,
+            weight,
+            plan.tile_expert,
+            used_tiles=used_tiles,
+            row_scales=row_scales,
+            scales_by_group=by_group,
+            backend=backend,
+        )
+
+    values, scales = quantize(silu_product(product(layer.gate), product(layer.up)), backend=backend)
+    return values, scales.T if by_group else scales
 
 
 @once
@@ -181,13 +210,16 @@ def config(shape: MoELayer) -> dict[str, Any]:
         rows=tile * tiles, columns=shape.width, depth=shape.hidden, scheme=FP8_BLOCK, tiles=tiles, swiglu=True
     )
     down = dataclasses.replace(gate_and_up, columns=shape.hidden, depth=shape.width, swiglu=False)
-    shared = {"rows": shape.tokens, "tiles": None}
+
+    def shared(product: Product) -> Product:
+        return dataclasses.replace(product, rows=shape.tokens, tiles=None)
+
     return {
         "plan": dataclasses.asdict(plan_config(choices)),
         "gate and up": config_of(gate_and_up),
         "down": config_of(down),
-        "shared gate and up": config_of(dataclasses.replace(gate_and_up, **shared)),
-        "shared down": config_of(dataclasses.replace(down, **shared)),
+        "shared gate and up": config_of(shared(gate_and_up)),
+        "shared down": config_of(shared(down)),
     }
 
 

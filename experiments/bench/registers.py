@@ -90,8 +90,11 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
             tiles, stage = (experts, used), FP8_BLOCK.many_rows
             fp8 = many_rows.matmul(x, row_scales, weights, weight_scales, *tiles, stage=stage, config=config)
             bf16 = many_rows.matmul(dense_x, None, dense_weights, None, stage=PLAIN.many_rows, config=config)
-            pairs, options = ((weights, weights), (weight_scales, weight_scales)), {"stage": stage, "config": config}
-            return fp8, bf16, many_rows_swiglu.swiglu(x, row_scales, *pairs, *tiles, result=quantised, **options)
+            pairs = (weights, weights), (weight_scales, weight_scales)
+            swiglu = many_rows_swiglu.swiglu(
+                x, row_scales, *pairs, *tiles, stage=stage, config=config, result=quantised
+            )
+            return fp8, bf16, swiglu
 
         fp8, bf16 = jnp.float8_e4m3fn, jnp.bfloat16
         rows = [of((256, 512), fp8), of((4, 256), jnp.float32)]
@@ -101,9 +104,10 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
     for config in CONFIGS["many_rows_int8"]:
 
         def int8_products(x, x_scales, weights, scales, experts, used, config=config):
-            options = {"stage": INT8.many_rows, "config": config}
-            dense = many_rows.matmul(x, x_scales, weights[0], scales[0], **options)
-            return dense, many_rows.matmul(x, x_scales, weights, scales, experts, used, **options)
+            stage = INT8.many_rows
+            dense = many_rows.matmul(x, x_scales, weights[0], scales[0], stage=stage, config=config)
+            tiles = experts, used
+            return dense, many_rows.matmul(x, x_scales, weights, scales, *tiles, stage=stage, config=config)
 
         rows = [of((256, 512), jnp.int8), of((256,), jnp.float32)]
         weights = [of((3, 512, 512), jnp.int8), of((3, 512), jnp.float32), of((2,), jnp.int32), of((), jnp.int32)]
@@ -129,8 +133,8 @@ def programs() -> Iterator[tuple[str, Any, Callable[..., Any], list[Any]]]:
         def gate_and_up(x, x_scales, gate, up, scales, config=config):
             pairs = (gate, up), (scales, scales)
             by_row = dataclasses.replace(quantised, scales_by_group=False)
-            options = {"stage": FP8_BLOCK.few_rows, "config": config, "result": by_row}
-            return few_rows_swiglu.swiglu(x, x_scales, *pairs, None, None, **options)
+            stage = FP8_BLOCK.few_rows
+            return few_rows_swiglu.swiglu(x, x_scales, *pairs, None, None, stage=stage, config=config, result=by_row)
 
         x = [of((config.tile, 512), fp8), of((config.tile, 4), jnp.float32)]
         yield "few_rows_swiglu", config, gate_and_up, [*x, *[of((512, 512), fp8)] * 2, of((4, 4), jnp.float32)]

@@ -122,8 +122,8 @@ def measure(settings: Settings, say: Callable[[str], None] = print) -> tuple[Con
     peers = Peers.read(settings.peers, machine["device"])
     for file in peers.files:
         if not file["used"]:
-            how = f"measured on {file['device']}, L2 emptied by: {file['flush']}"
-            say(f"{file['name']}: {how}; this is {machine['device']}, {timing.FLUSH}; not used")
+            conditions = f"measured on {file['device']}, L2 emptied by: {file['flush']}"
+            say(f"{file['name']}: {conditions}; this is {machine['device']}, {timing.FLUSH}; not used")
     timer, trouble = timing.device_timer()
     say(f"timer: {timer.name}" + (f" ({trouble})" if trouble else ""))
     ceilings = roofline.measure(timer, peers, settings.tiny)

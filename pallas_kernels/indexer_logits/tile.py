@@ -53,7 +53,7 @@ def reduce_scatter(values: list[ir.Value], bit: Word, mask: int) -> list[ir.Valu
 
 def minus_infinity() -> ir.Value:
     """Returns the constant."""
-    return arith.constant(ir.F32Type.get(), float("-inf"))
+    return mosaic.f32(float("-inf"))
 
 
 def device_tile(config: Config, row: int):

@@ -239,7 +239,7 @@ class Rows(NamedTuple):
         return jnp.bfloat16 if self.values.dtype == jnp.float8_e4m3fn else self.values.dtype
 
     @property
-    def arrays(self) -> tuple[Any, ...]:
+    def arrays(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
         return self.values, self.scales, self.tile_expert, self.used_tiles
 
 
@@ -335,8 +335,9 @@ def _multiply(
         del used_tiles
         by_row = row_scales.T if rows.by_group and row_scales is not None else row_scales
 
-        def product(x, weight):
-            return scheme.product(*x, *weight, arithmetic)
+        def product(rows, weight):
+            (x, x_scales), (values, scales) = rows, weight
+            return scheme.product(x, x_scales, values, scales, arithmetic)
 
         if tile_expert is None:
             return product((x, by_row), (values, scales))
@@ -345,10 +346,10 @@ def _multiply(
     def kernel(x, row_scales, tile_expert, used_tiles, values, scales):
         x, row_scales = _as_the_kernel_takes_them(scheme, x, row_scales, rows.by_group, scale_fmt, chosen.many, backend)
         arrays = x, row_scales, values, scales, tile_expert, used_tiles
-        options = {"config": chosen.config, "interpret": mosaic.interpret_on(backend)}
+        config, interpret = chosen.config, mosaic.interpret_on(backend)
         if chosen.many:
-            return many_rows.matmul(*arrays, stage=scheme.many_rows, **options)
-        return few_rows.matmul(*arrays, stage=scheme.few_rows, dtype=dtype, **options)
+            return many_rows.matmul(*arrays, stage=scheme.many_rows, config=config, interpret=interpret)
+        return few_rows.matmul(*arrays, stage=scheme.few_rows, dtype=dtype, config=config, interpret=interpret)
 
     function = plain if backend == "reference" else gradient_of_reference(launched(kernel, op, backend), plain)
     return function(*rows.arrays, values, scales)
@@ -392,9 +393,10 @@ def _fused_swiglu(op: str, rows: Rows, weights: tuple[Weight, Weight], result: R
         if row_scales is None:
             x, row_scales = scheme.quantize_rows(x, result.scale_fmt, False, "reference")
 
-        def hidden_of(x, weights):
-            pairs = zip(weights[0], weights[1] or (None, None), strict=True)
-            return rounded_silu_product(*(scheme.product(*x, *weight, arithmetic) for weight in pairs))
+        def hidden_of(rows, weights):
+            (x, x_scales), pairs = rows, zip(weights[0], weights[1] or (None, None), strict=True)
+            gate, up = (scheme.product(x, x_scales, values, scales, arithmetic) for values, scales in pairs)
+            return rounded_silu_product(gate, up)
 
         weights = values, scales
         if tile_expert is None:

@@ -70,8 +70,9 @@ def route(
     check_choice(logits, bias, num_groups, groups_kept, experts_per_token)
     if chosen == "reference":
         return reference.route(logits, bias, num_groups, groups_kept, experts_per_token, normalize, scaling_factor)
+    tokens, experts = logits.shape
     shapes = mosaic_gpu.Routing(
-        *logits.shape, num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor)
+        tokens, experts, num_groups, groups_kept, experts_per_token, normalize, float(scaling_factor)
     )
     kernel = functools.partial(mosaic_gpu.route, shapes=shapes, interpret=interpret)
     return without_gradient(launched(kernel, "moe_dispatch.route", chosen), "moe_dispatch.route")(logits, bias)
@@ -137,7 +138,8 @@ def make_plan(
     kernel = functools.partial(
         mosaic_gpu.make_plan, num_experts=num_experts, tile=tile, config=config, interpret=interpret
     )
-    return RoutingPlan(*launched(kernel, "moe_dispatch.make_plan", chosen)(experts, valid), tile)
+    row_token, tile_expert, token_row = launched(kernel, "moe_dispatch.make_plan", chosen)(experts, valid)
+    return RoutingPlan(row_token, tile_expert, token_row, tile)
 
 
 def gather_rows(x: jax.Array, plan: RoutingPlan, *, backend: str = "auto") -> jax.Array:

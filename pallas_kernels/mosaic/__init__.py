@@ -4,6 +4,7 @@ Pallas' own arrays, copies and barriers carry the kernels. Where a kernel needs 
 histogram, a warp vote), it has a small `inline_mgpu` function, written with what is here:
 
   words.py          words and predicates, and PTX on them
+  mlir.py           operations whose types jaxlib tells wrongly
   floats.py         float32, and packed bfloat16 and e4m3
   control.py        loops and branches; what warps, CTAs and clusters do together
   memory.py         loads and stores by address
@@ -55,6 +56,7 @@ from pallas_kernels.mosaic.memory import (
     shared_address,
     store_global,
 )
+from pallas_kernels.mosaic.mlir import constant, f32, if_else
 from pallas_kernels.mosaic.words import (
     INT32,
     REF,
@@ -86,9 +88,12 @@ __all__ = [
     "barrier",
     "branch",
     "cluster_barrier",
+    "constant",
+    "f32",
     "global_address",
     "i32",
     "i64",
+    "if_else",
     "integer",
     "interpret_on",
     "interpreter",

@@ -11,6 +11,7 @@ from jaxlib.mlir.dialects import gpu as gpu_dialect
 from jaxlib.mlir.dialects import nvvm, scf
 
 from pallas_kernels.mosaic.floats import Float
+from pallas_kernels.mosaic.mlir import for_loop, if_else
 from pallas_kernels.mosaic.words import Word, as_word, i32, integer, ptx, ptx_word
 
 # ---- control flow --------------------------------------------------------------------------------------------------
@@ -18,7 +19,7 @@ from pallas_kernels.mosaic.words import Word, as_word, i32, integer, ptx, ptx_wo
 
 def loop(start, stop, step, state: Sequence[Word | int], body: Callable[..., Sequence[Word] | None]) -> list[Word]:
     """`for i in range(start, stop, step): state = body(i, *state)`."""
-    op = scf.ForOp(as_word(start).value, as_word(stop).value, as_word(step).value, [as_word(x).value for x in state])
+    op = for_loop(as_word(start).value, as_word(stop).value, as_word(step).value, [as_word(x).value for x in state])
     with ir.InsertionPoint(op.body):
         result = body(Word(op.induction_variable), *[Word(x) for x in op.inner_iter_args])
         scf.YieldOp([as_word(x).value for x in result or []])
@@ -46,7 +47,7 @@ def branch(
     if not callable(otherwise):
         values = list(otherwise)
         otherwise, results = (lambda: values), len(values)
-    op = scf.IfOp(condition.value, [integer(32)] * results, has_else=True)
+    op = if_else(condition.value, [integer(32)] * results)
     for block, function in ((op.then_block, then), (op.else_block, otherwise)):
         with ir.InsertionPoint(block):
             scf.yield_([as_word(x).value for x in (function() or [])][:results])

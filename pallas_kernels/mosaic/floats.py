@@ -10,6 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic.mlir import f32
 from pallas_kernels.mosaic.words import Word, integer
 
 
@@ -17,7 +18,7 @@ class Float:
     """A float32 in a thread's register. A product whose sum follows may be fused with it."""
 
     def __init__(self, value: ir.Value | float):
-        self.value = value if isinstance(value, ir.Value) else arith.constant(ir.F32Type.get(), float(value))
+        self.value = value if isinstance(value, ir.Value) else f32(float(value))
 
     @staticmethod
     def of_bits(bits: Word) -> Float:

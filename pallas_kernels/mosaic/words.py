@@ -14,6 +14,8 @@ from jax.experimental.mosaic.gpu import utils as mgu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic.mlir import constant
+
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())
 INT32 = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
@@ -27,12 +29,12 @@ def integer(bits: int) -> ir.Type:
 
 def i32(value: int) -> ir.Value:
     """An MLIR constant."""
-    return arith.constant(integer(32), value)
+    return constant(integer(32), value)
 
 
 def i64(value: int) -> ir.Value:
     """An MLIR constant."""
-    return arith.constant(integer(64), value)
+    return constant(integer(64), value)
 
 
 def as_word(x: Word | ir.Value | int) -> Word:
@@ -85,7 +87,7 @@ class Word:
 
     def negated(self) -> Word:
         """Returns the opposite predicate."""
-        return Word(arith.xori(self.value, arith.constant(integer(1), 1)))
+        return Word(arith.xori(self.value, constant(integer(1), 1)))
 
     def to_word(self) -> Word:
         """Returns a predicate as 0 or 1."""

@@ -87,8 +87,11 @@ def sparse_mla(
     interpret = interpret_on(backend)
 
     # What may be a tracer goes in as an argument; a missing array is an empty tree of them.
-    op = gradient_of_reference(
-        launched(lambda *arrays: mosaic_gpu.sparse_mla(*arrays, scale, interpret=interpret), "sparse_mla", backend),
-        lambda *arrays: reference.sparse_mla(*arrays, scale, rope_dim, chunk_bytes),
-    )
+    def kernel(queries, kv, layer, slots, lengths):
+        return mosaic_gpu.sparse_mla(queries, kv, layer, slots, lengths, scale, interpret=interpret)
+
+    def plain(queries, kv, layer, slots, lengths):
+        return reference.sparse_mla(queries, kv, layer, slots, lengths, scale, rope_dim, chunk_bytes)
+
+    op = gradient_of_reference(launched(kernel, "sparse_mla", backend), plain)
     return op(queries, kv, jnp.asarray(layer, jnp.int32), slots, lengths)

@@ -17,6 +17,7 @@ Absent keys are filled with zeros: whatever a row holds that nobody chose must n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -157,7 +158,8 @@ class DeviceGather:
         @plgpu.inline_mgpu(arg_types=(REF, SCALAR))
         def wait(ctx, ready_bar, step):
             odd = (scalar(step) & 1).differs(0)
-            mgu.BarrierRef(mgu.memref_ptr(ready_bar), i32(which), None, 1).wait_parity(odd.value)
+            barriers: Callable[..., mgu.BarrierRef] = mgu.BarrierRef  # its phases may be None: `wait_parity` reads none
+            barriers(mgu.memref_ptr(ready_bar), i32(which), None, 1).wait_parity(odd.value)
 
         wait(ready_bar, step)
 

@@ -313,7 +313,8 @@ class Kernel:
                 return output, maxima, sums
 
             carry = lax.fori_loop(0, item.pairs - 1, pair, self.start())
-            self.finish(item, *pair(item.pairs - 1, carry, last=True), 1)
+            output, maxima, sums = pair(item.pairs - 1, carry, last=True)
+            self.finish(item, output, maxima, sums, 1)
 
         self.for_items(one, lambda item: self.finish_without_keys(item, 1))
 

@@ -72,14 +72,14 @@ class DeviceProducts:
             arg_types=(MATRIX, ROW), return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=MATRIX)
         )
         def rescale(ctx, matrix, factors):
-            one = arith.constant(ir.F32Type.get(), 1.0)
+            one = mosaic.f32(1.0)
             numbers = [
                 vector.extract(x, dynamic_position=[], static_position=[0]) if isinstance(x.type, ir.VectorType) else x
                 for x in factors.registers.flat
             ]
             needed = functools.reduce(arith.ori, [arith.cmpf(arith.CmpFPredicate.UNE, x, one) for x in numbers])
             vote = nvvm.vote_sync(i32(-1), needed, "any")
-            branch = scf.IfOp(vote, [x.type for x in matrix.registers.flat], has_else=True)
+            branch = mosaic.if_else(vote, [x.type for x in matrix.registers.flat])
             with ir.InsertionPoint(branch.then_block):
                 scaled = matrix * factors.broadcast_in_dim(matrix.shape, (0,), matrix.layout)
                 scf.yield_(list(scaled.registers.flat))

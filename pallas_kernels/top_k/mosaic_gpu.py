@@ -321,9 +321,9 @@ def top_k(
         config = INTERPRETED if interpret else choose_config(rows, length)
     if part:
         operands = (lengths, part.number.reshape(1))
-        run = launch(scores.shape, k, (), config, interpret)
+        run = launch((rows, length + padding), k, (), config, interpret)
         return pl.run_state(lambda out: run(box(scores), *operands, out))(part.out)
-    run = launch(scores.shape, k, jax.ShapeDtypeStruct((rows, k), jnp.int32), config, interpret)
+    run = launch((rows, length + padding), k, jax.ShapeDtypeStruct((rows, k), jnp.int32), config, interpret)
     kernel = without_gradient(lambda scores, *lengths: run(box(scores), *lengths), "top_k")
     return kernel(scores, *(() if lengths is None else (lengths,)))
 

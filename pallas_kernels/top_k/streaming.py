@@ -202,7 +202,8 @@ class Streaming(Selection):
         def one(key, position, exists, least, greatest):
             return exists.where(least.min(key), least), exists.where(greatest.max(key), greatest)
 
-        return self.extremes(*self.each(count, [ALL_BITS, 0], one), peers)
+        least, greatest = self.each(count, [ALL_BITS, 0], one)
+        return self.extremes(least, greatest, peers)
 
     # ---- after the row ----
 
