@@ -1,4 +1,4 @@
-"""Statistics of what goes into each linear of a model, over a text."""
+"""Statistics of the inputs of each linear of a model, over a text."""
 
 import dataclasses
 import math
@@ -24,44 +24,43 @@ from pallas_kernels.matmul import dense
 
 
 def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, Statistics]:
-    """Statistics by the path of each linear, those of the MTP layer, if there is one, among them.
+    """Returns statistics by the path of each linear, the MTP layer's among them if there is one.
 
-    The model runs unquantised in float32, without absorption, so that kv_b too has inputs. The MTP layer is given each
-    token of a window but the last, with the one behind it.
+    The model runs unquantised in float32, without absorption, so that kv_b has inputs, too. The MTP layer gets each
+    token of a window but the last, with the token after it.
 
     Args:
-      lm: whose weights are dequantised for it; in memory, all at once.
+      lm: the model; all its linears are dequantised at once, in memory.
       windows: ids of one length, at least 2; each is a text of its own.
 
     Raises:
-      UserError: there is no memory for it, or a weight or what comes of it is NaN or infinite.
+      UserError: there is too little memory, or a weight or a statistic is NaN or infinite.
     """
     parameters = named_parameters(lm.model)
     check_all_finite(parameters, lm.model.config)
     linears = {path: leaf for path, leaf in parameters.items() if is_linear(path)}
-    # In float32, and twice the moments: what a window adds, and the sum.
+    # Linears in float32, and twice the moments: those of a window, and the sum.
     needed = sum(
-        4 * math.prod(one.shape) + 8 * math.prod(one.shape[:-2]) * one.shape[-1] ** 2 for one in linears.values()
+        4 * math.prod(leaf.shape) + 8 * math.prod(leaf.shape[:-2]) * leaf.shape[-1] ** 2 for leaf in linears.values()
     )
-    free, where = available_bytes()
+    free, memory_name = available_bytes()
     if needed > free:
         raise UserError(
             f"calibration: linears in float32 and the second moments of their inputs take {human(needed)}, and there "
-            f"are {human(free)} of {where}; quantise without it, or use a machine with more"
+            f"are {human(free)} of {memory_name}; quantise without it, or use a machine with more"
         )
     parameters |= {path: dense(leaf, jnp.float32) for path, leaf in linears.items()}
     model = replace_parameters(lm.model, parameters)
-    exact = {"compute_dtype": "float32", "act_quant": False, "absorb": False, "cache_dtype": None}
-    options = dataclasses.replace(lm.options, **exact)
+    options = dataclasses.replace(lm.options, compute_dtype="float32", act_quant=False, absorb=False, cache_dtype=None)
     total: dict[str, Statistics] = {}
     layers = lm.config.num_hidden_layers + lm.config.has_mtp
-    pieces = list(windows)
-    with progress_bar("calibrating", len(pieces), "windows") as advance:
-        for window in pieces:
+    all_windows = list(windows)
+    with progress_bar("calibrating", len(all_windows), "windows") as advance:
+        for window in all_windows:
             ids = np.asarray(window, np.int32)
-            places = np.arange(len(ids), dtype=np.int32)
+            positions = np.arange(len(ids), dtype=np.int32)
             table = np.arange(-(-len(ids) // BLOCK_SIZE), dtype=np.int32)[None]
-            batch = Batch(*map(jnp.asarray, (ids, places, places, 0 * places, table, places[:1])))
+            batch = Batch(*map(jnp.asarray, (ids, positions, positions, 0 * positions, table, positions[:1])))
             cache = KVCache.create(lm.config, table.size, options, layers=layers)
             total = jax.block_until_ready(_summed(model, batch, cache, total, options))
             advance(1)
@@ -73,7 +72,7 @@ def calibrate(lm: LanguageModel, windows: Iterable[Sequence[int]]) -> dict[str, 
 def _summed(
     model: DeepseekV32, batch: Batch, cache: KVCache, total: dict[str, Statistics], options: Options
 ) -> dict[str, Statistics]:
-    """`total` and what one window adds to it."""
+    """`total` and the statistics of one window, summed."""
     inputs = {f"{path}.input": path for path in named_parameters(model) if is_linear(path)}
     seams = options.seams(Taps.of(dict.fromkeys(inputs, of_inputs)))
     states, cache = model.states(batch, cache, options, seams)
@@ -86,8 +85,11 @@ def _summed(
     }
 
 
-def windows_of(lm: LanguageModel, text: str, length: int = 1024, most: int = 32) -> list[list[int]]:
-    """A text as ids for `calibrate`: whole windows of `length` tokens from its beginning, or one of all that it has.
+def windows_of(lm: LanguageModel, text: str, length: int = 1024, max_windows: int = 32) -> list[list[int]]:
+    """Windows of a text as ids for `calibrate`.
+
+    Returns:
+      Whole windows of `length` tokens from the text's beginning, at most `max_windows`; a shorter text is one window.
 
     Raises:
       UserError: the text is empty, or the checkpoint has no tokenizer.
@@ -98,4 +100,4 @@ def windows_of(lm: LanguageModel, text: str, length: int = 1024, most: int = 32)
     length = min(length, lm.config.max_position_embeddings, len(ids))
     if length < 2:
         raise UserError("calibration: the text is empty")
-    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)][:most]
+    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)][:max_windows]

@@ -23,24 +23,24 @@ COPIED = (
     *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "*.md"),
     *("*.py", "encoding/**/*"),
 )
-"""What every conversion copies, to either layout, so that nothing is lost on the way back: settings, the tokenizer in
-any of its forms, chat templates, licences and cards, and code (of `auto_map`, and DeepSeek's own encoding of chats),
-which is never run here. Not copied: tensors in other formats, and folders such as `inference` that are about the files
-as they were."""
+"""The files that every conversion copies, to either layout, so that nothing is lost on the way back: settings, the
+tokenizer in any of its forms, chat templates, licences and cards, and code (of `auto_map`, and DeepSeek's own encoding
+of chats), which is never run here. Tensors in other formats are not copied, nor are folders such as `inference`, which
+describe the source's files."""
 
 
 def companions(directory: Path) -> Iterator[Path]:
-    """The files of `COPIED` that a checkpoint has, each once, in whatever case their names are written."""
-    seen = set()
+    """Yields the files of `COPIED` that a checkpoint has, each once; the case of their names does not matter."""
+    yielded = set()
     for pattern in COPIED:
         for path in sorted(directory.glob(pattern, case_sensitive=False)):
-            if path not in seen and present(path) and path.is_file() and "__pycache__" not in path.parts:
-                seen.add(path)
+            if path not in yielded and present(path) and path.is_file() and "__pycache__" not in path.parts:
+                yielded.add(path)
                 yield path
 
 
 def copy_files(source: Path, target: Path, config: ModelConfig | None) -> None:
-    """Byte for byte; a `config` is written instead of the source's."""
+    """Copies the companions of a checkpoint byte for byte; a `config` is written instead of the source's."""
     for path in companions(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -50,12 +50,12 @@ def copy_files(source: Path, target: Path, config: ModelConfig | None) -> None:
 
 
 def write_config(directory: Path, config: ModelConfig) -> None:
-    """config.json."""
+    """Writes config.json."""
     write_json(directory / "config.json", config.to_hf())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A file of settings."""
+    """Writes a file of settings."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,14 +76,14 @@ def most_of(sizes: Iterable[tuple[str, int]]) -> str | None:
     return max(sums, key=lambda name: sums[name], default=None)
 
 
-def said_dtypes(config: ModelConfig) -> dict[str, Any]:
-    """What a config says of it, by field: transformers has renamed `torch_dtype` to `dtype`."""
+def config_dtypes(config: ModelConfig) -> dict[str, Any]:
+    """The dtype in a config, by field: transformers has renamed `torch_dtype` to `dtype`."""
     fields = {"torch_dtype": config.torch_dtype} | {name: json.loads(text) for name, text in config.unknown}
     return {name: fields[name] for name in ("torch_dtype", "dtype") if fields.get(name) is not None}
 
 
 def with_dtype(config: ModelConfig, parameters: Mapping[str, Any]) -> ModelConfig:
-    """The config, saying of the dtype what the parameters that are written with it have."""
+    """The config with the dtype of the parameters that are written with it, see `plain_dtype`."""
     dtype = plain_dtype(parameters)
     if dtype is None:
         return config

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from dsv32_jax.common.reading import present, read_json
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.convert.companions import most_of, said_dtypes
+from dsv32_jax.convert.companions import config_dtypes, most_of
 from dsv32_jax.convert.conversion import checkpoint_kind
 from dsv32_jax.convert.huggingface import INDEX, SINGLE, HFReader, read_index
 from dsv32_jax.convert.orbax import DESCRIPTION, PARAMS, OrbaxReader, describe
@@ -25,17 +25,17 @@ SCHEME_OF = {scheme.dtypes[0]: scheme.name for scheme in SCHEMES.values()}
 """The scheme of weights by the dtype of their values in memory and in Orbax."""
 PACKED = COMPRESSED[INT4].suffixes["packed"]
 ADDED = (OFFICIAL["scales"], *(suffix for suffix in COMPRESSED[INT4].suffixes.values() if suffix != PACKED))
-"""What names of tensors end in that belong to a weight."""
+"""Suffixes of the names of tensors that belong to a weight."""
 
 
 class Weight(NamedTuple):
     """A weight as files hold it, stacked experts as one.
 
     Attributes:
-      kind: its scheme, or of a plain one the dtype.
+      kind: its scheme, or the dtype of a plain one.
       plain: whether it is a matrix without a scheme.
-      tensors: how many it stands for in the Hugging Face layout.
-      parameters: values, without scales.
+      tensors: number of its tensors in the Hugging Face layout, one for each expert.
+      parameters: number of values, without scales.
       arrays: dtype and bytes of each of its arrays.
     """
 
@@ -52,10 +52,10 @@ class Contents:
 
     Attributes:
       layout: "hf" or "orbax".
-      parameters: their number; scales are none.
-      bytes_by_dtype: of all arrays.
-      weights: by scheme, and by dtype where they have none: "tensors", "parameters" and "bytes".
-      disagreements: one line for each thing that config.json or the index says otherwise.
+      parameters: their number; scales do not count.
+      bytes_by_dtype: bytes of all arrays.
+      weights: "tensors", "parameters" and "bytes" by scheme, or by dtype where there is none.
+      disagreements: one line for each contradiction between the files and config.json or the index.
     """
 
     layout: str
@@ -66,7 +66,7 @@ class Contents:
 
 
 def contents(directory: Path, config: ModelConfig) -> Contents:
-    """Of a checkpoint directory, and where that differs from its config.
+    """Reads what a checkpoint directory holds, and where it differs from its config.
 
     Raises:
       UserError: no checkpoint, or an unfinished one.
@@ -87,15 +87,20 @@ def contents(directory: Path, config: ModelConfig) -> Contents:
         kind["tensors"] += weight.tensors
         kind["parameters"] += weight.parameters
         kind["bytes"] += sum(size for _, size in weight.arrays)
-    held = most_of((weight.kind, weight.parameters) for weight in weights if weight.plain)
-    for field, said in said_dtypes(config).items():
-        if held is not None and str(said).removeprefix("torch.") != held:
-            disagreements.append(f"config.json: {field} is {said}, and the files hold what has no scheme in {held}")
+    files_dtype = most_of((weight.kind, weight.parameters) for weight in weights if weight.plain)
+    for field, dtype in config_dtypes(config).items():
+        if files_dtype is not None and str(dtype).removeprefix("torch.") != files_dtype:
+            disagreements.append(
+                f"config.json: {field} is {dtype}, and the files hold what has no scheme in {files_dtype}"
+            )
     return Contents(layout, sum(weight.parameters for weight in weights), by_dtype, by_kind, disagreements)
 
 
 def hf_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]:
-    """Of the files that the index names, or of the only one; those that cannot be read are left to `HFReader`."""
+    """Yields the weights of the files that the index names, or of the only file.
+
+    It skips files that cannot be read: `HFReader` reports those.
+    """
     files, metadata = {SINGLE}, None
     if present(directory / INDEX):
         weight_map, metadata = read_index(directory)
@@ -112,59 +117,60 @@ def hf_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]:
         except UserError:
             continue
     total = sum(entry.size for entry in tensors.values())
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if said not in (None, total):
-        disagreements.append(f"{INDEX}: total_size is {said}, and the files hold {total} bytes of tensors")
+    index_total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if index_total not in (None, total):
+        disagreements.append(f"{INDEX}: total_size is {index_total}, and the files hold {total} bytes of tensors")
     parts: dict[str, dict[str, Entry]] = {}
     for name, entry in tensors.items():
         suffix = next((end for end in (PACKED, *ADDED) if name.endswith(end) and belongs(name, end, tensors)), "")
         parts.setdefault(name.removesuffix(suffix), {})[suffix] = entry
-    for held in parts.values():
-        values = held.get("") or held[PACKED]
+    for entries in parts.values():
+        values = entries.get("") or entries[PACKED]
         dtype = dtype_of(values)
-        kind = INT4.name if PACKED in held else SCHEME_OF.get(dtype, dtype) if len(held) > 1 else dtype
-        count = math.prod(values.shape) * (IN_A_WORD if PACKED in held else 1)
-        plain = len(held) == 1 and len(values.shape) > 1
-        yield Weight(kind, plain, 1, count, [(dtype_of(entry), entry.size) for entry in held.values()])
+        kind = INT4.name if PACKED in entries else SCHEME_OF.get(dtype, dtype) if len(entries) > 1 else dtype
+        count = math.prod(values.shape) * (IN_A_WORD if PACKED in entries else 1)
+        plain = len(entries) == 1 and len(values.shape) > 1
+        yield Weight(kind, plain, 1, count, [(dtype_of(entry), entry.size) for entry in entries.values()])
 
 
 def belongs(name: str, suffix: str, tensors: dict[str, Entry]) -> bool:
-    """Whether a tensor is a part of a weight, and not one that is called so."""
+    """Whether a tensor is a part of a weight, and not a parameter whose own name ends in the suffix."""
     base = name.removesuffix(suffix)
     return base in tensors or base + PACKED in tensors
 
 
 def dtype_of(entry: Entry) -> str:
-    """As NumPy names it, where it is a type that checkpoints of this model have."""
+    """NumPy's name of the dtype, or safetensors' where checkpoints of this model do not have that type."""
     return DTYPES[entry.dtype].name if entry.dtype in DTYPES else entry.dtype
 
 
 def orbax_weights(directory: Path, disagreements: list[str]) -> Iterator[Weight]:
-    """Of all items; by Orbax's own metadata, held against what this project wrote beside it."""
-    said = read_json(directory / DESCRIPTION).get("parameters")
+    """Yields the weights of all items from Orbax's metadata, which it compares with this project's description."""
+    descriptions = read_json(directory / DESCRIPTION).get("parameters")
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     for item in sorted(path for path in (directory / PARAMS).iterdir() if path.is_dir()):
         try:
-            held: dict[str, Any] = dict(checkpointer.metadata(item.absolute()).item_metadata.tree)
+            leaves: dict[str, Any] = dict(checkpointer.metadata(item.absolute()).item_metadata.tree)
         except Exception as error:  # Orbax has many for what it cannot read
             disagreements.append(f"{PARAMS}/{item.name}: cannot be read ({type(error).__name__}: {error})"[:200])
             continue
-        for path, leaf in held.items():
+        for path, leaf in leaves.items():
             quantised = isinstance(leaf, dict)
             parts = leaf if quantised else {"array": leaf}
-            found = {name: describe(jax.ShapeDtypeStruct(part.shape, part.dtype)) for name, part in parts.items()}
-            written = said.get(path) if isinstance(said, dict) else None
-            if written is not None and any(
-                part != (written if not quantised else written.get(name)) for name, part in found.items()
+            described = {name: describe(jax.ShapeDtypeStruct(part.shape, part.dtype)) for name, part in parts.items()}
+            expected = descriptions.get(path) if isinstance(descriptions, dict) else None
+            if expected is not None and any(
+                part != (expected if not quantised else expected.get(name)) for name, part in described.items()
             ):
-                shown = " and ".join(f"{part['dtype']} {part['shape']}" for part in found.values())
+                shown = " and ".join(f"{part['dtype']} {part['shape']}" for part in described.values())
                 disagreements.append(f"{path}: is {shown}, and {DESCRIPTION} says otherwise")
             values = parts["values"] if quantised else leaf
             dtype = np.dtype(values.dtype).name
             kind = SCHEME_OF.get(dtype, dtype) if quantised else dtype
             count = math.prod(SCHEMES[kind].shape_of(values) if quantised and kind in SCHEMES else values.shape)
             arrays = [
-                (part["dtype"], math.prod(part["shape"]) * np.dtype(part["dtype"]).itemsize) for part in found.values()
+                (part["dtype"], math.prod(part["shape"]) * np.dtype(part["dtype"]).itemsize)
+                for part in described.values()
             ]
             plain = not quantised and len(values.shape) > 1
             yield Weight(kind, plain, math.prod(values.shape[:-2]), count, arrays)

@@ -1,4 +1,4 @@
-"""Checkpoints from one layout to the other, streamed layer by layer, resumable."""
+"""Converts checkpoints from one layout to the other: streamed layer by layer, resumable."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ OTHER = {"hf": "orbax", "orbax": "hf"}
 PROVENANCE = "dsv32_jax_quantization"
 """The field of config.json that says how a quantised checkpoint came to be."""
 KEPT_FLOAT32 = (".router_bias", ".indexer.k_norm_weight", ".indexer.k_norm_bias")
-"""What stays as it is when all else becomes bfloat16: choices hang on these."""
+"""Parameters that stay as they are when all others become bfloat16: choices depend on these."""
 
 
 def checkpoint_kind(directory: str | os.PathLike[str]) -> str:
@@ -58,7 +58,7 @@ def load_hf(
     dequantize: str | None = None,
     mtp: bool = True,
 ) -> DeepseekV32:
-    """The model of a Hugging Face checkpoint directory; each parameter goes to its device as soon as it is read.
+    """Loads the model of a Hugging Face checkpoint; each parameter goes to its device as soon as it is read.
 
     Args:
       directory: has config.json and safetensors.
@@ -68,7 +68,7 @@ def load_hf(
       mtp: False leaves out the multi-token prediction layer, whether or not the files have one.
 
     Raises:
-      UserError: what `HFReader` finds wrong, or a parameter that would spoil the result unseen, see `check_loaded`.
+      UserError: `HFReader` refuses the files, or a parameter would spoil the result unseen, see `check_loaded`.
     """
     directory = Path(directory)
     refuse_unfinished(directory)
@@ -82,7 +82,7 @@ def load_hf(
             check_loaded(path, leaf, config)
             advance(nbytes(leaf))
             placed = jax.tree.map(jnp.asarray, leaf) if placement is None else jax.device_put(leaf, placement(path))
-            parameters[path] = as_wanted(placed, dequantize)
+            parameters[path] = dequantized_if(placed, dequantize)
     return assembled(config, parameters, dequantize)
 
 
@@ -94,7 +94,7 @@ def load_orbax(
     dequantize: str | None = None,
     mtp: bool = True,
 ) -> DeepseekV32:
-    """The model of a converted checkpoint; arguments and errors as those of `load_hf`."""
+    """Loads the model of a converted checkpoint; arguments and errors are those of `load_hf`."""
     directory = Path(directory)
     refuse_unfinished(directory)
     config = config_to_load(directory, config, mtp)
@@ -107,37 +107,37 @@ def load_orbax(
             for path, leaf in leaves.items():
                 check_loaded(path, leaf, config)
             advance(sum(map(nbytes, leaves.values())))
-            parameters |= {path: as_wanted(leaf, dequantize) for path, leaf in leaves.items()}
+            parameters |= {path: dequantized_if(leaf, dequantize) for path, leaf in leaves.items()}
     return assembled(config, parameters, dequantize)
 
 
-def as_wanted(leaf: Any, dequantize: str | None) -> Any:
-    """A parameter, as a plain array of a dtype where it is quantised and shall not be."""
+def dequantized_if(leaf: Any, dequantize: str | None) -> Any:
+    """The parameter, as a plain array of dtype `dequantize` where it is quantised and that is not None."""
     return leaf.dequantize(dequantize) if dequantize and isinstance(leaf, QTensor) else leaf
 
 
 def assembled(config: ModelConfig, parameters: dict[str, Any], dequantize: str | None) -> DeepseekV32:
-    """The model of a config and its parameters, of which none is quantised any more where that was asked for."""
+    """The model of a config and its parameters; with `dequantize` its config has no quantisation."""
     if dequantize:
         config = config.replace(quantization_config=None)
     return replace_parameters(abstract_model(config), parameters)
 
 
 def config_to_load(directory: Path, config: ModelConfig | None, mtp: bool) -> ModelConfig:
-    """The given config or the directory's, without the MTP layer where that is not wanted."""
+    """`config`, or the directory's where None; without the MTP layer where `mtp` is False."""
     config = config or ModelConfig.from_hf(directory)
     return config if mtp else config.replace(num_nextn_predict_layers=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What becomes of a checkpoint on its way to another.
+    """A change of a checkpoint's parameters while it is rewritten.
 
     Attributes:
-      config: of the new one.
-      leaf: a parameter, by path and as it is read -> as it is written.
-      stored: the same of abstract parameters.
-      identity: JSON-able; an interrupted run goes on only where it is the same.
+      config: of the new checkpoint.
+      leaf: (path, parameter as it is read) -> parameter as it is written.
+      stored: the same function of abstract parameters.
+      identity: JSON-able; an interrupted run is resumed only where it is the same.
     """
 
     config: ModelConfig
@@ -151,15 +151,15 @@ def convert(
 ) -> str:
     """Writes `source` (either layout) to `target` in the layout `to`.
 
-    The work is done in `target` + ".partial", which is renamed at the end; run again after an interruption, it goes on
-    where it stopped, unless the source or what is asked for has changed: then it begins anew. One process or thread at
-    a time can write a target. Tokenizer, templates, licences, cards and code go along, see
-    `dsv32_jax.convert.companions.COPIED`; config.json says what the new files hold.
+    The files are written to `target` + ".partial", which is renamed at the end. A run after an interruption resumes
+    where that stopped, unless the source or the arguments have changed: then it begins anew. One process or thread at a
+    time can write a target. Tokenizer, templates, licences, cards and code are copied, see
+    `dsv32_jax.convert.companions.COPIED`; config.json describes the new files.
 
     Args:
       source: a checkpoint directory.
       target: must not exist.
-      to: "orbax" or "hf"; None: the one that the source is not in.
+      to: "orbax" or "hf"; the layout that the source does not have where None.
       dtype: None keeps every value and type; "bf16" dequantises and makes all but the router's bias and the indexer's
         key norm bfloat16.
 
@@ -181,7 +181,7 @@ def rewrite(
     to: str | None,
     change_of: Callable[[ModelConfig], Change | None],
 ) -> str:
-    """`convert` with any change, made from the source's config; None: every value and file stays."""
+    """Converts with a change that `change_of` makes from the source's config; None keeps every value and file."""
     source = Path(source)
     if to not in (*OTHER, None):
         raise UserError(f"--to {to}: must be orbax or hf")
@@ -189,20 +189,20 @@ def rewrite(
         raise UserError(f"{source}: no such directory")
     kind = checkpoint_kind(source)
     to = to or OTHER[kind]
-    files = state_of(source)
+    files = file_states(source)
     config = ModelConfig.from_hf(source)
-    with new_directory(target) as held:
+    with new_directory(target) as locked_target:
         change = change_of(config)
         reader: Any = HFReader(source, config) if kind == "hf" else OrbaxReader(source, config)
         paths = list(stored_parameters(config))
         leaves = {path: reader.describe(path) for path in paths}
-        new_config, asked = config, None
+        new_config, change_identity = config, None
         if change is not None:
             leaves = {path: change.stored(path, leaf) for path, leaf in leaves.items()}
-            new_config, asked = with_dtype(change.config, leaves), change.identity
+            new_config, change_identity = with_dtype(change.config, leaves), change.identity
         shards = shards_or_plan(reader.shards, new_config, leaves)
 
-        def written(path: str, leaf: Any) -> Any:
+        def to_write(path: str, leaf: Any) -> Any:
             check_finite(path, leaf, config)
             if change is None:
                 return leaf
@@ -211,8 +211,14 @@ def rewrite(
                 check_finite(path, changed, new_config)
             return changed
 
-        work_of = {"source": str(source.resolve()), "files": files, "to": to, "change": asked, "version": __version__}
-        with unfinished(held, work_of) as work:
+        identity = {
+            "source": str(source.resolve()),
+            "files": files,
+            "to": to,
+            "change": change_identity,
+            "version": __version__,
+        }
+        with unfinished(locked_target, identity) as work:
             index_metadata = reader.index_metadata if change is None else None
             writer: Any = (
                 OrbaxWriter(work, leaves, shards, index_metadata)
@@ -225,13 +231,13 @@ def rewrite(
                     if group not in work.done:
                         whole = {} if kind == "hf" else reader.read_group(group)
                         read = ((path, whole.pop(path) if path in whole else reader.read(path)) for path in members)
-                        writer.write_group(group, ((path, written(path, leaf)) for path, leaf in read))
+                        writer.write_group(group, ((path, to_write(path, leaf)) for path, leaf in read))
                         work.finish(group)
                     advance(size)
             copy_files(source, work.directory, None if change is None else new_config)
             if shards is reader.shards and (source / INDEX).exists():
                 shutil.copyfile(source / INDEX, work.directory / INDEX)
-            if state_of(source) != files:
+            if file_states(source) != files:
                 raise UserError(f"{source}: was changed while it was read; convert it again")
     return to
 
@@ -251,8 +257,8 @@ def export_model(
       directory: must not exist.
       tokenizer_files: a directory whose tokenizer, generation settings and other companions are copied, see
         `dsv32_jax.convert.companions.COPIED`.
-      generation_config: written as generation_config.json instead of the one there.
-      shard_bytes: the most that a file holds (of one tensor, more).
+      generation_config: written as generation_config.json instead of the one of `tokenizer_files`.
+      shard_bytes: the most that a file holds; a larger tensor has a file of its own.
 
     Raises:
       UserError: `directory` exists, cannot be written or is being written by somebody else, a weight is NaN or
@@ -267,7 +273,7 @@ def export_model(
         shape = tuple(leaves[path].shape) if path in leaves else "not there"
         if shape != shapes.get(path):
             raise UserError(f"{path}: is {shape}; by the config it must be {shapes.get(path, 'absent')}")
-    with new_directory(directory) as held, unfinished(held, None) as work:
+    with new_directory(directory) as locked_target, unfinished(locked_target, None) as work:
         writer = HFWriter(work, config, plan_shards(config, leaves, shard_bytes), None)
         for group, members in groups_of(list(leaves)).items():
             for path in members:
@@ -282,7 +288,7 @@ def export_model(
 
 
 def to_bfloat16(config: ModelConfig) -> Change:
-    """Everything in bfloat16 but `KEPT_FLOAT32`."""
+    """The change that makes all parameters but `KEPT_FLOAT32` bfloat16."""
 
     def leaf(path: str, value: Any) -> Any:
         if path.endswith(KEPT_FLOAT32):
@@ -319,9 +325,9 @@ def nbytes(leaf: Any) -> int:
     return sum(int(np.prod(part.shape)) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))
 
 
-def state_of(source: Path) -> dict[str, list[int]]:
-    """By name, what tells whether the files of a checkpoint that a conversion reads have changed."""
-    # Not all that is below the source: the target may be there, and it changes.
+def file_states(source: Path) -> dict[str, list[int]]:
+    """Size and times of the files that a conversion reads, by name: they show whether a file has changed."""
+    # Not all files below the source: the target may be among them, and it changes.
     names = (INDEX, DESCRIPTION, *(path.name for path in source.glob("*.safetensors")))
     files = {*companions(source), *(source / name for name in names), *(source / PARAMS).rglob("*")}
     states = {str(path.relative_to(source)): path.stat() for path in sorted(files) if path.is_file()}

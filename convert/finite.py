@@ -1,4 +1,4 @@
-"""Weights and statistics that are numbers: one that is not would become one in INT8 or INT4, or token 0 for ever."""
+"""Checks that weights and statistics are finite: in INT8 or INT4 a NaN would become a number, or every token id 0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +21,19 @@ EXPONENTS = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(np.float32): (np.uint32, 0x7F800000),
 }
-"""The bits that are all set in what is NaN or infinite. Looking at these is ten times as fast as `isfinite`."""
+"""The bits that are all set in a value that is NaN or infinite; testing them is ten times as fast as `isfinite`."""
 CHUNK = 2**18
-"""Values that are looked at together, so that the check takes no memory to speak of."""
+"""Values that are tested together, so that the check takes little memory."""
 
 
 def check_finite(path: str, leaf: Any, config: ModelConfig, parts: tuple[str, ...] | None = None) -> None:
-    """Holds a parameter to be one that can be computed with.
+    """Checks that all values of a parameter are finite, and its scales positive.
 
     Args:
       path: of the parameter.
       leaf: concrete.
       config: of the checkpoint, for the name that the tensor has in files.
-      parts: of a quantised one, "values" or "scales", where not both.
+      parts: of a quantised parameter, "values" or "scales"; both where None.
 
     Raises:
       UserError: a value or scale is NaN or infinite, or a scale is 0 or negative; the message names the tensor.
@@ -61,7 +61,7 @@ def check_finite(path: str, leaf: Any, config: ModelConfig, parts: tuple[str, ..
 
 
 def check_loaded(path: str, leaf: Any, config: ModelConfig) -> None:
-    """`check_finite` of what would not show in the logits: parameters that choose, and the scales of all others."""
+    """`check_finite` of what the logits would not show: parameters that choose, and the scales of all others."""
     if is_choosing(path):
         check_finite(path, leaf, config)
     elif isinstance(leaf, QTensor):
@@ -89,9 +89,9 @@ def first_not_finite(array: np.ndarray) -> int | None:
 
 def check_statistics(statistics: Mapping[str, Statistics]) -> None:
     """Raises UserError for inputs of a linear whose statistics are NaN or infinite."""
-    for path, one in statistics.items():
+    for path, linear in statistics.items():
         for name in ("rows", "largest", "moments"):
-            if not bool(jnp.isfinite(getattr(one, name)).all()):
+            if not bool(jnp.isfinite(getattr(linear, name)).all()):
                 raise UserError(
                     f"{path}: the statistics of its inputs ({name}) are NaN or infinite; calibrate on another text, "
                     "and look for such weights in the layers before it"

@@ -20,6 +20,7 @@ from dsv32_jax.convert.stored import (
     decode,
     encode,
     hf_tensors,
+    host_qtensor,
     may_be_plain,
     stored_parameters,
     suffixes,
@@ -47,12 +48,12 @@ class Shard:
 
 
 class HFReader:
-    """A checked checkpoint directory: all headers are read and held against the config before any data."""
+    """A checked checkpoint directory: all headers are read and compared with the config before any data."""
 
     def __init__(self, directory: Path, config: ModelConfig, *, mtp: bool = True):
-        """Raises UserError: a missing, truncated or corrupt shard, or everything that does not fit the config.
+        """Raises UserError for a missing, truncated or corrupt shard, and for all tensors that do not fit the config.
 
-        Without `mtp` the config has no MTP layer, and the files may have one that is passed over.
+        Without `mtp` the config has no MTP layer, and the reader passes over one that the files may have.
         """
         self.directory, self.config = directory, config
         self.passed_over = None if mtp else mtp_prefix(config)
@@ -105,16 +106,16 @@ class HFReader:
         return dict(sorted(files.items()))
 
     def passes_over(self, name: str) -> bool:
-        """Whether a tensor is of an MTP layer that is not wanted."""
+        """Whether a tensor belongs to an MTP layer that the reader passes over."""
         return self.passed_over is not None and name.startswith(self.passed_over)
 
     def mismatches(self, specs: dict[str, TensorSpec]) -> Iterable[str]:
-        """Everything missing, unexpected, misshapen or of a wrong dtype."""
-        prefix, settled = mtp_prefix(self.config), False
-        held = [name for name in self.entries if name.startswith(prefix)]
-        if not held if self.config.has_mtp else is_mtp(held, self.config):
+        """Yields a line for each tensor that is missing, unexpected, misshapen or of a wrong dtype."""
+        prefix, mtp_reported = mtp_prefix(self.config), False
+        mtp_names = [name for name in self.entries if name.startswith(prefix)]
+        if not mtp_names if self.config.has_mtp else is_mtp(mtp_names, self.config):
             yield without_mtp(prefix) if self.config.has_mtp else undeclared_mtp(prefix)
-            specs, settled = {name: spec for name, spec in specs.items() if not name.startswith(prefix)}, True
+            specs, mtp_reported = {name: spec for name, spec in specs.items() if not name.startswith(prefix)}, True
         for name, spec in specs.items():
             if name not in self.entries:
                 weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
@@ -131,7 +132,7 @@ class HFReader:
                 hint = " (config.json has no quantization_config)" if self.config.quantization_config is None else ""
                 yield f"{name} is {entry.dtype}, expected {' or '.join(allowed)}{hint * (entry.dtype not in FLOATS)}"
         for name in self.entries:
-            if settled and name.startswith(prefix):
+            if mtp_reported and name.startswith(prefix):
                 continue
             if name not in specs:
                 yield f"unexpected {name}"
@@ -145,11 +146,11 @@ class HFReader:
 
     @property
     def official(self) -> bool:
-        """The released form, in which a weight may be plain instead."""
+        """Whether the config is of the released form, in which a weight may be plain instead."""
         return may_be_plain(self.config)
 
     def allowed(self, spec: TensorSpec) -> tuple[str, ...]:
-        """The types that a tensor may have."""
+        """The safetensors dtypes that a tensor may have."""
         if spec.part == "array":
             return FLOATS
         if self.official:
@@ -159,29 +160,29 @@ class HFReader:
 
     def dtypes_of_stacks(self, specs: dict[str, TensorSpec]) -> dict[str, set[str]]:
         """The dtypes of each stacked parameter's tensors."""
-        found: dict[str, set[str]] = {}
+        dtypes: dict[str, set[str]] = {}
         for name, spec in specs.items():
             if spec.expert is not None and spec.part in ("array", "values") and name in self.entries:
-                found.setdefault(spec.path, set()).add(self.entries[name][1].dtype)
-        return found
+                dtypes.setdefault(spec.path, set()).add(self.entries[name][1].dtype)
+        return dtypes
 
     def read(self, path: str) -> np.ndarray | QTensor:
-        """One parameter, stacked experts as one array, in the dtype of the file."""
+        """Reads one parameter, stacked experts as one array, in the dtype of the file."""
         name = hf_name(path, self.config)
         experts = range(self.config.n_routed_experts) if "{expert}" in name else None
         leaf = self.stored[path]
         if isinstance(leaf, QTensor) and not self.official:
             parts = suffixes(leaf, self.config)
             read = [
-                decode(leaf.scheme, {part: self.stack(one + suffix, None) for part, suffix in parts.items()})
-                for one in ([name] if experts is None else [name.format(expert=expert) for expert in experts])
+                decode(leaf.scheme, {part: self.stack(prefix + suffix, None) for part, suffix in parts.items()})
+                for prefix in ([name] if experts is None else [name.format(expert=expert) for expert in experts])
             ]
             return read[0] if experts is None else jax.tree.map(lambda *slices: np.stack(slices), *read)
         first = name.format(expert=0)
         values = self.stack(name, experts)
         if self.entries[first][1].dtype != "F8_E4M3":
             return values
-        return QTensor(values, self.stack(name + SCALE_SUFFIX, experts))  # type: ignore[arg-type]
+        return host_qtensor(values, self.stack(name + SCALE_SUFFIX, experts))
 
     def describe(self, path: str) -> Any:
         """One parameter as it is in the files, abstract: `jax.ShapeDtypeStruct` or a QTensor of two."""
@@ -189,14 +190,17 @@ class HFReader:
             return self.stored[path]
         name = hf_name(path, self.config)
         lead = (self.config.n_routed_experts,) if "{expert}" in name else ()
-        parts = []
+        parts: list[Any] = []
         for suffix in ("", SCALE_SUFFIX):
-            if (found := self.entries.get(name.format(expert=0) + suffix)) is not None:
-                parts.append(jax.ShapeDtypeStruct((*lead, *found[1].shape), DTYPES[found[1].dtype]))
-        return QTensor(*parts) if len(parts) == 2 else parts[0]
+            if (entry := self.entries.get(name.format(expert=0) + suffix)) is not None:
+                parts.append(jax.ShapeDtypeStruct((*lead, *entry[1].shape), DTYPES[entry[1].dtype]))
+        if len(parts) == 1:
+            return parts[0]
+        values, scales = parts
+        return QTensor(values, scales)
 
     def stack(self, name: str, experts: range | None) -> np.ndarray:
-        """The tensor, or the tensors of all experts."""
+        """Reads the tensor, or the tensors of all experts as one array."""
         entry = self.entries[name.format(expert=0)][1]
         if experts is None:
             out = np.empty(entry.shape, DTYPES[entry.dtype])
@@ -212,7 +216,7 @@ def read_index(directory: Path) -> tuple[dict[str, str], Any]:
     """(file of each tensor, metadata) as the index of a checkpoint has them.
 
     Raises:
-      UserError: it is not of that form, or names what is no file beside it.
+      UserError: the index is malformed, or a value of it is no plain file name.
     """
     index = read_json(directory / INDEX)
     weight_map = index.get("weight_map")
@@ -230,7 +234,7 @@ class HFWriter:
     def __init__(
         self, work: Unfinished, config: ModelConfig, shards: dict[str, Shard], index_metadata: dict[str, Any] | None
     ):
-        """The files of an earlier run are gone on with where all of them are as this one would lay them out."""
+        """Resumes with the files of an earlier run where all of them have the layout that this run would give them."""
         self.config = config
         self.writers = {
             file: Writer(work.directory / file, shard.tensors, shard.metadata) for file, shard in shards.items()
@@ -253,22 +257,22 @@ class HFWriter:
             (work.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write_group(self, group: str, parameters: Iterable[tuple[str, Any]]) -> None:
-        """All parameters of one unit of streaming; they are on the disk at the end, so that a crash loses none."""
+        """Writes all parameters of one unit of streaming, and waits until they are on the disk: a crash loses none."""
         files = set()
         for path, leaf in parameters:
             name = hf_name(path, self.config)
             for expert in range(leaf.shape[0]) if "{expert}" in name else (None,):
-                one = leaf if expert is None else jax.tree.map(lambda x, at=expert: x[at], leaf)
-                for suffix, array in encode(one, self.config).items():
-                    own = name.format(expert=expert) + suffix
-                    self.writers[self.file_of[own]].write(own, array)
-                    files.add(self.file_of[own])
+                matrix = leaf if expert is None else jax.tree.map(lambda x, at=expert: x[at], leaf)
+                for suffix, array in encode(matrix, self.config).items():
+                    tensor_name = name.format(expert=expert) + suffix
+                    self.writers[self.file_of[tensor_name]].write(tensor_name, array)
+                    files.add(self.file_of[tensor_name])
         for file in files:
             self.writers[file].sync()
 
 
 def plan_shards(config: ModelConfig, leaves: dict[str, Any], limit: int = SHARD_BYTES) -> dict[str, Shard]:
-    """Files for parameters (anything with shape and dtype, QTensors included), at most `limit` bytes each."""
+    """Distributes parameters (anything with shape and dtype, QTensors included) over files of at most `limit` bytes."""
     files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     size = 0
     for name, spec in hf_tensors(config).items():

@@ -16,7 +16,7 @@ MTP = {
 }
 
 MTP_PATHS = "mtp."
-"""How the paths of the MTP layer's parameters begin."""
+"""The prefix of the paths of the MTP layer's parameters."""
 
 LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -48,7 +48,7 @@ LAYER = {
 
 
 def hf_name(path: str, config: ModelConfig) -> str:
-    """The HF name of a parameter; of stacked experts with "{expert}" in it."""
+    """The HF name of a parameter; the name of stacked experts contains "{expert}"."""
     if path in MODEL:
         return MODEL[path]
     head, rest = path.split(".", 1)
@@ -60,17 +60,17 @@ def hf_name(path: str, config: ModelConfig) -> str:
 
 
 def mtp_prefix(config: ModelConfig) -> str:
-    """How the names of the MTP layer's tensors begin."""
+    """The prefix of the names of the MTP layer's tensors."""
     return f"model.layers.{config.num_hidden_layers}."
 
 
 def is_mtp(names: Collection[str], config: ModelConfig) -> bool:
-    """Whether tensors that are named so are an MTP layer's, which alone joins an embedding to a hidden state."""
+    """Whether the names are an MTP layer's: only that has eh_proj, which joins an embedding to a hidden state."""
     return mtp_prefix(config) + MTP["eh_proj"] in names
 
 
 def without_mtp(names: str) -> str:
-    """What to do about files without the MTP layer that their config announces; `names` is how its names begin."""
+    """The error of files without the MTP layer that their config announces; `names` is the prefix of its names."""
     return (
         f"num_nextn_predict_layers announces an MTP layer and the files have no {names}*: load without it (mtp=False, "
         "--no-mtp), or set num_nextn_predict_layers to 0 in config.json"
@@ -78,7 +78,7 @@ def without_mtp(names: str) -> str:
 
 
 def undeclared_mtp(names: str) -> str:
-    """The same about files with an MTP layer that their config does not announce."""
+    """The error of files with an MTP layer that their config does not announce."""
     return (
         f"the files have an MTP layer, {names}*, and num_nextn_predict_layers is 0: set it to 1 in config.json, or "
         "load without the layer (mtp=False, --no-mtp)"
@@ -86,9 +86,9 @@ def undeclared_mtp(names: str) -> str:
 
 
 def group_of(path: str) -> str:
-    """The unit of streaming that a parameter belongs to: a layer, one of its stacks of experts, or a part of its own.
+    """The unit of streaming of a parameter: a layer, one of its stacks of experts, or a part outside the layers.
 
-    Writing takes twice a unit's bytes, so that a stack of experts is a unit by itself.
+    Writing takes twice a unit's bytes of memory, so a stack of experts is a unit by itself.
     """
     if ".experts." in path:
         return path

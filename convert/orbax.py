@@ -61,7 +61,7 @@ class OrbaxWriter:
         shards: dict[str, Shard],
         index_metadata: dict[str, Any] | None,
     ):
-        """Only the finished items of an earlier run are left."""
+        """Keeps the finished items of an earlier run, and removes all other files."""
         self.params = work.directory / PARAMS
         self.params.mkdir(exist_ok=True)
         work.keep({PARAMS})
@@ -80,7 +80,7 @@ class OrbaxWriter:
         (work.directory / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
     def write_group(self, group: str, parameters: Iterable[tuple[str, Any]]) -> None:
-        """All parameters of one unit of streaming; raises OSError."""
+        """Writes all parameters of one unit of streaming; raises OSError."""
         item = (self.params / group).absolute()
         leaves = {path: as_dict(leaf) for path, leaf in parameters}
         try:
@@ -91,12 +91,12 @@ class OrbaxWriter:
 
 
 class OrbaxReader:
-    """A converted checkpoint, held against its config before any data is read."""
+    """A converted checkpoint, compared with its config before any data is read."""
 
     def __init__(self, directory: Path, config: ModelConfig, *, mtp: bool = True):
-        """Raises UserError: not such a checkpoint, another format, or parameters that do not fit the config.
+        """Raises UserError for other files, another format, and parameters that do not fit the config.
 
-        Without `mtp` the config has no MTP layer, and the files may have one that is passed over.
+        Without `mtp` the config has no MTP layer, and the reader passes over one that the files may have.
         """
         self.directory = directory
         content = read_json(directory / DESCRIPTION)
@@ -104,8 +104,8 @@ class OrbaxReader:
             raise UserError(
                 f"{directory / DESCRIPTION}: format {content.get('format')!r} is not {FORMAT}; convert again"
             )
-        if lacking := [key for key in ("parameters", "index_metadata", "shards") if key not in content]:
-            raise UserError(f"{directory / DESCRIPTION}: has no {' or '.join(lacking)}; convert again")
+        if absent := [key for key in ("parameters", "index_metadata", "shards") if key not in content]:
+            raise UserError(f"{directory / DESCRIPTION}: has no {' or '.join(absent)}; convert again")
         if not all(isinstance(content[key], dict) for key in ("parameters", "shards")):
             raise UserError(f"{directory / DESCRIPTION}: parameters and shards must be objects; convert again")
         self.parameters: dict[str, Any] = {
@@ -129,12 +129,14 @@ class OrbaxReader:
         for path in expected:
             if path not in self.parameters:
                 continue
-            found, wanted = abstract(self.parameters[path]), expected[path]
-            if found.shape != wanted.shape:
-                problems.append(f"{path} has shape {list(found.shape)}, expected {list(wanted.shape)}")
-            if scheme_name(found) != scheme_name(wanted) and not (plain and scheme_name(found) is None):
-                here, there = (scheme_name(leaf) or "not quantised" for leaf in (found, wanted))
-                problems.append(f"{path} is {here}, and by config.json's quantization_config {there}")
+            stored, required = abstract(self.parameters[path]), expected[path]
+            if stored.shape != required.shape:
+                problems.append(f"{path} has shape {list(stored.shape)}, expected {list(required.shape)}")
+            if scheme_name(stored) != scheme_name(required) and not (plain and scheme_name(stored) is None):
+                stored_scheme, required_scheme = (scheme_name(leaf) or "not quantised" for leaf in (stored, required))
+                problems.append(
+                    f"{path} is {stored_scheme}, and by config.json's quantization_config {required_scheme}"
+                )
         for group in groups_of(list(self.parameters)):
             if not (directory / PARAMS / group).is_dir():
                 problems.append(f"missing {PARAMS}/{group}")
@@ -147,33 +149,33 @@ class OrbaxReader:
         return abstract(self.parameters[path])
 
     def read_group(self, group: str, placement: Placement | None = None) -> dict[str, Any]:
-        """The parameters of one unit, on the first device or where `placement` says."""
+        """Reads the parameters of one unit, to the first device or with the shardings of `placement`."""
         place = placement or (lambda path: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-        wanted = {
+        leaves = {
             path: abstract(self.parameters[path], place(path)) for path in groups_of(list(self.parameters))[group]
         }
         try:
-            found = self.checkpointer.restore(
+            arrays = self.checkpointer.restore(
                 (self.directory / PARAMS / group).absolute(),
-                args=ocp.args.StandardRestore({path: as_dict(leaf) for path, leaf in wanted.items()}),
+                args=ocp.args.StandardRestore({path: as_dict(leaf) for path, leaf in leaves.items()}),
             )
         except Exception as error:  # Orbax raises a bare Exception for data that it cannot decode
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{self.directory / PARAMS / group}: cannot be read ({reason}); convert again") from error
         return {
-            path: QTensor(**found[path], scheme=leaf.scheme) if isinstance(leaf, QTensor) else found[path]
-            for path, leaf in wanted.items()
+            path: QTensor(**arrays[path], scheme=leaf.scheme) if isinstance(leaf, QTensor) else arrays[path]
+            for path, leaf in leaves.items()
         }
 
 
 def as_dict(leaf: Any) -> Any:
-    """What Orbax stores of a parameter: an array, or a QTensor's two."""
+    """The arrays of a parameter as Orbax stores them: one, or a QTensor's two."""
     return {"values": leaf.values, "scales": leaf.scales} if isinstance(leaf, QTensor) else leaf
 
 
 def shards_or_plan(shards: dict[str, Shard], config: ModelConfig, leaves: dict[str, Any]) -> dict[str, Shard]:
-    """The files that the source had, if these leaves still fit them; else a new plan."""
+    """The files of the source if these leaves still fit them, else a new plan."""
     plan = plan_shards(config, leaves)
-    wanted = {name: value for shard in plan.values() for name, value in shard.tensors.items()}
-    had = {name: value for shard in shards.values() for name, value in shard.tensors.items()}
-    return shards if had == wanted else plan
+    planned_tensors = {name: value for shard in plan.values() for name, value in shard.tensors.items()}
+    source_tensors = {name: value for shard in shards.values() for name, value in shard.tensors.items()}
+    return shards if source_tensors == planned_tensors else plan

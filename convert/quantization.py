@@ -1,7 +1,7 @@
-"""A model with its linears in other schemes: in memory, or from checkpoint to checkpoint.
+"""Quantises a model's linears to other schemes: in memory, or from checkpoint to checkpoint.
 
-The price of a scheme is in docs/quantisation.md. Whatever the scheme, embedding, head, router, norms and the indexer's
-head weights stay as they are: `dsv32_jax.model.params.PLAIN`.
+docs/quantisation.md has the accuracy of each scheme. Whatever the scheme, embedding, head, router, norms and the
+indexer's head weights stay as they are: `dsv32_jax.model.params.PLAIN`.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from dsv32_jax.model.params import is_linear, named_parameters, replace_paramete
 from pallas_kernels.matmul import INT4, INT8, SCHEMES, abstract_weight, dense, quantize_weight, scheme_name
 
 UNQUANTISED = "bf16"
-"""Says of a linear that it becomes plain bfloat16."""
+"""The scheme of a linear that becomes plain bfloat16."""
 ROUNDED = {INT4.name: round_int4, INT8.name: round_int8}
-"""Schemes whose rounding can know its inputs."""
+"""Rounding functions of the schemes that can take the inputs' statistics into account."""
 
 
 def quantize_model(
@@ -41,17 +41,17 @@ def quantize_model(
     statistics: Mapping[str, Statistics] | None = None,
     ranges: str | None = None,
 ) -> DeepseekV32:
-    """The model with some linears in other schemes; weights that have one are dequantised first.
+    """Quantises some linears of a model to other schemes; quantised weights are dequantised first.
 
     Args:
       model: concrete.
-      schemes: one of `SCHEMES` or "bf16" for each linear that shall have it, by path; see `uniform`. Others stay.
-      statistics: of the linears' inputs, from `calibrate`: integers are rounded for them.
-      ranges: how integers' ranges are found, one of `dsv32_jax.convert.ranges.RANGES`. None: "mse" where there are
-        statistics; else (the MTP layer has none) "min-max".
+      schemes: one of `SCHEMES` or "bf16" by the path of a linear, see `uniform`; the other linears stay as they are.
+      statistics: of the linears' inputs, from `calibrate`; integers are rounded with regard to them.
+      ranges: the method that chooses integers' ranges, one of `dsv32_jax.convert.ranges.RANGES`. None means "mse" for a
+        linear with statistics, and else "min-max".
 
     Returns:
-      A model whose config says the new schemes, so that `dsv32_jax.convert.export_model` writes it as it is.
+      A model whose config names the new schemes, so that `dsv32_jax.convert.export_model` writes it as it is.
 
     Raises:
       UserError: a path that is no linear, an unknown scheme or kind of range, a width that a scheme does not take, or a
@@ -63,14 +63,17 @@ def quantize_model(
     statistics = statistics or {}
     check_statistics(statistics)
     check_all_finite(parameters, model.config)
-    made = {path: _as(path, parameters[path], scheme, statistics.get(path), ranges) for path, scheme in schemes.items()}
-    parameters |= made
-    found = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_name(leaf))}
+    changed_weights = {
+        path: _in_scheme(path, parameters[path], scheme, statistics.get(path), ranges)
+        for path, scheme in schemes.items()
+    }
+    parameters |= changed_weights
+    all_schemes = {path: scheme for path, leaf in parameters.items() if (scheme := scheme_name(leaf))}
     changed = replace_parameters(model, parameters)
     changed.config = model.config.replace(
-        quantization_config=quantization_config(found, model.config), unknown=without_provenance(model.config)
+        quantization_config=quantization_config(all_schemes, model.config), unknown=without_provenance(model.config)
     )
-    check_all_finite(made, changed.config)
+    check_all_finite(changed_weights, changed.config)
     return changed
 
 
@@ -85,18 +88,18 @@ def check_schemes(schemes: Mapping[str, str], paths: Iterable[str]) -> None:
 
 
 def check_ranges(ranges: str | None) -> None:
-    """Raises UserError for an unknown kind."""
+    """Raises UserError for an unknown method."""
     if ranges not in (None, *RANGES):
         raise UserError(f"ranges: {ranges!r}; must be one of {', '.join(RANGES)}")
 
 
 def uniform(model: DeepseekV32, scheme: str) -> dict[str, str]:
-    """The same scheme for every linear, the MTP layer's too."""
+    """Schemes that give every linear the same one, the MTP layer's too."""
     return {path: scheme for path in named_parameters(model) if is_linear(path)}
 
 
 def mixed(model: DeepseekV32) -> dict[str, str]:
-    """Four bits where most of the bytes are, in the routed experts, eight elsewhere."""
+    """Schemes with four bits for the routed experts, which have most of the bytes, and eight bits for the others."""
     return {path: (INT4 if ".experts." in path else INT8).name for path in uniform(model, INT8.name)}
 
 
@@ -113,9 +116,9 @@ def quantize_checkpoint(
 ) -> None:
     """Writes a checkpoint with its linears in other schemes, one parameter after the other.
 
-    In the Hugging Face layout, all in "fp8_block" is the released checkpoint's own form; anything else is
+    In the Hugging Face layout, a checkpoint with all linears in "fp8_block" has the released form; any other is
     compressed-tensors, which other programs read too; see `dsv32_jax.convert.stored`. An interrupted run leaves nothing
-    that loads, and goes on where it stopped when it is made again with the same arguments, whatever they hold.
+    that loads; a run with the same arguments, arrays included, resumes where it stopped.
 
     Args:
       source: a checkpoint directory, of either layout.
@@ -123,10 +126,10 @@ def quantize_checkpoint(
       schemes: as for `quantize_model`.
       to: "hf" or "orbax".
       statistics, ranges: as for `quantize_model`.
-      weights: parameters to take instead of the source's, by path: those of a model that `migrate` changed. They get
-        the scheme that the source's have, where `schemes` says no other.
-      provenance: JSON-able; the new config.json has it, with this package's version and the number of linears in each
-        scheme, as the field `dsv32_jax_quantization`.
+      weights: parameters that replace the source's, by path, for instance of a model that `migrate` changed. Where
+        `schemes` has none for them, they get the scheme of the source's.
+      provenance: JSON-able; the new config.json records it, with this package's version and the number of linears in
+        each scheme, as the field `dsv32_jax_quantization`.
 
     Raises:
       UserError: what `dsv32_jax.convert.convert` and `quantize_model` raise it for.
@@ -150,12 +153,12 @@ def _change(
 ) -> Change:
     stored = stored_parameters(config)
     check_schemes(schemes, stored)
-    before = {path: scheme_name(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
-    after = {**before, **schemes}
-    note = {"version": __version__, "linears": dict(Counter(after.values())), **provenance}
-    quantised = {path: scheme for path, scheme in after.items() if scheme != UNQUANTISED}
-    wanted = {**quantised, **schemes}  # in the released form a weight may be plain: not in another
-    wanted |= {path: after[path] for path in weights if path in after}
+    source_schemes = {path: scheme_name(leaf) or UNQUANTISED for path, leaf in stored.items() if is_linear(path)}
+    new_schemes = {**source_schemes, **schemes}
+    note = {"version": __version__, "linears": dict(Counter(new_schemes.values())), **provenance}
+    quantised = {path: scheme for path, scheme in new_schemes.items() if scheme != UNQUANTISED}
+    target_schemes = {**quantised, **schemes}  # in another than the released form no weight may be plain
+    target_schemes |= {path: new_schemes[path] for path in weights if path in new_schemes}
     new_config = config.replace(
         quantization_config=quantization_config(quantised, config),
         unknown=(*without_provenance(config), (PROVENANCE, json.dumps(note))),
@@ -165,18 +168,24 @@ def _change(
 
     def leaf(path: str, value: Any) -> Any:
         value = weights.get(path, value)
-        scheme = wanted.get(path)
+        scheme = target_schemes.get(path)
         if scheme is None or scheme == scheme_name(value):
             return value
-        found, lead = statistics.get(path), value.shape[:-2]
-        every = [
-            _as(path, matrix(value, at), scheme, found and jax.tree.map(itemgetter(at), found), ranges)
+        input_statistics, lead = statistics.get(path), value.shape[:-2]
+        matrices = [
+            _in_scheme(
+                path,
+                matrix(value, at),
+                scheme,
+                input_statistics and jax.tree.map(itemgetter(at), input_statistics),
+                ranges,
+            )
             for at in np.ndindex(lead)
         ]
-        return jax.tree.map(lambda *parts: np.stack(parts).reshape(*lead, *parts[0].shape), *every)
+        return jax.tree.map(lambda *parts: np.stack(parts).reshape(*lead, *parts[0].shape), *matrices)
 
     def abstract(path: str, value: Any) -> Any:
-        scheme = wanted.get(path)
+        scheme = target_schemes.get(path)
         if scheme is None or scheme == scheme_name(value):
             return value
         if scheme == UNQUANTISED:
@@ -184,12 +193,12 @@ def _change(
         return abstract_weight(value.shape, scheme)
 
     arrays = digest({"statistics": statistics, "weights": weights})
-    asked = {"schemes": after, "ranges": ranges, "provenance": provenance, "arrays": arrays}
-    return Change(new_config, leaf, abstract, asked)
+    identity = {"schemes": new_schemes, "ranges": ranges, "provenance": provenance, "arrays": arrays}
+    return Change(new_config, leaf, abstract, identity)
 
 
 def digest(arrays: Any) -> str | None:
-    """Of a tree of arrays, its structure among them; None where there are none."""
+    """SHA-256 of a tree of arrays and its structure; None for a tree without arrays."""
     leaves, structure = jax.tree.flatten(arrays)
     if not leaves:
         return None
@@ -200,7 +209,8 @@ def digest(arrays: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _as(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):
+def _in_scheme(path: str, leaf, scheme: str, statistics: Statistics | None, ranges: str | None):
+    """One weight in a scheme; `UserError` where the scheme does not take its width."""
     if scheme == scheme_name(leaf):
         return leaf
     if scheme == UNQUANTISED:

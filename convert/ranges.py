@@ -1,8 +1,8 @@
-"""The range in which a row or a group of a weight is rounded: what lies outside becomes its end.
+"""Chooses the range in which a row or a group of a weight is rounded; values outside are clipped to its ends.
 
-"min-max" takes all of it, so that nothing is cut. "percentile" cuts the share of values that is farthest out. "mse"
-tries narrower and narrower ranges and takes the one with the least square error, each column's weighted by how much it
-is multiplied with.
+"min-max" takes the whole range of the values, so that nothing is clipped. "percentile" clips the most extreme share of
+the values. "mse" tries ever narrower ranges and takes the one with the least square error, weighted by the importance
+of each column.
 """
 
 import jax
@@ -15,17 +15,18 @@ from pallas_kernels.quantize.reference import INT8_MAX, divide
 
 RANGES = ("mse", "percentile", "min-max")
 INT4_SHARES = tuple(1 - 0.04 * step for step in range(13))
-"""Of a group's whole range, which "mse" tries."""
+"""Shares of a group's whole range that "mse" tries."""
 INT8_SHARES = tuple(1 - 0.02 * step for step in range(26))
-"""Of a row's largest magnitude. With 127 steps to it, little is gained by a much narrower range, so these are finer."""
+"""Shares of a row's largest magnitude that "mse" tries; finer ones, since with 127 steps a much narrower range gains
+little."""
 INT4_PERCENTILE = 99.0
-"""Of a group's values, those that "percentile" keeps: all of 128 but one at either end."""
+"""Percent of a group's values that "percentile" does not clip: all of 128 but one at either end."""
 INT8_PERCENTILE = 99.9
-"""Of a row's magnitudes."""
+"""Percent of a row's magnitudes that "percentile" does not clip."""
 
 
 def int8_scales(weight: jax.Array, importance: jax.Array, ranges: str = "mse") -> jax.Array:
-    """float32 [N]: the scale of each row of a weight [N, K].
+    """Returns the scale float32 [N] of each row of a weight [N, K].
 
     Args:
       weight: float32.
@@ -39,21 +40,21 @@ def int8_scales(weight: jax.Array, importance: jax.Array, ranges: str = "mse") -
         largest = jnp.percentile(jnp.abs(weight), INT8_PERCENTILE, axis=-1, method="lower")
         return jnp.maximum(largest / INT8_MAX, SMALLEST_SCALE)
 
-    def lost(share: jax.Array) -> jax.Array:
+    def square_error(share: jax.Array) -> jax.Array:
         scales = share * widest
         return ((weight - int8_values(weight, scales) * scales[:, None]) ** 2 * importance).sum(-1)
 
     shares = jnp.asarray(INT8_SHARES)
-    return shares[jnp.argmin(lax.map(lost, shares), 0)] * widest
+    return shares[jnp.argmin(lax.map(square_error, shares), 0)] * widest
 
 
 def int8_values(weight: jax.Array, scales: jax.Array) -> jax.Array:
-    """Whole numbers of -127 to 127, as float32 [N, K], for scales [N]."""
+    """The weight in whole steps of its scales [N]: float32 [N, K], from -127 to 127."""
     return jnp.clip(jnp.round(divide(weight, scales)), -INT8_MAX, INT8_MAX)
 
 
 def int4_range(block: jax.Array, importance: jax.Array, ranges: str = "mse") -> tuple[jax.Array, jax.Array]:
-    """Scales bfloat16 [N] and zeros float32 [N] of a group [N, 128]; zero itself is always in the range.
+    """Returns scales bfloat16 [N] and zeros float32 [N] of a group [N, 128]; the range always contains zero.
 
     Args:
       block: float32, the group's columns of a weight.

@@ -1,9 +1,9 @@
-"""Weights whose rounding knows what they are multiplied with.
+"""Rounds weights with regard to the inputs that they are multiplied with.
 
-Plain rounding takes each weight for itself. Here, in four bits, the columns of a weight are rounded one after the
-other, and what is lost with one is made good by those that are still to come, as far as their inputs go together: GPTQ
-(Frantar et al., arXiv 2210.17323, algorithm 1). The range of each group of 128 is searched for, too: a narrower one
-than from its smallest to its largest value often loses less. In eight bits only the range of each row is searched for.
+Plain rounding rounds each weight by itself. In four bits, this module rounds the columns of a weight one after the
+other, and the columns that follow compensate the error of each as far as their inputs are correlated: GPTQ (Frantar et
+al., arXiv 2210.17323, algorithm 1). It searches for the range of each group of 128, too: one that is narrower than from
+the smallest to the largest value often loses less. In eight bits it only searches for the range of each row.
 """
 
 from functools import partial
@@ -18,17 +18,17 @@ from pallas_kernels.matmul import INT4, INT8, QTensor, pack_int4
 from pallas_kernels.matmul.int4 import GROUP, int4_values
 
 DAMPING = 0.01
-"""Of the mean of the moments' diagonal, added to it: directions that the calibration hardly saw count for little."""
+"""Share of the mean of the moments' diagonal that is added to the diagonal: the moments become positive definite."""
 
 
 def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
-    """A weight in four bits that changes its products the least.
+    """Rounds a weight to four bits so that its products change the least.
 
     Args:
       weight: float [..., N, K], K a multiple of 128.
-      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Plain rounding for
-        those and for None, with the range that is best for the weight alone.
-      ranges: how the range of each group is found, one of `dsv32_jax.convert.ranges.RANGES`.
+      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Those and None give
+        plain rounding, with the range that is best for the weight alone.
+      ranges: the method that chooses the range of each group, one of `dsv32_jax.convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int4".
@@ -45,22 +45,22 @@ def round_int4(weight: jax.Array, moments: jax.Array | None = None, ranges: str 
 
 @partial(jax.jit, static_argnames="ranges")
 def _round_int4(weight: jax.Array, moments: jax.Array | None, ranges: str) -> tuple[QTensor, jax.Array]:
-    """Also whether the moments could be solved for."""
+    """Returns the rounded weight, and bool [] whether the moments had a factorisation."""
     lead = weight.shape[:-2]
     flat = weight.astype(jnp.float32).reshape(-1, *weight.shape[-2:])
     if moments is None:
         values, scales, zeros = lax.map(partial(_round_alone, ranges=ranges), flat)
         solved = jnp.bool_(True)
     else:
-        seen = moments.reshape(-1, *moments.shape[-2:])
-        values, scales, zeros, solved = lax.map(lambda pair: _round(*pair, ranges), (flat, seen))
+        flat_moments = moments.reshape(-1, *moments.shape[-2:])
+        values, scales, zeros, solved = lax.map(lambda pair: _round(pair[0], pair[1], ranges), (flat, flat_moments))
     packed, words = pack_int4(values, scales, zeros)
     rounded = QTensor(packed.reshape(*lead, *packed.shape[1:]), words.reshape(*lead, *words.shape[1:]), INT4)
     return rounded, solved.all()
 
 
 def check_inputs(weight: jax.Array, moments: jax.Array | None) -> None:
-    """Raises UserError for a weight or moments that are NaN or infinite: rounding would make numbers of them."""
+    """Raises UserError for a weight or moments that are NaN or infinite: rounding would make them finite."""
     for name, array in (("weight", weight), ("moments", moments)):
         if array is not None and not bool(jnp.isfinite(array).all()):
             raise UserError(f"{name}: holds NaN or infinite values; all must be finite")
@@ -80,30 +80,32 @@ def _ranges(weight: jax.Array, importance: jax.Array, ranges: str) -> tuple[jax.
 
 
 def _round_alone(weight: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`_round` without inputs."""
+    """`_round` without moments: each value by itself."""
     scales, zeros = _ranges(weight, jnp.ones(weight.shape[1]), ranges)
     step, zero = (jnp.repeat(of.T.astype(jnp.float32), GROUP, axis=1) for of in (scales, zeros))
     return int4_values(weight, step, zero).astype(jnp.uint8), scales.T, zeros.T.astype(jnp.uint8)
 
 
 def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of one weight [N, K]: values uint8 [N, K], scales bfloat16 [N, K / 128], zeros uint8 [N, K / 128], bool [].
+    """Rounds one weight [N, K] with GPTQ.
 
-    The last says whether the moments had a factorisation.
+    Columns are rounded by falling mean square of their inputs, whichever group they belong to: the more columns follow,
+    the better they compensate an error.
 
-    Columns are taken by falling mean square of their inputs, whichever group they are of: what comes first has most
-    others left to make its error good.
+    Returns:
+      Values uint8 [N, K], scales bfloat16 [N, K / 128], zeros uint8 [N, K / 128], and bool [] whether the moments had a
+      factorisation.
     """
     rows, depth = weight.shape
     diagonal = jnp.diagonal(moments)
     mean = diagonal.mean()
-    seen = jnp.where(mean > 0, moments / jnp.where(mean > 0, mean, 1), jnp.eye(depth)) + DAMPING * jnp.eye(depth)
-    importance = jnp.diagonal(seen)
+    damped = jnp.where(mean > 0, moments / jnp.where(mean > 0, mean, 1), jnp.eye(depth)) + DAMPING * jnp.eye(depth)
+    importance = jnp.diagonal(damped)
     groups = jnp.arange(depth) // GROUP
     scales, zeros = _ranges(weight, importance, ranges)
     order = jnp.argsort(-importance, stable=True)
-    seen, weight, group_of = seen[order][:, order], weight[:, order], groups[order]
-    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(seen), True), jnp.eye(depth))
+    damped, weight, group_of = damped[order][:, order], weight[:, order], groups[order]
+    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), jnp.eye(depth))
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
     def one_block(number: jax.Array, state: tuple) -> tuple:
@@ -115,16 +117,16 @@ def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Arra
         of_groups = lax.dynamic_slice(group_of, (begin,), (GROUP,))
 
         def one_column(j: jax.Array, inner: tuple) -> tuple:
-            block, lost, chosen = inner
+            block, errors, rounded = inner
             step, zero = scales[of_groups[j]].astype(jnp.float32), zeros[of_groups[j]]
             value = int4_values(block[:, j], step, zero)
             error = (block[:, j] - (value - zero) * step) / within[j, j]
-            return block - error[:, None] * within[j], lost.at[:, j].set(error), chosen.at[:, j].set(value)
+            return block - error[:, None] * within[j], errors.at[:, j].set(error), rounded.at[:, j].set(value)
 
         empty = jnp.zeros((rows, GROUP))
-        _, lost, chosen = lax.fori_loop(0, GROUP, one_column, (block, empty, empty))
-        weight = weight - jnp.matmul(lost, steps, precision="highest")
-        return weight, lax.dynamic_update_slice(values, chosen.astype(jnp.uint8), (0, begin))
+        _, errors, rounded = lax.fori_loop(0, GROUP, one_column, (block, empty, empty))
+        weight = weight - jnp.matmul(errors, steps, precision="highest")
+        return weight, lax.dynamic_update_slice(values, rounded.astype(jnp.uint8), (0, begin))
 
     start = weight, jnp.zeros((rows, depth), jnp.uint8)
     _, values = lax.fori_loop(0, depth // GROUP, one_block, start)
@@ -132,15 +134,16 @@ def _round(weight: jax.Array, moments: jax.Array, ranges: str) -> tuple[jax.Arra
 
 
 def round_int8(weight: jax.Array, moments: jax.Array | None = None, ranges: str = "mse") -> QTensor:
-    """A weight in eight bits, each row with a range of its own, by default the one that loses the least.
+    """Rounds a weight to eight bits, each row in a range of its own, by default the one with the least error.
 
-    An error counts as much as its column's input has mean square, to which `DAMPING` of the mean of all is added.
+    The square error of a column is weighted by the mean square of its input, to which `DAMPING` of the mean over all
+    columns is added.
 
     Args:
       weight: float [..., N, K].
-      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Columns count alike
-        for those and for None.
-      ranges: how the range of each row is found, one of `dsv32_jax.convert.ranges.RANGES`.
+      moments: float32 [..., K, K], sums of x x^T over the inputs; all zero where there were none. Those and None
+        weight all columns alike.
+      ranges: the method that chooses the range of each row, one of `dsv32_jax.convert.ranges.RANGES`.
 
     Returns:
       A QTensor, "int8".

@@ -1,8 +1,8 @@
-"""How parameters lie in the files of a Hugging Face checkpoint: the tensors of each, and the way there and back.
+"""The tensors of each parameter in the files of a Hugging Face checkpoint, and how they are encoded and decoded.
 
 A checkpoint in the released FP8 form has a weight's scales under its name and "_scale_inv". One of compressed-tensors
-has them under its name and "_scale", and a four-bit weight as four tensors: eight values in an int32, the first in the
-lowest bits, along a row; zeros likewise, down a column.
+has them under its name and "_scale", and stores a four-bit weight as four tensors: eight values in an int32, the first
+in the lowest bits, along a row; zeros likewise, down a column.
 """
 
 import dataclasses
@@ -33,13 +33,16 @@ from pallas_kernels.matmul import (
 )
 
 OFFICIAL = {"values": "", "scales": "_scale_inv"}
-"""What the released form adds to a weight's name; despite theirs, the scales are multipliers."""
+"""Suffixes of the released form to a weight's name; despite their suffix, the scales are multipliers."""
 IN_A_WORD = 8
 """Four-bit numbers in an int32."""
 
 
 class AsItIs:
-    """How a scheme lies in files of compressed-tensors: values and scales as in memory. `suffixes`: what names get."""
+    """The form of a scheme in files of compressed-tensors: values and scales as in memory.
+
+    `suffixes` are those of the tensors' names, by part.
+    """
 
     suffixes: Mapping[str, str] = {"values": "", "scales": "_scale"}
 
@@ -113,14 +116,14 @@ COMPRESSED: dict[Scheme, AsItIs] = {FP8_BLOCK: AsItIs(), INT8: ScalesInAColumn()
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor of the checkpoint is.
+    """One tensor of a checkpoint.
 
     Attributes:
       path: of the parameter that it belongs to.
-      part: "array", or of a quantised one a key of `OFFICIAL` or of its scheme's `suffixes`.
-      expert: which slice of a stacked parameter, or None.
+      part: "array", or for a quantised parameter a key of `OFFICIAL` or of its scheme's `suffixes`.
+      expert: the slice of a stacked parameter, or None.
       shape: of the tensor in the file.
-      dtype: as NumPy names it; where other types are accepted see `dsv32_jax.convert.huggingface`.
+      dtype: NumPy's name; `dsv32_jax.convert.huggingface` says where other types are accepted.
     """
 
     path: str
@@ -139,7 +142,7 @@ def stored_parameters(config: ModelConfig) -> dict[str, Any]:
     return dict(_stored_parameters(config))
 
 
-@functools.lru_cache(maxsize=4)  # a conversion asks for those of its source and of its target several times
+@functools.lru_cache(maxsize=4)  # a conversion needs those of its source and of its target several times
 def _stored_parameters(config: ModelConfig) -> dict[str, Any]:
     parameters = named_parameters(abstract_model(config))
     quantization = config.quantization_config
@@ -165,7 +168,7 @@ def may_be_plain(config: ModelConfig) -> bool:
 
 
 def suffixes(leaf: Any, config: ModelConfig) -> dict[str, str]:
-    """What is added to a parameter's name for each of its tensors."""
+    """The suffix to a parameter's name for each of its tensors, by part."""
     if not isinstance(leaf, QTensor):
         return {"array": ""}
     is_official = isinstance(config.quantization_config, QuantizationConfig)
@@ -183,14 +186,14 @@ def hf_tensors(config: ModelConfig, stored: Mapping[str, Any] | None = None) -> 
         name = hf_name(path, config)
         stacked = "{expert}" in name
         for expert in range(leaf.shape[0]) if stacked else (None,):
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), leaf) if stacked else leaf
+            matrix = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), leaf) if stacked else leaf
             for part, suffix in suffixes(leaf, config).items():
-                shape, dtype = shape_of(one, part, config)
+                shape, dtype = part_shape(matrix, part, config)
                 specs[name.format(expert=expert) + suffix] = TensorSpec(path, part, expert, shape, np.dtype(dtype).name)
     return specs
 
 
-def shape_of(leaf: Any, part: str, config: ModelConfig) -> tuple[tuple[int, ...], Any]:
+def part_shape(leaf: Any, part: str, config: ModelConfig) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a part of one parameter that is not stacked."""
     if part == "array":
         return tuple(leaf.shape), leaf.dtype
@@ -209,7 +212,13 @@ def encode(leaf: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
 def decode(scheme: Scheme, parts: Mapping[str, np.ndarray]) -> QTensor:
     """Returns the weight of the tensors by part: the inverse of `encode`."""
-    return QTensor(*COMPRESSED[scheme].decode(parts), scheme)
+    values, scales = COMPRESSED[scheme].decode(parts)
+    return host_qtensor(values, scales, scheme)
+
+
+def host_qtensor(values: Any, scales: Any, scheme: Scheme = FP8_BLOCK) -> QTensor:
+    """A QTensor whose arrays are NumPy's, in host memory. Any, because a `QTensor` has JAX's when a step takes it."""
+    return QTensor(values, scales, scheme)
 
 
 _pack, _unpack = jax.jit(pack_int4), jax.jit(unpack_int4)
@@ -230,19 +239,19 @@ def from_words(words: np.ndarray) -> np.ndarray:
 def quantization_config(
     schemes: Mapping[str, str], config: ModelConfig
 ) -> QuantizationConfig | CompressedTensors | None:
-    """What a checkpoint says whose linears have these schemes, by path; those that are not named are plain.
+    """The quantisation config of a checkpoint whose linears have these schemes, by path; other linears are plain.
 
-    The released form where it can say it: every linear in FP8.
+    It is of the released form where every linear is in FP8.
     """
     used = set(schemes.values())
     linears = set(filter(is_linear, stored_parameters(config)))
     if not used:
         return None
     if used == {FP8_BLOCK.name} and set(schemes) == linears:
-        had = config.quantization_config
-        if not isinstance(had, QuantizationConfig):
+        source_config = config.quantization_config
+        if not isinstance(source_config, QuantizationConfig):
             return QuantizationConfig()
-        return had.with_all_quantized(hf_name(path, config).removesuffix(".weight") for path in linears)
+        return source_config.with_all_quantized(hf_name(path, config).removesuffix(".weight") for path in linears)
     families: dict[str, dict[str, list[int]]] = {}  # module pattern -> scheme -> layers
     for path in sorted(linears):
         module = hf_name(path, config).removesuffix(".weight")
@@ -253,8 +262,8 @@ def quantization_config(
     for family, layers_of in families.items():
         for scheme, layers in layers_of.items():
             if scheme:
-                which = r"\d+" if len(layers_of) == 1 else f"({'|'.join(map(str, sorted(layers)))})"
-                targets[scheme].append("re:" + family.replace("LAYER", which).replace("EXPERT", r"\d+") + "$")
+                layer_pattern = r"\d+" if len(layers_of) == 1 else f"({'|'.join(map(str, sorted(layers)))})"
+                targets[scheme].append("re:" + family.replace("LAYER", layer_pattern).replace("EXPERT", r"\d+") + "$")
     return CompressedTensors(
-        groups=tuple(Group(scheme=scheme, targets=tuple(found)) for scheme, found in targets.items())
+        groups=tuple(Group(scheme=scheme, targets=tuple(patterns)) for scheme, patterns in targets.items())
     )

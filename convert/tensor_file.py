@@ -92,25 +92,25 @@ class Writer:
         self.size = len(self.start) + end
 
     def is_laid_out(self) -> bool:
-        """Whether an earlier run has made the file, for the same plan."""
+        """Whether the file exists with the header and the size of this plan, from an earlier run."""
         if not self.path.is_file() or self.path.stat().st_size != self.size:
             return False
         with open(self.path, "rb") as file:
             return file.read(len(self.start)) == self.start
 
     def lay_out(self) -> None:
-        """Makes the file, all zeros."""
+        """Makes the file with its header and zeros for the tensors."""
         with open(self.path, "wb") as file:
             file.write(self.start)
             file.truncate(self.size)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """One tensor's values."""
+        """Writes one tensor's values."""
         with open(self.path, "r+b") as file:
             file.seek(self.offsets[name])
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
 
     def sync(self) -> None:
-        """Waits until what was written is on the disk."""
+        """Waits until all writes are on the disk."""
         with open(self.path, "r+b") as file:
             os.fsync(file.fileno())

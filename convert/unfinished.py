@@ -1,4 +1,4 @@
-"""Checkpoint directories in the making: one writer a target, and what an interrupted run of the same had finished."""
+"""Checkpoint directories in the making: one writer a target, which resumes what an interrupted run had finished."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def refuse_unfinished(directory: Path) -> None:
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
-    """How far a directory is; {} where that cannot be read, and None where it has no journal."""
+    """The journal of a directory: {} where it cannot be read, and None where there is none."""
     try:
         journal = parsed_json((directory / JOURNAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -39,25 +39,25 @@ class Unfinished:
     """The directory `<target>.partial`, for whoever has locked the target.
 
     Attributes:
-      directory: where it is.
-      done: groups that an earlier run of the same work had finished, and those that this one has.
+      directory: its path.
+      done: groups that are finished, by this run or by an earlier one of the same work.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any] | None):
-        """What another work has left there is removed.
+        """Makes the directory, or resumes in it; files that another work left in it are removed.
 
         Args:
-          directory: made where it is not there.
-          identity: of the work, JSON-able; only where it is the same does a later run go on. None: never.
+          directory: its path.
+          identity: of the work, JSON-able; a later run resumes only where it is the same, and never where it is None.
 
         Raises:
           UserError: something else has that name.
         """
         self.directory = directory
         journal = read_journal(directory)
-        begun = f".{Path(JOURNAL).stem}."  # a journal that was not whole yet
+        part_prefix = f".{Path(JOURNAL).stem}."  # of the file that becomes the journal once it is whole
         if journal is None and directory.exists():
-            if not directory.is_dir() or any(not path.name.startswith(begun) for path in directory.iterdir()):
+            if not directory.is_dir() or any(not path.name.startswith(part_prefix) for path in directory.iterdir()):
                 raise UserError(f"{directory}: is no unfinished conversion, and in the way; move it")
         self.identity = json.loads(json.dumps(identity))
         self.done: set[str] = set()
@@ -69,9 +69,9 @@ class Unfinished:
             self.restart()
 
     def restart(self) -> None:
-        """Begins anew: nothing is done, and no file stays."""
+        """Begins anew: removes all files, and marks no group as done."""
         self.done = set()
-        self.write_journal()  # first, so that what is left of an interrupted removal is known as unfinished
+        self.write_journal()  # first, so that the directory counts as unfinished if the removal is interrupted
         self.keep(())
 
     def keep(self, names: Collection[str], folder: str = "") -> None:
@@ -90,7 +90,7 @@ class Unfinished:
         self.write_journal()
 
     def complete(self, target: Path) -> None:
-        """Gives the directory its name."""
+        """Renames the finished directory to `target`."""
         self.write_journal(complete=True)
         try:
             self.directory.rename(target)
@@ -98,7 +98,7 @@ class Unfinished:
             (target / JOURNAL).unlink(missing_ok=True)
 
     def write_journal(self, complete: bool = False) -> None:
-        """What a later run reads; `complete`: only the directory's name is missing."""
+        """Writes the file that a later run reads; `complete` means that only the renaming is missing."""
         journal = {"identity": self.identity, "done": sorted(self.done), "complete": complete}
         with whole_file(self.directory / JOURNAL) as part:
             part.write_text(json.dumps(journal), encoding="utf-8")
@@ -106,10 +106,10 @@ class Unfinished:
 
 @contextmanager
 def unfinished(target: str | os.PathLike[str], identity: dict[str, Any] | None) -> Iterator[Unfinished]:
-    """A directory to work in, which becomes `target`, locked by the caller, only if the block ends well.
+    """Yields a directory to work in, which becomes `target` only if the block ends without an error.
 
-    An interrupted one stays, for the same work to be taken up. One of bad input, which cannot be, and one without an
-    `identity` are removed.
+    The caller has locked `target`. After an interruption the directory stays, so that the same work can be resumed.
+    After a `UserError`, and without an `identity`, it is removed.
     """
     target = Path(target)
     work = Unfinished(target.with_name(target.name + PARTIAL), identity)
@@ -124,10 +124,10 @@ def unfinished(target: str | os.PathLike[str], identity: dict[str, Any] | None) 
 
 @contextmanager
 def new_directory(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
-    """Locks a directory that is to be made.
+    """Locks a directory that the caller will make.
 
     Raises:
-      UserError: it exists, cannot be written, has no name or one that only unfinished ones have, or somebody else is
+      UserError: it exists, cannot be written, has no name or the name of an unfinished directory, or another process is
         making it.
     """
     if Path(target).name in ("", ".."):
@@ -139,8 +139,8 @@ def new_directory(target: str | os.PathLike[str]) -> Iterator[LockedPath]:
             refuse_existing(Path(path))
             yield path
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{target}: cannot be written ({where}{error.strerror or error})") from error
+        file = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{target}: cannot be written ({file}{error.strerror or error})") from error
 
 
 def refuse_existing(target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the programs of this folder share: help as it is written, errors of one line, extras that are missing."""
+"""Shared by the programs of this folder: help texts, errors of one line, checks for missing extras."""
 
 import argparse
 import importlib.util
@@ -16,13 +16,13 @@ CLONE = "experiments"
 
 
 def program() -> str:
-    """`python -m experiments.studies.serving`, as it was called."""
+    """The command that started this process, for instance `python -m experiments.studies.serving`."""
     name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or ""
     return f"python -m {name.removesuffix('.__main__') if name.rpartition('.')[0] else CLONE}"
 
 
 def as_called(text: str) -> str:
-    """A text that speaks of `python -m experiments...`, with the name that the package has here."""
+    """The text with `python -m experiments...` replaced by the name that the package has here."""
     installed = f"dsv32_jax.{CLONE}"
     return text.replace(f"-m {CLONE}.", f"-m {installed}.") if installed in program() else text
 
@@ -74,26 +74,26 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def require(
-    what: str, *modules: str, extra: str, programs: Mapping[str, str] | None = None, paths: str | None = None
+    user: str, *modules: str, extra: str, programs: Mapping[str, str] | None = None, paths: str | None = None
 ) -> None:
     """Raises UserError that names every module and program that is missing, and how to install them.
 
     Args:
-      what: needs them.
+      user: the name of what needs them.
       modules: of Python, all in one extra of this project.
       extra: its name.
       programs: the Debian package of each program.
       paths: where to look for programs; the environment's where None.
     """
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing_modules = [name for name in modules if importlib.util.find_spec(name) is None]
     programs = programs or {}
-    lost = [name for name in programs if shutil.which(name, path=paths) is None]
-    said = []
-    if absent:
+    missing_programs = [name for name in programs if shutil.which(name, path=paths) is None]
+    messages = []
+    if missing_modules:
         command = f"pip install 'dsv32-jax[{extra}]', in a clone pip install -e '.[{extra}]'"
-        said.append(f"{', '.join(absent)} ({command})")
-    if lost:
-        packages = " ".join(dict.fromkeys(programs[name] for name in lost))
-        said.append(f"the programs {', '.join(lost)} (on Debian: apt install {packages})")
-    if said:
-        raise UserError(f"{what}: missing are {' and '.join(said)}")
+        messages.append(f"{', '.join(missing_modules)} ({command})")
+    if missing_programs:
+        packages = " ".join(dict.fromkeys(programs[name] for name in missing_programs))
+        messages.append(f"the programs {', '.join(missing_programs)} (on Debian: apt install {packages})")
+    if messages:
+        raise UserError(f"{user}: missing are {' and '.join(messages)}")

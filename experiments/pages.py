@@ -1,4 +1,4 @@
-"""What is made from results: tables in Markdown, pages with parts between markers, figures."""
+"""Tools for reports of results: tables in Markdown, pages with parts between markers, figures."""
 
 import re
 from collections.abc import Callable
@@ -16,11 +16,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def between(page: str, name: str, content: str) -> str:
-    """The page with other text between the markers of a name."""
+    """Replaces the text between the markers of a name in a page."""
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not marked.search(page):
         raise UserError(f"page: no markers of {name!r}; there must be <!-- {name} --> and <!-- /{name} -->")
-    return marked.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", page)
+    return marked.sub(lambda match: f"{match[1]}\n{content}\n\n{match[2]}", page)
 
 
 def drawing(directory: Path) -> tuple[Any, Callable[[Any, str], Path]]:

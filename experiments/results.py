@@ -1,4 +1,4 @@
-"""Results as JSON: where they lie, and what each says of the machine that made it."""
+"""Results as JSON: their folder, and the description of the machine that each contains."""
 
 import importlib.metadata
 import json
@@ -35,5 +35,5 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_result(name: str) -> dict[str, Any]:
-    """A result that lies in `experiments/results`."""
+    """Reads a result of `experiments/results`."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ import pytest
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine.blocks import BlockTable
 from dsv32_jax.fidelity import OF_LAYER, TAPS
-from dsv32_jax.generate import language_model
+from dsv32_jax.generate import batching
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, tapped_layer
 from dsv32_jax.model.taps import Taps
@@ -98,8 +98,8 @@ def flat_batch(pieces: Sequence[Piece], tables: np.ndarray, *, padding: int = 0,
     if spread:
         flat = np.stack([flat, np.repeat(blank, flat.shape[1], 1)], -1).reshape(4, -1)
     flat = np.concatenate([flat, np.repeat(blank, padding, 1)], 1).astype(np.int32)
-    wanted = np.where(flat[1] >= 0, np.arange(flat.shape[1]), -1)
-    return Batch(*map(jnp.asarray, flat), jnp.asarray(tables, jnp.int32), jnp.asarray(wanted, jnp.int32))
+    logit_rows = np.where(flat[1] >= 0, np.arange(flat.shape[1]), -1)
+    return Batch(*map(jnp.asarray, flat), jnp.asarray(tables, jnp.int32), jnp.asarray(logit_rows, jnp.int32))
 
 
 def tables_of(sequences: int, blocks: int, *, spare: int = 0, seed: int | None = None) -> np.ndarray:
@@ -157,12 +157,12 @@ def forward(model: DeepseekV32, rows: Sequence[Sequence[int]], options: Options 
     ends = np.cumsum([len(row) for row in rows])
     results = []
     for end, row in zip(ends, rows, strict=True):
-        own = slice(end - len(row), end)
+        tokens = slice(end - len(row), end)
         results.append(
             SimpleNamespace(
-                logits=logits[own],
-                hidden=np.stack([values["embedded"][own], *(layer["hidden"][own] for layer in layers)]),
-                layers=[{key: value[own] for key, value in layer.items()} for layer in layers],
+                logits=logits[tokens],
+                hidden=np.stack([values["embedded"][tokens], *(layer["hidden"][tokens] for layer in layers)]),
+                layers=[{key: value[tokens] for key, value in layer.items()} for layer in layers],
             )
         )
     return results
@@ -175,9 +175,9 @@ def one_shape(tokens: int = 64, blocks: int = 4) -> Iterator[None]:
     Two programs then serve all prompts that are generated from one by one, where each length would have its own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "SMALLEST_CHUNK", tokens)
-        patch.setattr(language_model, "LARGEST_CHUNK", tokens)
-        patch.setattr(language_model.LanguageModel, "_block_tables", lambda _, rows, __: tables_of(rows, blocks))
+        patch.setattr(batching, "SMALLEST_CHUNK", tokens)
+        patch.setattr(batching, "LARGEST_CHUNK", tokens)
+        patch.setattr(batching, "block_tables", lambda rows, *_: tables_of(rows, blocks))
         yield
 
 
@@ -199,9 +199,9 @@ def as_sets(rows: np.ndarray) -> list[set[int]]:
 
 def read_until(terminal: int, end: bytes, seconds: float = 60) -> bytes:
     """What comes from a file descriptor, to the first occurrence of `end`; fails where that does not come."""
-    seen = b""
-    while end not in seen:
+    received = b""
+    while end not in received:
         ready, _, _ = select.select([terminal], [], [], seconds)
-        assert ready, f"{end!r} did not come: {seen!r}"
-        seen += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
-    return seen
+        assert ready, f"{end!r} did not come: {received!r}"
+        received += os.read(terminal, 1)  # no more: what comes afterwards is for the next call
+    return received

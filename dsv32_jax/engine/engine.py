@@ -45,8 +45,9 @@ from dsv32_jax.engine.request import MAX_LOGPROBS, Event, LogProbs, SamplingPara
 from dsv32_jax.engine.scheduler import Limits, Scheduler, Sequence, Step
 from dsv32_jax.engine.speculation import accept_drafts
 from dsv32_jax.errors import UserError
+from dsv32_jax.generate.batching import LARGEST_CHUNK_FOR_KERNELS
 from dsv32_jax.generate.compiling import all_at_once
-from dsv32_jax.generate.language_model import LARGEST_CHUNK_FOR_KERNELS, LanguageModel
+from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import available_bytes
 from dsv32_jax.generate.sampling import NOT_FINITE, log_probabilities
 from dsv32_jax.model.cache import KVCache

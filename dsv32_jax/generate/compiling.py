@@ -1,4 +1,4 @@
-"""Programs that are compiled ahead."""
+"""Compiles programs ahead, several at a time."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -9,15 +9,15 @@ from dsv32_jax.common.progress import progress_bar
 __all__ = ["THREADS", "all_at_once"]
 
 THREADS = "dsv32-compile"
-"""How the names of the threads begin that compile."""
+"""Prefix of the names of the threads that compile."""
 
 
 def all_at_once[Program](jobs: Iterable[Callable[[], Program]]) -> list[Program]:
-    """What each job compiles, in their order, several at a time.
+    """Runs jobs that compile programs in several threads, and returns their results in the jobs' order.
 
-    Tracing and lowering hold Python's lock, and XLA does not. JAX finds what was compiled so again when the same is
-    compiled or called once more. An interrupt, or the first job that fails, ends the call at once; what XLA is at
-    cannot be stopped and ends in its threads.
+    Tracing and lowering hold Python's lock, and XLA does not. JAX caches the programs, so that the same function is not
+    compiled again when it is called. An interrupt, or the first job that fails, ends the call at once; compilations
+    that XLA has begun cannot be stopped and end in their threads.
     """
     pending = list(jobs)
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=THREADS)

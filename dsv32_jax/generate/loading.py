@@ -105,17 +105,17 @@ def save(lm: LanguageModel, directory: str | os.PathLike[str]) -> None:
 
 
 def with_true_schemes(lm: LanguageModel) -> DeepseekV32:
-    """The model with the config of `lm`, and a quantization_config that says of every linear what it is."""
+    """The model with the config of `lm`, and a quantization_config with the true scheme of every linear."""
     from dsv32_jax.convert.stored import quantization_config
 
-    present = {path: scheme_name(leaf) for path, leaf in lm.weights.items()}
-    schemes = {path: scheme for path, scheme in present.items() if scheme is not None}
-    said = lm.config.quantization_config
-    # The released form leaves it open which linears are plain; any other names every one.
-    if not (isinstance(said, QuantizationConfig) and set(schemes.values()) <= {FP8_BLOCK.name}):
-        said = quantization_config(schemes, lm.config)
+    scheme_by_path = {path: scheme_name(leaf) for path, leaf in lm.weights.items()}
+    schemes = {path: scheme for path, scheme in scheme_by_path.items() if scheme is not None}
+    quantization = lm.config.quantization_config
+    # The released form does not say which linears are plain; any other names the scheme of each.
+    if not (isinstance(quantization, QuantizationConfig) and set(schemes.values()) <= {FP8_BLOCK.name}):
+        quantization = quantization_config(schemes, lm.config)
     model = with_weights(lm.model, {})
-    model.config = lm.config.replace(quantization_config=said)
+    model.config = lm.config.replace(quantization_config=quantization)
     return model
 
 
@@ -142,7 +142,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         from dsv32_jax.convert.companions import COPIED
 
         return Path(snapshot_download(name, allow_patterns=[*COPIED, "*.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such repository, no permission, no package: the way out is the same
+    except Exception as error:  # no network, no such repository, no permission, no package: the remedy is the same
         raise UserError(
             f"{name}: no such directory, and it could not be fetched from huggingface.co ({type(error).__name__}); "
             f"where there is a network run `hf download {name} --local-dir DIR`, bring DIR here and give its path"
@@ -178,7 +178,7 @@ def use_compilation_cache() -> None:
 
 
 def _expanded(name: str) -> Path:
-    """With the home directory for `~`."""
+    """The path of `name`, with the home directory for `~`."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What fits: bytes of parameters and caches against the memory that is there."""
+"""Bytes of parameters and caches, and the memory that is free for them."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.params import named_parameters
 
 GPU_BYTES = {"80 GB GPU (H100)": 80e9, "141 GB GPU (H200)": 141e9}
-# Left to XLA's temporary buffers and the runtime when memory is planned.
+# The rest is left to XLA's temporary buffers and the runtime when memory is planned.
 USABLE = 0.9
 
 
@@ -62,7 +62,7 @@ def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
 
 
 def available_bytes() -> tuple[float, str]:
-    """(free bytes where JAX will put the parameters, what that place is)."""
+    """(free bytes where JAX will put the parameters, the name of that memory)."""
     device = jax.devices()[0]
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics and "bytes_limit" in statistics:
@@ -76,11 +76,11 @@ def available_bytes() -> tuple[float, str]:
     return math.inf, "unknown memory"
 
 
-def check_room(needed: int, what: str, hint: str = "") -> None:
-    """Raises `UserError` where so many bytes are not free."""
+def check_room(needed: int, name: str, hint: str = "") -> None:
+    """Raises `UserError` where `needed` bytes are not free; `name` and `hint` are the beginning and end of its text."""
     free, place = available_bytes()
     if needed > free:
-        raise UserError(f"{what} take {human(needed)} and {place} has {human(free)} free{hint}")
+        raise UserError(f"{name} take {human(needed)} and {place} has {human(free)} free{hint}")
 
 
 def checkpoint_bytes(directory: Path) -> int:

@@ -1,4 +1,4 @@
-"""The messages of a chat, checked before a chat template sees them."""
+"""Checks the messages of a chat before a chat template renders them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ Message = Mapping[str, Any]
 
 
 def check_text(name: str, value: Any) -> str:
-    """The value, if it is a text in Unicode characters; `name` is what the error calls it."""
+    """Returns the value if it is a text of whole Unicode characters; the error names it `name`."""
     if not isinstance(value, str):
         raise UserError(f"{name}: {shown(value)}; must be a text")
     if (at := surrogate_in(value)) is not None:
@@ -22,13 +22,13 @@ def check_text(name: str, value: Any) -> str:
 
 
 def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """The messages as a template takes them, with other fields than role and content as they are.
+    """Returns the messages as a template takes them; fields other than role and content stay as they are.
 
-    Content that is a list of parts of type text, as OpenAI's API has it, becomes these texts, one a line. A message
-    with `tool_calls` may have none, which is left to the template.
+    Content that is a list of parts of type text, as in OpenAI's API, becomes these texts, one a line. A message with
+    `tool_calls` may have no content, which is left to the template.
 
     Raises:
-      UserError: there is none, or one is no mapping with a role and content; it is named by its number.
+      UserError: there is no message, or one is no mapping with a role and content; the error has its number.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise UserError(f"messages: {shown(messages)}; must be a list of messages, each with role and content")
@@ -39,22 +39,22 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 
 def _checked(number: int, message: Any) -> dict[str, Any]:
-    where = f"messages {number}"
+    name_of_message = f"messages {number}"
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}: {shown(message)}; must be a mapping with role and content")
+        raise UserError(f"{name_of_message}: {shown(message)}; must be a mapping with role and content")
     for name in ("role", "content"):
         if name not in message and not (name == "content" and message.get("tool_calls")):
-            raise UserError(f"{where}: has no {name}; must be a mapping with role and content")
-    role, content = check_text(f"{where}, role", message["role"]), message.get("content")
+            raise UserError(f"{name_of_message}: has no {name}; must be a mapping with role and content")
+    role, content = check_text(f"{name_of_message}, role", message["role"]), message.get("content")
     if content is not None or not message.get("tool_calls"):
-        content = _content(f"{where}, content", content)
+        content = _content(f"{name_of_message}, content", content)
     return {**message, "role": role, "content": content}
 
 
-def _content(where: str, content: Any) -> str:
+def _content(name: str, content: Any) -> str:
     if not isinstance(content, list | tuple):
-        return check_text(where, content)
+        return check_text(name, content)
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise UserError(f"{where}: {shown(part)}; must be a text, or a list of parts of type text")
-    return "\n".join(check_text(where, part.get("text")) for part in content)
+            raise UserError(f"{name}: {shown(part)}; must be a text, or a list of parts of type text")
+    return "\n".join(check_text(name, part.get("text")) for part in content)

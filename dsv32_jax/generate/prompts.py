@@ -1,4 +1,4 @@
-"""Prompts in the forms that a person has them, as checked rows of token ids."""
+"""Converts prompts of any accepted form into checked rows of token ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +20,13 @@ Prompts = str | Sequence[Any] | np.ndarray | Array
 
 
 def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """One list of ids a prompt, without the absent positions at the right.
+    """Returns one list of ids for each prompt, without the absent positions at the right.
 
     Args:
       prompts: ids [T] or [B, T] (-1 absent at the right), a text, or a list of texts or id lists. A text gets the
         beginning-of-sentence token in front.
-      config: says which ids there are, and how long a row may be.
-      tokenizer: of texts.
+      config: has the size of the vocabulary and the longest row.
+      tokenizer: encodes texts; None where the checkpoint has none.
 
     Raises:
       UserError: naming the prompt and position that is wrong.
@@ -72,11 +72,11 @@ def _row(
     ids = ids[: present[-1] + 1]
     (wrong,) = np.nonzero((ids < 0) | (ids >= config.vocab_size))
     if wrong.size:
-        where = f"prompt {number}, position {wrong[0]}"
+        place = f"prompt {number}, position {wrong[0]}"
         if ids[wrong[0]] == -1:
-            raise UserError(f"{where}: -1 in the middle; absent positions are at the right")
+            raise UserError(f"{place}: -1 in the middle; absent positions are at the right")
         raise UserError(
-            f"{where}: token {ids[wrong[0]]} is not in 0..{config.vocab_size - 1} (vocab_size {config.vocab_size})"
+            f"{place}: token {ids[wrong[0]]} is not in 0..{config.vocab_size - 1} (vocab_size {config.vocab_size})"
         )
     if len(ids) > config.max_position_embeddings:
         raise UserError(

@@ -40,7 +40,7 @@ class Score:
 
     @staticmethod
     def of(log_likelihoods: np.ndarray, tokens: int) -> "Score":
-        """From float32 [B, T - 1], of which so many are of tokens that are there."""
+        """The score of log-likelihoods float32 [B, T - 1], of which `tokens` are of present tokens."""
         total = float(log_likelihoods.sum(dtype=np.float64))
         try:
             perplexity = math.exp(-total / tokens)

@@ -11,11 +11,11 @@ from dsv32_jax.common.arguments import integer, number
 from dsv32_jax.errors import UserError
 
 NOT_FINITE = -2
-"""Drawn instead of a token from logits with a NaN, with an infinite one, or with none above -infinity."""
+"""Returned instead of a token for logits that contain NaN or infinity, or none above -infinity."""
 
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
-    """Raises `UserError` for values that nothing can be drawn with."""
+    """Raises `UserError` for sampling parameters that are out of range."""
     # The device has float32.
     number("temperature", temperature, "0 (greedy) or above", least=0, most=float(np.finfo(np.float32).max))
     number("top_p", top_p, "above 0 and at most 1", above=0, most=1)
@@ -23,7 +23,7 @@ def check_sampling(temperature: float, top_p: float, seed: int) -> None:
 
 
 def not_finite(prompt: int, position: int) -> UserError:
-    """What is raised where `NOT_FINITE` was drawn, or such logits were scored."""
+    """The error of a position where `NOT_FINITE` was drawn, or whose log-likelihood is not finite."""
     return UserError(
         f"prompt {prompt}, position {position}: the logits are not finite; a weight is NaN or infinite, or the numbers "
         "outgrew the compute dtype: `trace` shows in which layer it begins"
@@ -32,7 +32,7 @@ def not_finite(prompt: int, position: int) -> UserError:
 
 @jax.jit
 def row_keys(seeds: Array | int, rows: Array, positions: Array) -> Array:
-    """One PRNG key for each row and position, so that what a row draws does not depend on its neighbours.
+    """Makes one PRNG key for each row and position, so that a row's tokens do not depend on its neighbours.
 
     Args:
       seeds: of the run, a scalar; or [B], each row's own.
@@ -67,9 +67,9 @@ def sample(
       temperature: scalar or [B]. 0 means greedy: the largest logit, ties to the lowest id.
       top_p: scalar or [B] in (0, 1]. Only the nucleus is drawn from: the shortest run of tokens, by falling probability
         (ties by id), whose probability reaches `top_p`. 1 keeps every token.
-      greedy: the caller knows that every temperature is 0, and nothing has to be drawn.
-      nucleus: False if the caller knows that every `top_p` is 1, and no vocabulary has to be sorted, which costs more
-        than all the rest. (The device could see for itself, but the host would have to wait for what it saw.)
+      greedy: True if the caller knows that every temperature is 0; no noise is computed then.
+      nucleus: False if the caller knows that every `top_p` is 1; the vocabulary is not sorted then, which costs more
+        than all the rest. (The device could test it, but the host would have to wait for the result.)
 
     Returns:
       int32 [B]; `NOT_FINITE` for a row from which nothing can be drawn.
@@ -86,7 +86,7 @@ def sample(
         return jnp.where(finite, likeliest, NOT_FINITE)
     if keys is None:
         raise ValueError("keys: None; drawing needs one key a row")
-    # Less the largest, which so stays alone at 0 however small the temperature is: no two become infinite.
+    # The largest logit is subtracted, so that it is 0 however small the temperature is and none becomes +infinity.
     scaled = (logits - largest) / jnp.where(temperature > 0, temperature, 1)[:, None]
     if nucleus:
         scaled = jnp.where(_nucleus(scaled, top_p), scaled, -jnp.inf)
@@ -98,12 +98,12 @@ def sample(
 
 @partial(jax.jit, static_argnames="count")
 def log_probabilities(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
-    """What the model thought of the drawn tokens, and of those it thought most likely; before temperature and top-p.
+    """Log-probabilities of the sampled tokens and of the likeliest ones, before temperature and top-p.
 
     Args:
       logits: [B, V].
-      tokens: int32 [B], drawn.
-      count: of the likeliest.
+      tokens: int32 [B], the sampled ones.
+      count: number of the likeliest.
 
     Returns:
       Log-probabilities float32 [B] of `tokens`; ids int32 [B, count] of the likeliest, ties to the lowest; and theirs,

@@ -1,4 +1,4 @@
-"""Whether a model is still what it was: an edit made in place is noticed by the identity of what was replaced."""
+"""Detects whether a model was edited in place, by the identity of its attributes."""
 
 import operator
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ __all__ = ["Snapshot"]
 
 
 class Computed(Protocol):
-    """What decides what steps compute: a `LanguageModel`."""
+    """The attributes that determine what steps compute: those of a `LanguageModel`."""
 
     @property
     def model(self) -> nnx.Pytree: ...
@@ -28,7 +28,7 @@ class Snapshot:
     """The options, the config, and the attributes of a module and of every module below it, as they are now.
 
     Comparing them again costs a fraction of flattening the module: some 20 microseconds for a small model and 150 for
-    one of 61 layers. What is compared is which objects they are, so that a copy of the same values counts as an edit.
+    one of 61 layers. Attributes are compared by identity, so that a copy of the same values counts as an edit.
     """
 
     def __init__(self, lm: Computed):
@@ -41,8 +41,8 @@ class Snapshot:
             waiting += [value for value in attributes.values() if isinstance(value, nnx.Pytree)]
 
     def shows(self, lm: Computed) -> bool:
-        """Whether the module is the very one of the snapshot, nothing in it was replaced, added or removed, and options
-        and config are equal to those of then."""
+        """Whether the module is the snapshot's, no attribute in it was replaced, added or removed, and options and
+        config are equal to the snapshot's."""
         return (
             lm.model is self._model
             and lm.options == self._options

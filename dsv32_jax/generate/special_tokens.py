@@ -1,4 +1,4 @@
-"""Which tokens begin and end a text: a checkpoint's tokenizer_config.json, special_tokens_map.json and config.json."""
+"""The tokens that begin and end a text, from tokenizer_config.json, special_tokens_map.json and config.json."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> None
     """Adds the tokens that only tokenizer_config.json or added_tokens.json has, as transformers does.
 
     Raises:
-      UserError: an entry that is none, or whose id is not the one that comes next.
+      UserError: a malformed entry, or one whose id is not the next free one.
     """
     entries: dict[int, tuple[str, tokenizers.AddedToken]] = {}
     try:
@@ -50,52 +50,54 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> None
 def special_tokens(tokenizer: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
     """The text of bos_token, eos_token, pad_token and unk_token, where a file has one.
 
-    tokenizer_config.json goes before special_tokens_map.json, and both before the ids of config.json. Of the
-    beginning-of-sentence token all that name it must agree, generation_config.json too. A token that
-    is so named is one, also where tokenizer.json has its text in the vocabulary alone.
+    tokenizer_config.json takes precedence over special_tokens_map.json, and both over the ids of config.json. All files
+    that name a beginning-of-sentence token must agree, generation_config.json too. A token that a file names becomes a
+    special token, also where tokenizer.json only has its text in the vocabulary.
 
     Raises:
       UserError: a token that is no text, that tokenizer.json does not have, or beginning-of-sentence tokens that
         disagree.
     """
     ids = _read(directory / "config.json")
-    named: dict[str, str] = {}
-    bos: list[tuple[str, int | None, str]] = []  # who says so, which token it is, and the same in short
+    texts: dict[str, str] = {}
+    bos: list[
+        tuple[str, int | None, str]
+    ] = []  # a statement of a file, the token that it names, and the statement in short
     for file in (_SETTINGS, _MAP):
         settings = _read(directory / file)
         for name in _NAMES:
             text = _text(directory / file, name, settings.get(name))
-            if text is None or (name in named and name != "bos_token"):
+            if text is None or (name in texts and name != "bos_token"):
                 continue
             id = tokenizer.token_to_id(text)
             if id is None and name in ("bos_token", "eos_token"):
                 raise UserError(f"{directory / file}: {name} {text!r} is no token of tokenizer.json")
             if name == "bos_token":
                 bos.append((f"{directory / file}: bos_token {text!r} is token {id}", id, f"{file} names {id}"))
-            named.setdefault(name, text)
+            texts.setdefault(name, text)
             if id is not None and id not in tokenizer.get_added_tokens_decoder():
                 tokenizer.add_special_tokens([text])
     for file in ("config.json", "generation_config.json"):
         if _is_id(id := _read(directory / file).get("bos_token_id")):
-            where = f"{file}'s bos_token_id is {id}"
-            bos.append((f"{directory}: {where}", id, where))
-    for one, other in itertools.pairwise(bos):
-        if one[1] != other[1]:
-            raise UserError(f"{one[0]}, and {other[2]}; they must agree")
+            statement = f"{file}'s bos_token_id is {id}"
+            bos.append((f"{directory}: {statement}", id, statement))
+    for first, second in itertools.pairwise(bos):
+        if first[1] != second[1]:
+            raise UserError(f"{first[0]}, and {second[2]}; they must agree")
     for name in _NAMES:
         id = ids.get(f"{name}_id")
         id = id[0] if isinstance(id, list) and id else id
-        if name in named or not _is_id(id):
+        if name in texts or not isinstance(id, int) or isinstance(id, bool):
             continue
         if (token := tokenizer.get_added_tokens_decoder().get(id)) is not None:
-            named[name] = token.content
+            texts[name] = token.content
         elif name == "bos_token":
             message = (
                 f"{directory}: config.json's bos_token_id {id} is no special token of tokenizer.json, and no other "
                 "file names one; texts have no beginning-of-sentence token in front"
             )
             warnings.warn(message, CheckpointWarning, stacklevel=1)
-    return named
+    return texts
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _is_id(value: object) -> bool:
 
 
 def _text(path: Path, name: str, value: object) -> str | None:
-    """Of a token, which is its text, or an object with that and how it is matched."""
+    """The text of a token's entry, which is a text, or an object with the text and flags."""
     text = value.get("content") if isinstance(value, Mapping) else value
     if value is None or (isinstance(text, str) and surrogate_in(text) is None):
         return text or None  # type: ignore[return-value]
@@ -119,10 +121,10 @@ def default_template(path: Path, template: object) -> str | None:
     if template is None or isinstance(template, str):
         return template
     try:
-        named = {entry["name"]: entry["template"] for entry in reversed(template)}  # type: ignore[call-overload]
-        if not all(isinstance(one, str) for one in named.values()):
+        by_name = {entry["name"]: entry["template"] for entry in reversed(template)}  # type: ignore[call-overload]
+        if not all(isinstance(text, str) for text in by_name.values()):
             raise TypeError
-        return named.get("default")
+        return by_name.get("default")
     except (KeyError, TypeError):
         right = json.dumps([{"name": "default", "template": "..."}])
         raise UserError(f"{path}: chat_template is {shown(template)}; it must be a text or {right}") from None

@@ -104,8 +104,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
         """The text of `ids`, without special tokens unless they are asked for. Ids below 0 and ids that no token has
         are left out."""
-        wanted = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self.special_ids)]
-        return self._tokenizer.decode(wanted, skip_special_tokens=False)
+        shown_ids = [int(id) for id in ids if id >= 0 and (special_tokens or int(id) not in self.special_ids)]
+        return self._tokenizer.decode(shown_ids, skip_special_tokens=False)
 
     def token_text(self, id: int) -> str | None:
         """What one id stands for, special tokens written out; bytes that are no whole character as U+FFFD. None where
@@ -116,10 +116,10 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; none for special tokens and ids that no token has."""
-        known = self._bytes.get(id)
-        if known is None:
-            known = self._bytes[id] = self._token_bytes(id)
-        return known
+        token = self._bytes.get(id)
+        if token is None:
+            token = self._bytes[id] = self._token_bytes(id)
+        return token
 
     def _token_bytes(self, id: int) -> bytes:
         token = None if id < 0 or id in self.special_ids else self._tokenizer.id_to_token(id)

@@ -1,4 +1,4 @@
-"""A model like another but for some of its weights; the two share the rest."""
+"""Makes a model with some weights of another one replaced; the two share the rest."""
 
 import difflib
 import math
@@ -21,20 +21,20 @@ __all__ = ["DEQUANTIZED", "check_edited", "dequantized", "shapes_of", "with_weig
 
 PLAIN_DTYPES = ("float32", "bfloat16", "float16")
 DEQUANTIZED = ("float32", "bfloat16")
-"""What quantised weights can become."""
+"""Dtypes to which quantised weights can be dequantised."""
 
 
 def with_weights(model: DeepseekV32, weights: Mapping[str, Any]) -> DeepseekV32:
-    """`model` with other weights.
+    """Returns `model` with some weights replaced.
 
     Args:
-      model: stays as it is.
+      model: it is not changed.
       weights: by path ("layers.3.attn.q_a", see `params.named_parameters`): arrays of the parameter's shape in float32,
         bfloat16 or float16, kept in their dtype; or a QTensor in place of a linear, whatever scheme that had.
 
     Raises:
-      UserError: a path that the model has not; an array of another shape or dtype; or one that is NaN or infinite where
-        that would only choose other keys or experts.
+      UserError: a path that the model does not have; an array of another shape or dtype; or one with a NaN or infinity
+        that would only make the model choose other keys or experts.
     """
     instance("weights", weights, Mapping, "a mapping from paths to arrays")
     parameters = named_parameters(model)
@@ -49,7 +49,7 @@ def with_weights(model: DeepseekV32, weights: Mapping[str, Any]) -> DeepseekV32:
 
 
 def _weight(path: str, value: Any, present: Weight) -> Weight:
-    """`value` as it is put in the place of `present`."""
+    """`value`, checked and as a JAX array, for the place of the weight `present`."""
     if isinstance(value, QTensor):
         if not is_linear(path):
             raise UserError(f"weights {path!r}: a QTensor; only linears can be quantised, give an array")
@@ -68,7 +68,7 @@ def _weight(path: str, value: Any, present: Weight) -> Weight:
 
 
 def _check_stored(path: str, value: QTensor) -> None:
-    """Holds the arrays of a QTensor against its scheme."""
+    """Checks shapes and dtypes of a QTensor's arrays against its scheme."""
     try:
         expected = abstract_weight(value.shape, value.scheme.name)
     except ValueError as error:
@@ -83,15 +83,15 @@ def _check_stored(path: str, value: QTensor) -> None:
 
 
 def check_edited(model: DeepseekV32, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Holds a model that somebody may have edited in place against what it was.
+    """Checks a model that the user may have edited in place.
 
     Args:
-      model: as it is now.
-      shapes: of every parameter, by path, as they were: `shapes_of`.
+      model: the model now.
+      shapes: `shapes_of` the model when it was last replaced.
 
     Raises:
-      UserError: a weight that could change unseen (a NumPy array, an `nnx.Variable`), that is no float, that has
-        another shape or is gone.
+      UserError: a weight that could change unnoticed (a NumPy array, an `nnx.Variable`), that is no float array, that
+        has another shape, or that is missing.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_whole)
     parameters = {path_name(path): leaf for path, leaf in leaves}
@@ -106,7 +106,7 @@ def check_edited(model: DeepseekV32, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def shapes_of(model: DeepseekV32) -> dict[str, tuple[int, ...]]:
-    """Of every parameter by its path."""
+    """The shape of every parameter, by its path."""
     return {path: tuple(leaf.shape) for path, leaf in named_parameters(model).items()}
 
 
@@ -115,10 +115,10 @@ def _is_whole(leaf: Any) -> bool:
 
 
 def dequantized(model: DeepseekV32, dtype: str, *, memory_check: bool = True) -> DeepseekV32:
-    """`model` with every quantised weight as a plain array, and a config that says so; the rest is shared.
+    """Returns `model` with every quantised weight as a plain array, and a config without quantisation.
 
     Args:
-      model: stays as it is.
+      model: it is not changed; the plain weights are shared.
       dtype: one of `DEQUANTIZED`; bfloat16 is exact for FP8 whose scales are powers of two, float32 always.
       memory_check: refuse what does not fit into the free memory.
 

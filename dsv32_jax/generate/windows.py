@@ -1,4 +1,4 @@
-"""Texts of any length, in windows that a model can read."""
+"""Splits texts of any length into windows that a model can read, and scores them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,14 +14,14 @@ __all__ = ["Window", "check_windows", "score_windows", "windows_of"]
 
 
 class Window(NamedTuple):
-    """A stretch of a text. `new` of its last tokens are in no window before it."""
+    """A part of a text. Its last `new` tokens are in no window before it."""
 
     ids: list[int]
     new: int
 
 
 def check_windows(window: int | None, stride: int | None) -> None:
-    """Raises UserError for lengths that no text can be read with."""
+    """Raises UserError for a window or a stride that would leave out tokens."""
     if window is not None and window < 2:
         raise UserError(f"--window {window}: must be at least 2")
     if stride is not None and stride < 1:
@@ -31,7 +31,7 @@ def check_windows(window: int | None, stride: int | None) -> None:
 
 
 def windows_of(ids: Sequence[int], window: int, stride: int, bos: int | None = None) -> list[Window]:
-    """A text in windows of `window` tokens, each `stride` further on; one window where it fits.
+    """Splits a text into windows of `window` tokens, each `stride` further on; a short text is one window.
 
     Every token but the first is new in exactly one window, where at least `window - stride` tokens stand before it, if
     the text has as many.
@@ -45,12 +45,12 @@ def windows_of(ids: Sequence[int], window: int, stride: int, bos: int | None = N
     head = [bos] if bos is not None and list(ids[:1]) == [bos] else []
     body = list(ids[len(head) :])
     room = window - len(head)
-    result, read = [], 1 - len(head)  # without a head the first token has nothing before it
+    result, covered = [], 1 - len(head)  # without a head the first token has nothing before it
     for start in range(0, max(len(body), 1), stride):
-        stretch = body[start : start + room]
-        result.append(Window(head + stretch, start + len(stretch) - read))
-        read = start + len(stretch)
-        if read >= len(body):
+        part = body[start : start + room]
+        result.append(Window(head + part, start + len(part) - covered))
+        covered = start + len(part)
+        if covered >= len(body):
             break
     return result
 
@@ -58,26 +58,26 @@ def windows_of(ids: Sequence[int], window: int, stride: int, bos: int | None = N
 def score_windows(
     m: LanguageModel, ids: Sequence[int], windows: Sequence[Window], out: np.ndarray | None = None
 ) -> Score:
-    """`LanguageModel.score` of one text of any length; the same as that where the text is one window.
+    """Scores one text of any length; the result is that of `LanguageModel.score` where the text is one window.
 
     Args:
       m: the model.
       ids: of the whole text.
       windows: of `windows_of` these ids.
-      out: float32 [1, T, V], the logits at every token of the text, each from the window in which what follows is new.
+      out: float32 [1, T, V], the logits at every token of the text, each from the window whose next token is new.
     """
     parts: list[np.ndarray] = []
     at = 0
     with progress_bar("scoring", len(ids) - 1, "tokens") as advance:
-        for number, (stretch, new) in enumerate(windows):
+        for number, (window_ids, new) in enumerate(windows):
             last = number + 1 == len(windows)
-            logits = None if out is None else np.empty((1, len(stretch), m.config.vocab_size), np.float32)
-            score = m.score([stretch], out=logits)
-            parts.append(score.log_likelihoods[0, len(stretch) - 1 - new :])
+            logits = None if out is None else np.empty((1, len(window_ids), m.config.vocab_size), np.float32)
+            score = m.score([window_ids], out=logits)
+            parts.append(score.log_likelihoods[0, len(window_ids) - 1 - new :])
             if out is not None and logits is not None:
-                taken = logits[0, len(stretch) - 1 - new : None if last else -1]
-                out[0, at : at + len(taken)] = taken
-                at += len(taken)
+                kept_logits = logits[0, len(window_ids) - 1 - new : None if last else -1]
+                out[0, at : at + len(kept_logits)] = kept_logits
+                at += len(kept_logits)
             advance(new)
     log_likelihoods = np.concatenate(parts)[None]
     return Score.of(log_likelihoods, log_likelihoods.size)

@@ -68,7 +68,8 @@ class Numerics:
         """
         seams = self.seams
         inputs = [f"{name}.input" for name in ("gate", "up", "down")]
-        if not seams.composes("experts") and not ("experts" not in seams.parts.replaced and seams.taps_any(*inputs)):
+        looked_at = "experts" not in seams.parts.replaced and seams.taps_any(*inputs)
+        if not (seams.composes("experts") or looked_at):
             return seams.call(
                 "experts",
                 x,

@@ -41,12 +41,14 @@ class Parts:
       rms_norm: every RMSNorm of the model (`pallas_kernels.rowwise.rms_norm`).
       rope: the attention's rotation of queries and keys [T, ..., R], neighbouring features in pairs.
       index_rope: the indexer's rotation of queries and keys [T, ..., R], the two halves in pairs.
-      matmul: every product with a linear weight but those of the routed experts (`products.matmul`).
+      matmul: products with linear weights (`pallas_kernels.matmul`): q_a, q_b, kv_a and o, the indexer's q_b and k,
+        feed-forward blocks and the shared expert, eh_proj. Not those of the routed experts, of embedding, head, router
+        and index head weights, nor kv_b in the absorbed form, where it is two maps by heads.
       swiglu: silu(gate) * up of every feed-forward block and expert.
       route: experts int32 [T, K] and their weights float32 [T, K] from the router's logits [T, E].
       make_plan: the rows of the chosen experts, see `pallas_kernels.moe_dispatch.RoutingPlan`.
       gather_rows: tokens [T, D] -> rows [P, D] of the plan: the dispatch.
-      grouped_matmul: rows [P, K] by the weights of their experts (`products.grouped_matmul`).
+      grouped_matmul: rows [P, K] by the weights of their experts (`pallas_kernels.matmul.grouped_matmul`).
       experts: the three products of every expert and what lies between: tokens [T, D] -> rows [P, D].
       combine: rows [P, D] -> float32 [T, D], weighted and summed.
     """

@@ -39,8 +39,8 @@ class PreparedMLA(MLA):
     """
 
     def __init__(self, mla: MLA, config: ModelConfig, dtype: jax.typing.DTypeLike, joins: bool):
-        self.q_a_norm, self.q_b = mla.q_a_norm, mla.q_b
-        self.kv_a_norm, self.o = mla.kv_a_norm, mla.o
+        self.q_a_norm, self.kv_a_norm = nnx.data(mla.q_a_norm), nnx.data(mla.kv_a_norm)
+        self.q_b, self.o = nnx.data(mla.q_b), nnx.data(mla.o)
         self.indexer = mla.indexer
         self.maps = nnx.data(mla.head_maps(config, dtype))
         apart = (mla.q_a, mla.indexer.k, mla.kv_a)

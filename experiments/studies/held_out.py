@@ -17,11 +17,12 @@ from dsv32_jax.experiments.train_demo import corpus
 from dsv32_jax.generate.tokenizer import Tokenizer
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl.xz"
-LEAST, MOST = 13_000, 16_000
-"""Characters of a document that is taken, and how many of them: 4096 tokens of the demo model and a little more."""
+SHORTEST, LONGEST = 13_000, 16_000
+"""Characters of the shortest document that is chosen, and of the longest excerpt: a little more than 4096 tokens of the
+demo model."""
 PER_PACKAGE = 3
 SHORT = 60
-"""Characters of a paragraph that many texts may have."""
+"""Characters of a paragraph that is so short that many texts may contain it."""
 
 
 def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
@@ -32,38 +33,40 @@ def documents(path: Path = HELD_OUT) -> list[dict[str, Any]]:
 def choose(data: Path, path: Path) -> None:
     """Writes the file: long documents of the corpus's held-out split, cut, few of any one package.
 
-    A paragraph that a training document has too, whatever its case and punctuation, is left out.
+    It leaves out paragraphs that a training document contains, whatever their case and punctuation.
 
     Args:
       data: the folder of `dsv32_jax.experiments.train_demo.corpus`.
-      path: where to.
+      path: of the file.
     """
     manifest = read_json(data / "manifest.json")
     packages = {package["name"]: package for package in manifest["packages"]}
-    trained = {
+    trained_paragraphs = {
         fingerprint(paragraph)
         for document in corpus.read_documents(data, "train")
         for paragraph in document["text"].split("\n\n")
     }
-    kept: list[dict[str, Any]] = []
+    excerpts: list[dict[str, Any]] = []
     count: collections.Counter[str] = collections.Counter()
     for document in corpus.read_documents(data, "held-out"):
         name = document["package"]
         if count[name] == PER_PACKAGE:
             continue
         paragraphs = document["text"].split("\n\n")
-        text = "\n\n".join(p for p in paragraphs if len(p) <= SHORT or fingerprint(p) not in trained)[:MOST]
-        if len(text) < LEAST:
+        text = "\n\n".join(p for p in paragraphs if len(p) <= SHORT or fingerprint(p) not in trained_paragraphs)[
+            :LONGEST
+        ]
+        if len(text) < SHORTEST:
             continue
         count[name] += 1
-        own = {"package": name, "version": packages[name]["version"], "path": document["path"]}
-        kept.append(own | {"license": packages[name]["license"], "text": text[: text.rfind("\n") + 1]})
+        source = {"package": name, "version": packages[name]["version"], "path": document["path"]}
+        excerpts.append(source | {"license": packages[name]["license"], "text": text[: text.rfind("\n") + 1]})
     with whole_file(path) as temporary, lzma.open(temporary, "wt", encoding="utf-8", preset=9) as file:
-        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in kept)
+        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in excerpts)
 
 
 def fingerprint(paragraph: str) -> int:
-    """The same for paragraphs that differ in case, spaces and punctuation alone."""
+    """A hash that is the same for paragraphs that only differ in case, spaces and punctuation."""
     return hash(re.sub(r"\W+", " ", paragraph).strip().lower())
 
 

@@ -1,10 +1,10 @@
-"""What a routing plan that is kept for some steps would cost: `python -m experiments.studies.plan_reuse`.
+"""Measures what a routing plan that is kept for some steps costs: `python -m experiments.studies.plan_reuse`.
 
 In decoding, each sequence adds a token a step. A plan made every N steps sends the tokens in between to the experts
 that their sequence's last routed token chose, weighted by their own scores. This takes the router and the sort out of
-those steps; what it does to the model is measured here, on held-out text, against a fresh plan at every step.
+those steps. This program measures its effect on the logits, on held-out text, against a fresh plan at every step.
 
-A whole prompt computes the same at once: token t takes the choice of token t - t % N, in every layer.
+A whole prompt computes this in one step: token t takes the choice of token t - t % N, in every layer.
 """
 
 import functools
@@ -55,7 +55,7 @@ def agreement(experts: np.ndarray, distance: int, num_experts: int) -> list[floa
 
 
 def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> dict[str, Any]:
-    """Agreement of neighbouring tokens, and for each period what reuse does to the logits.
+    """Measures the agreement of neighbouring tokens, and for each period the effect of reuse on the logits.
 
     Args:
       lm: a model with experts.
@@ -64,7 +64,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
     """
     models = {period: lm.with_parts(route=reusing(period)) for period in periods}
     agreements: list[list[list[float]]] = []
-    kept: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
+    measured: dict[int, list[tuple[float, float, float]]] = {period: [] for period in periods}
     for ids in tracked(list(windows), "reading", "windows"):
         trace = lm.trace(ids)
         agreements.append([agreement(trace.experts, 2**n, lm.config.n_routed_experts) for n in range(4)])
@@ -72,7 +72,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
         likelihood = log_likelihood(trace.logits[:-1], target)
         for period, model in models.items():
             logits = model.logits(ids)[0]
-            kept[period].append(
+            measured[period].append(
                 (
                     kl_divergence(trace.logits, logits).mean(),
                     (trace.logits.argmax(-1) == logits.argmax(-1)).mean(),
@@ -81,7 +81,7 @@ def measure(lm: LanguageModel, windows: np.ndarray, periods: Sequence[int]) -> d
             )
     rows = []
     for period in periods:
-        kl, same, loss = np.mean(kept[period], axis=0)
+        kl, same, loss = np.mean(measured[period], axis=0)
         rows.append(
             {
                 "period": period,
@@ -113,13 +113,13 @@ def main() -> None:
     arguments = parser.parse_args()
     lm = load(arguments.model)
     assert lm.tokenizer is not None
-    found = measure(lm, held_out.windows(lm.tokenizer, LENGTH, arguments.windows), PERIODS)
-    write_json(arguments.out, {**environment(), "model": arguments.model, **found})
+    result = measure(lm, held_out.windows(lm.tokenizer, LENGTH, arguments.windows), PERIODS)
+    write_json(arguments.out, {**environment(), "model": arguments.model, **result})
     print("steps  KL (nats)  same best token  perplexity")
-    for row in found["reuse"]:
+    for row in result["reuse"]:
         shares = f"{row['top1_agreement']:>15.1%}  {row['relative_perplexity']:>+10.1%}"
         print(f"{row['period']:>5}  {row['kl']:>9.4f}  {shares}")
-    mean = {distance: np.mean(layers) for distance, layers in found["agreement"].items()}
+    mean = {distance: np.mean(layers) for distance, layers in result["agreement"].items()}
     print("agreement:", ", ".join(f"{share:.0%} at distance {distance}" for distance, share in mean.items()))
 
 

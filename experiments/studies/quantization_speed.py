@@ -1,10 +1,10 @@
-"""What a weight's scheme is worth in time: `python -m experiments.studies.quantization_speed`, on a GPU, at full width.
+"""Times weights in each scheme: `python -m experiments.studies.quantization_speed`, on a GPU, at full width.
 
-Whole decode steps and one mixture-of-experts layer with weights in bfloat16, in each scheme, and mixed: experts in four
-bits, all other linears in int8. (Single products: `dsv32 bench matmul`.) Weights are random and made as they are
-stored, and those of one scheme are in memory at a time. Beside each time stand the bytes that must be read, the time
-that the device needs for them at the bandwidth measured in the same run, and the time in bfloat16 at the same shape
-over this one.
+It times whole decode steps and one mixture-of-experts layer with weights in bfloat16, in each scheme, and mixed:
+experts in four bits, all other linears in int8. (`dsv32 bench matmul` times single products.) Weights are random and
+made in the types that they are stored in; the weights of one scheme are in memory at a time. A row has, beside the
+time, the bytes that must be read, the time that the device needs for them at the bandwidth measured in the same run,
+and the ratio of the time in bfloat16 at the same shape to this one.
 """
 
 import contextlib
@@ -52,10 +52,10 @@ RESULT = RESULTS / "quantization_speed.json"
 
 
 class Form(NamedTuple):
-    """What is measured.
+    """The schemes of a model's linears.
 
     Attributes:
-      experts: scheme of the experts.
+      experts: of the experts.
       others: of all other linears.
     """
 
@@ -63,7 +63,7 @@ class Form(NamedTuple):
     others: str
 
     def scheme(self, path: str) -> str:
-        """Of the linear at this path."""
+        """The scheme of the linear at this path."""
         return self.experts if "experts." in path else self.others
 
 
@@ -74,12 +74,12 @@ FORMS = {
     "int4": Form("int4", "int4"),
     "mixed": Form("int4", "int8"),
 }
-"""The first is what others are compared with."""
+"""Others are compared with the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured at.
+    """The sizes of the measured calls.
 
     Attributes:
       config: of the model.
@@ -95,7 +95,7 @@ class Sizes:
 
     @property
     def blocks(self) -> int:
-        """Of the cache."""
+        """Blocks of the cache."""
         return max(self.sequences) * self.context // BLOCK_SIZE
 
 
@@ -116,7 +116,7 @@ def tiny_sizes() -> Sizes:
 
 
 def layers_for(free: float) -> int:
-    """Five layers, two of them with experts, where those fit in bfloat16; else four."""
+    """The number of layers of the model: five, two of them with experts, where those fit in bfloat16; else four."""
     sizes = full_sizes(5)
     rows = sizes.config.num_hidden_layers * sizes.blocks * BLOCK_SIZE * sum(row_bytes(sizes.config))
     return 5 if stored_bytes(sizes.config.replace(quantization_config=None)) + rows < USABLE * free else 4
@@ -126,43 +126,43 @@ def layers_for(free: float) -> int:
 
 
 def row_bytes(config: ModelConfig) -> tuple[int, int]:
-    """Of one token in one layer of the FP8 cache: of its latent row, and of its index key."""
+    """Bytes of one token in one layer of the FP8 cache: of its latent row, and of its index key."""
     latent = record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
     return latent, index_block_bytes(config.index_head_dim) // BLOCK_SIZE
 
 
 def weight_bytes(module: Any, used: Sequence[int]) -> dict[str, int]:
-    """Bytes of parameters that a call reads: `experts`, and all `others` but the embedding, of which it reads rows.
+    """Bytes of the parameters that a call reads: `experts`, and `others`, without the embedding.
 
     Args:
       module: the model or one layer with experts, abstract or not.
       used: experts that some token chose, for each layer that has experts.
     """
-    found, parameters = {"experts": 0, "others": 0}, named_parameters(module)
+    sizes, parameters = {"experts": 0, "others": 0}, named_parameters(module)
     layers = dict.fromkeys(path.rpartition("experts.")[0] for path in parameters if "experts." in path)
-    of_layer = dict(zip(layers, used, strict=True))
+    used_of_layer = dict(zip(layers, used, strict=True))
     for path, leaf in parameters.items():
         if "experts." in path:
-            found["experts"] += nbytes(leaf) // leaf.shape[0] * of_layer[path.rpartition("experts.")[0]]
+            sizes["experts"] += nbytes(leaf) // leaf.shape[0] * used_of_layer[path.rpartition("experts.")[0]]
         elif path != "embed":
-            found["others"] += nbytes(leaf)
-    return found
+            sizes["others"] += nbytes(leaf)
+    return sizes
 
 
 def step_bytes(model: Any, used: Sequence[int], sequences: int, context: int) -> dict[str, int]:
-    """`weight_bytes` of a decode step, the embedding's rows with them, and what it reads of the cache.
+    """`weight_bytes` of a decode step with the embedding's rows, and the bytes that it reads from the cache.
 
-    That is every index key, and as many latent rows as a token attends to.
+    It reads every index key, and as many latent rows as a token attends to.
     """
-    config, found = model.config, weight_bytes(model, used)
-    found["others"] += sequences * nbytes(model.embed) // config.vocab_size
+    config, sizes = model.config, weight_bytes(model, used)
+    sizes["others"] += sequences * nbytes(model.embed) // config.vocab_size
     latent, index = row_bytes(config)
     tokens = config.num_hidden_layers * sequences
-    return found | {"latents": tokens * min(config.index_topk, context) * latent, "index": tokens * context * index}
+    return sizes | {"latents": tokens * min(config.index_topk, context) * latent, "index": tokens * context * index}
 
 
 def experts_used(chosen: jax.Array) -> list[int]:
-    """How many different experts stand in each layer's int32 [layers, T, K]."""
+    """The number of different experts of each layer in int32 [layers, T, K]."""
     return [np.unique(layer).size for layer in np.asarray(chosen)]
 
 
@@ -176,23 +176,23 @@ def model_in(config: ModelConfig, form: Form) -> DeepseekV32:
 
 
 def layer_in(config: ModelConfig, form: Form) -> MoE:
-    """The same of one layer's feed-forward part."""
+    """The abstract mixture-of-experts part of one layer with its linears in the form's schemes."""
     layer = jax.eval_shape(lambda: MoE(config, Init(config, nnx.Rngs(0))))
     linears = [path for path in named_parameters(layer) if is_linear(f".ffn.{path}")]
     return in_schemes(layer, {path: form.scheme(path) for path in linears})
 
 
 def options_of(backend: str) -> Options:
-    """Of every call: activations of quantised linears, index keys and the cache are quantised."""
+    """Options of every call: activations of quantised linears, index keys and the cache are quantised."""
     return Options("bfloat16", act_quant=True, backend=backend, cache_dtype="fp8")
 
 
 CHOSEN = Taps.of({"*experts": None})
-"""The experts that the tokens of each layer chose."""
+"""A tap on the experts that the tokens of each layer chose."""
 
 
 def numerics_of(backend: str) -> Numerics:
-    """The same for a layer alone, with a tap on the chosen experts."""
+    """Numerics of a layer alone with the settings of `options_of`, and a tap on the chosen experts."""
     return Numerics(act_quant=True, scale_fmt="ue8m0", backend=backend, seams=Seams(taps=CHOSEN))
 
 
@@ -231,7 +231,7 @@ def decode_batch(config: ModelConfig, sequences: int, context: int) -> Batch:
 
 
 def random_cache(sizes: Sizes) -> KVCache:
-    """A cache of random keys: among equal ones the selection would do other work than it does in use."""
+    """A cache of random keys: equal keys would change the work of the selection."""
     config, layers = sizes.config, sizes.config.num_hidden_layers
     blocks = layers * sizes.blocks // LAYERS
     kv_key, key = jax.random.split(jax.random.key(2))
@@ -245,17 +245,17 @@ def random_cache(sizes: Sizes) -> KVCache:
 
 @dataclasses.dataclass
 class Run:
-    """What the parts share.
+    """What the parts of the measurement share.
 
     Attributes:
-      sizes: what is measured at.
+      sizes: of the measured calls.
       backend: of every op.
-      out: the file.
-      content: what is in it.
-      timer: of calls.
-      forms: of `FORMS`, those that are measured.
-      ends: when nothing further is begun, by `time.monotonic`.
-      rest: seconds between measurements, see `REST_SECONDS`.
+      out: the file of results.
+      content: of the file.
+      timer: times calls.
+      forms: those of `FORMS` that are measured.
+      deadline: the time, by `time.monotonic`, after which no measurement begins.
+      pause: seconds between measurements, see `REST_SECONDS`.
       profile: whether the kernels of each step are recorded.
     """
 
@@ -265,22 +265,22 @@ class Run:
     content: dict[str, Any]
     timer: timing.Timer
     forms: Mapping[str, Form]
-    ends: float
-    rest: float
+    deadline: float
+    pause: float
     profile: bool = False
 
     def late(self) -> bool:
-        """Whether nothing further is begun."""
-        return time.monotonic() > self.ends
+        """Whether the deadline has passed."""
+        return time.monotonic() > self.deadline
 
     def compiled(self, calls: Mapping[Any, Callable[[], Program]]) -> dict[Any, Future[Program]]:
-        """All programs of a part at once, before weights fill the memory: XLA tries out products, with operands."""
+        """Compiles all programs of a part, before weights fill the memory: XLA allocates operands to tune products."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return {name: pool.submit(call) for name, call in calls.items()}
 
     @contextlib.contextmanager
     def row(self, part: str, form: str, shape: dict[str, int]) -> Iterator[dict[str, Any]]:
-        """A row to be filled in; whatever stops that is recorded in it, and the others are still measured."""
+        """Yields a row to be filled in; an error is recorded in it, and the other rows are still measured."""
         row: dict[str, Any] = {"part": part, "form": form, "shape": shape}
         try:
             yield row
@@ -290,10 +290,10 @@ class Run:
         self.compare(row)
         write_json(self.out, self.content)
         print(line_of(row), flush=True)
-        time.sleep(self.rest)
+        time.sleep(self.pause)
 
     def compare(self, row: dict[str, Any]) -> None:
-        """How many times as fast as bfloat16 at the same part and shape, if both were measured."""
+        """Sets the speed relative to bfloat16 at the same part and shape, if both were measured."""
         for other in self.content["rows"]:
             if (other["part"], other["shape"], other["form"]) == (row["part"], row["shape"], "bf16"):
                 if "seconds" in row and "seconds" in other:
@@ -306,7 +306,7 @@ class Run:
         run: Callable[[], Any],
         bytes_: dict[str, int],
     ) -> None:
-        """Times a call that has run before; `bytes_` are read in it, by what they are."""
+        """Times a call that has run before; `bytes_` are the bytes that it reads, by kind."""
         row["seconds"] = timing.summary(timing.seconds(self.timer, run))
         row |= {"backend": program.backend, "memory": program.memory, "bytes": bytes_}
         bound = roofline.bound({}, sum(bytes_.values()), self.content["ceilings"])
@@ -342,19 +342,21 @@ def measure_steps(run: Run) -> None:
 
     programs = run.compiled({(n, s): functools.partial(program, n, s) for n in run.forms for s in sizes.sequences})
     for name, abstract in models.items():
-        held: list[Any] = []
+        operands: list[Any] = []
         for sequences in sizes.sequences:
             if run.late():
                 break
             with run.row("step", name, {"sequences": sequences, "context": sizes.context}) as row:
                 ready = programs[name, sequences].result()
-                if not held:
+                if not operands:
                     model = random_parameters(abstract, config.initializer_range)
-                    held = [jax.tree.leaves(model), random_cache(sizes)]
+                    operands = [jax.tree.leaves(model), random_cache(sizes)]
                     del model
 
-                def call(ready=ready, sequences=sequences, held=held) -> Any:
-                    logits, chosen, held[1] = ready.call(held[0], batches[sequences], held[1])  # donated: in place
+                def call(ready=ready, sequences=sequences, operands=operands) -> Any:
+                    logits, chosen, operands[1] = ready.call(
+                        operands[0], batches[sequences], operands[1]
+                    )  # donated: in place
                     return logits, chosen
 
                 logits, chosen = jax.block_until_ready(call())
@@ -365,7 +367,7 @@ def measure_steps(run: Run) -> None:
                 if run.profile:
                     row["kernels"] = by_name(profiled(call))
                 del logits, chosen
-        held.clear()
+        operands.clear()
         gc.collect()
 
 
@@ -401,12 +403,12 @@ def measure_layers(run: Run) -> None:
 
 
 PARTS = {"step": measure_steps, "layer": measure_layers}
-"""In this order."""
+"""The parts, in the order of their measurement."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    begun = time.monotonic()
+    start = time.monotonic()
     parser = command_line.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
@@ -419,17 +421,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     def say(done: str) -> None:
-        print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
+        print(f"{time.monotonic() - start:6.0f} s: {done}", flush=True)
 
     if arguments.tiny:  # compiling is nearly all of it
         jax.config.update("jax_disable_most_optimizations", True)
-    timer, trouble = timing.device_timer()
+    timer, timer_error = timing.device_timer()
     ceilings = roofline.measure(timer, Peers(), arguments.tiny)
     sizes = tiny_sizes() if arguments.tiny else full_sizes(arguments.layers or layers_for(available_bytes()[0]))
     content: dict[str, Any] = {
         **environment(),
         "timer": timer.name,
-        "timer_trouble": trouble,
+        "timer_trouble": timer_error,
         "ceilings": ceilings["ceilings"],
         "empty_call_seconds": ceilings["empty_call_seconds"],
         "layers": sizes.config.num_hidden_layers,
@@ -437,10 +439,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "forms": {name: form._asdict() for name, form in FORMS.items()},
         "rows": [],
     }
-    rest = 0.0 if arguments.tiny else REST_SECONDS
+    pause = 0.0 if arguments.tiny else REST_SECONDS
     forms = {name: FORMS[name] for name in arguments.forms}
-    ends = begun + arguments.seconds
-    run = Run(sizes, arguments.backend, arguments.out, content, timer, forms, ends, rest, arguments.profile)
+    deadline = start + arguments.seconds
+    run = Run(sizes, arguments.backend, arguments.out, content, timer, forms, deadline, pause, arguments.profile)
     bandwidth = (ceilings["ceilings"]["copy"] or 0) / 1e12
     say(f"{timer.name}; {sizes.config.num_hidden_layers} layers; {bandwidth:.2f} TB/s")
     for part, measure in PARTS.items():

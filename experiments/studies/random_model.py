@@ -1,7 +1,7 @@
-"""Random weights at the model's real widths, made on the device in the types that they are stored in.
+"""Makes random weights at the model's real widths, on the device, in the types that they are stored in.
 
-`DeepseekV32(config, rngs)` makes each weight in float32 first and quantises it, for which a GPU full of layers has no
-room.
+`DeepseekV32(config, rngs)` makes each weight in float32 first and then quantises it; a GPU full of layers has no memory
+for that.
 """
 
 import functools
@@ -22,17 +22,19 @@ from dsv32_jax.model.params import named_parameters, replace_parameters
 from pallas_kernels.matmul import BLOCK, FP8_BLOCK, INT8, QTensor, Weight, abstract_weight, pack_int4
 
 LARGEST = 64.0
-"""Standard deviation of FP8 values: far from both ends of what the format holds."""
+"""Standard deviation of FP8 values: far from both ends of the format's range."""
 INT8_SIZE, INT4_SIZE, INT4_ZERO = 73.6, 4.32, 8
-"""Root of the mean square of uniform int8 values, and of uniform four-bit ones from 1 to 15 less their zero: without a
-mean, which would make all tokens alike and send them to the same experts."""
+"""Root mean square of uniform int8 values, and of uniform four-bit values from 1 to 15 less their zero. The mean is 0;
+another would make all tokens alike and send them to the same experts."""
 MOST_LAYERS = 61
 
 
 def layers_that_fit(share: float) -> int:
-    """How many layers of `ModelConfig.full_width` take at most this share of the device's free memory, at least 4."""
-    least, more = (stored_bytes(ModelConfig.full_width(n)) for n in (4, 5))  # all further layers are alike
-    fitting = 4 + (share * available_bytes()[0] - least) // (more - least)
+    """The number of layers of `ModelConfig.full_width` that take at most this share of the free memory, at least 4."""
+    four_layers, five_layers = (
+        stored_bytes(ModelConfig.full_width(n)) for n in (4, 5)
+    )  # all further layers have equal sizes
+    fitting = 4 + (share * available_bytes()[0] - four_layers) // (five_layers - four_layers)
     return int(min(max(fitting, 4), MOST_LAYERS))
 
 
@@ -66,7 +68,7 @@ def in_schemes[Module](abstract: Module, schemes: Mapping[str, str]) -> Module:
 
 
 def stored(shape: tuple[int, ...], scheme: str) -> Any:
-    """A weight [..., N, K] in a scheme or in "bf16", abstract."""
+    """An abstract weight [..., N, K] in a scheme or in "bf16"."""
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16) if scheme == UNQUANTISED else abstract_weight(shape, scheme)
 
 
@@ -75,17 +77,17 @@ def random_parameters[Module](abstract: Module, size: float, seed: int = 0) -> M
     parameters = named_parameters(abstract)
     keys = jax.random.split(jax.random.key(seed), len(parameters))
 
-    def made(name: str, leaf: Any, key: jax.Array) -> Weight:
+    def random_leaf(name: str, leaf: Any, key: jax.Array) -> Weight:
         if len(leaf.shape) == 1:
             return jnp.full(leaf.shape, 0.0 if name.endswith("bias") else 1.0, leaf.dtype)
         return random_weight(key, leaf, size)
 
-    leaves = {name: made(name, leaf, key) for (name, leaf), key in zip(parameters.items(), keys, strict=True)}
+    leaves = {name: random_leaf(name, leaf, key) for (name, leaf), key in zip(parameters.items(), keys, strict=True)}
     return replace_parameters(abstract, leaves)
 
 
 def random_weight(key: jax.Array, leaf: Any, size: float) -> Weight:
-    """An abstract weight [..., N, K], see `stored`, made in the type that it is stored in."""
+    """Makes a random weight in the type of an abstract one [..., N, K], see `stored`."""
     if not isinstance(leaf, QTensor):
         return normal(key, leaf.shape, leaf.dtype, size)
     if leaf.scheme == FP8_BLOCK:
@@ -97,7 +99,7 @@ def random_weight(key: jax.Array, leaf: Any, size: float) -> Weight:
 
 
 def int4_word(scale: float) -> jax.Array:
-    """uint32 []: what the groups of a four-bit weight have beside them, for this scale and `INT4_ZERO`."""
+    """uint32 []: the packed scale and zero of a group of a four-bit weight, for this scale and `INT4_ZERO`."""
     values, zeros = jnp.zeros((1, BLOCK), jnp.uint8), jnp.full((1, 1), INT4_ZERO, jnp.uint8)
     return pack_int4(values, jnp.full((1, 1), scale, jnp.bfloat16), zeros)[1][0, 0]
 
@@ -114,7 +116,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, size: float
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def integers(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Uniform values without a mean: int8 from -127, or uint8 with two four-bit ones from 1 in each."""
+    """Uniform values: int8 from -127 to 127, or uint8 that each hold two four-bit values from 1 to 15."""
 
     def matrix(key: jax.Array) -> jax.Array:
         if dtype == jnp.int8:
@@ -126,6 +128,5 @@ def integers(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Ar
 
 
 def one_by_one(matrix: Callable[[jax.Array], jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`matrix(key)` of stacked matrices one after another, since random numbers of all would need several times the
-    room."""
+    """Makes stacked matrices with `matrix(key)` one after another: all at once would take several times the memory."""
     return jax.lax.map(matrix, jax.random.split(key, math.prod(shape[:-2]))).reshape(shape)

@@ -1,22 +1,23 @@
-"""The engine under load against the naive way: `python -m experiments.studies.serving`, at full width on a GPU.
+"""Compares the engine with static batches: `python -m experiments.studies.serving`, at full width on a GPU.
 
-The naive way is `LanguageModel.generate`: a batch of requests is read one prompt after another into a contiguous cache
-with room for the longest, is decoded together until the longest has ended, and shares nothing. The engine takes the
+The baseline is `LanguageModel.generate`: it reads a batch of requests one prompt after another into a contiguous cache
+with room for the longest, decodes them together until the longest has ended, and shares nothing. The engine serves the
 same requests, as many at a time. Requests have 64 to 4096 tokens and ask for 16 to 1024; each batch of the baseline has
 one that is longest in both, so that all its batches cost about the same, and one of them is measured. A step of the
-engine has room for six tokens for each that runs: prompts are four times as long as what follows them, so this is about
-what arrives; and for no fewer than 512, which take little longer than fewer since weights are read for either.
+engine has room for six tokens for each running request, which is about the rate at which tokens arrive, since prompts
+are four times as long as their continuations; and for at least 512, which take little longer than fewer, since a step
+reads all weights in any case.
 
-Both have cache for that many of the longest requests. The engine takes blocks for what is there instead, so that about
-twice as many fit, and four times as many where they share prefixes: with --fill it runs once more with as many at a
-time. Those that share need half of the tokens a step, as fewer prompts are read.
+Both have cache for that many of the longest requests. The engine only allocates blocks for the tokens of a request, so
+that about twice as many requests fit, and four times as many where they share prefixes: with --fill it runs once more
+with as many at a time. Those that share prefixes need half of the tokens a step, since it reads fewer prompts.
 
-Prompts are random tokens; those of a checkpoint with a tokenizer are windows of the held-out text, so that with
---speculate its MTP layer has something to go on.
+Prompts are random tokens; for a checkpoint with a tokenizer they are windows of the held-out text, so that with
+--speculate its MTP layer can predict tokens.
 
-With --repeat, everything is run several times, and the run in the middle by requests/s is told.
+With --repeat everything runs several times, and the result is the run with the median of requests/s.
 
-Compiling takes longer than measuring, and mostly one core. Processes that are given the same file with --turns, say one
+Compiling takes longer than measuring, and mostly uses one core. Processes that get the same file with --turns, say one
 for each number of requests at a time, compile beside each other and measure one after the other; each needs its part of
 the GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
 """
@@ -47,21 +48,22 @@ from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.studies import held_out
 from dsv32_jax.experiments.studies.random_model import layers_that_fit, random_model
 from dsv32_jax.experiments.studies.serving_report import OF_ALL, RUNS
+from dsv32_jax.generate import batching
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import load
 
 RESULT = RESULTS / "serving.json"
 SHARED = 0.75
-"""Of a prompt, the share that is its group's, where prefixes are shared; a group is 8 requests."""
+"""The share of a prompt that its group has in common, where prefixes are shared; a group is 8 requests."""
 GROUP = 8
 PREFIXES = 9
-"""That are measured for what a cached one saves."""
+"""Number of prefixes with which the saving of a cached prefix is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One request: a prompt and how many tokens are to follow it."""
+    """One request: a prompt and the number of tokens to generate."""
 
     prompt: list[int]
     new: int
@@ -76,12 +78,12 @@ class Sizes:
 
     @property
     def longest(self) -> int:
-        """Of a prompt with what follows it."""
+        """Tokens of the longest prompt with its continuation."""
         return self.prompt[1] + self.new[1]
 
 
 class Prompts:
-    """Tokens to ask with: windows of a text, or without one random."""
+    """Draws prompts: windows of the held-out text, or random tokens for a model without a tokenizer."""
 
     def __init__(self, lm: LanguageModel):
         self.vocabulary, self.text = lm.config.vocab_size, []
@@ -90,7 +92,7 @@ class Prompts:
                 self.text += lm.tokenizer.encode(document["text"], bos=True)
 
     def draw(self, rng: np.random.Generator, length: int) -> list[int]:
-        """That many tokens."""
+        """Draws a prompt of `length` tokens."""
         if not self.text:
             return rng.integers(0, self.vocabulary, length).tolist()
         start = int(rng.integers(0, len(self.text) - length))
@@ -98,10 +100,10 @@ class Prompts:
 
 
 def workload(count: int, batch: int, sizes: Sizes, prompts: Prompts, shared: bool, seed: int = 0) -> list[Work]:
-    """Requests; the first of each `batch` is the longest. With one at a time all have the middle lengths."""
+    """Makes requests; the first of each `batch` is the longest. With one at a time all have the middle lengths."""
     rng = np.random.default_rng(seed)
     prefix: list[int] = []
-    found = []
+    requests = []
     for i in range(count):
         if i % GROUP == 0:
             prefix = prompts.draw(rng, sizes.prompt[1])
@@ -110,84 +112,87 @@ def workload(count: int, batch: int, sizes: Sizes, prompts: Prompts, shared: boo
             length, new = sum(sizes.prompt) // 2, sum(sizes.new) // 2
         elif i % batch == 0:
             length, new = sizes.prompt[1], sizes.new[1]
-        own = prompts.draw(rng, length)
-        kept = int(SHARED * length) if shared else 0
-        found.append(Work(prefix[:kept] + own[kept:], new))
-    return found
+        tokens = prompts.draw(rng, length)
+        shared_tokens = int(SHARED * length) if shared else 0
+        requests.append(Work(prefix[:shared_tokens] + tokens[shared_tokens:], new))
+    return requests
 
 
 def rates(work: list[Work], seconds: float) -> dict[str, Any]:
-    """How fast it was done."""
+    """Requests and tokens per second."""
     return {
         "requests": len(work),
         "seconds": seconds,
         "requests_per_second": len(work) / seconds,
-        "generated_tokens_per_second": sum(one.new for one in work) / seconds,
+        "generated_tokens_per_second": sum(item.new for item in work) / seconds,
     }
 
 
 def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
-    """All requests at once into the queue of an engine that has cached nothing; what it says of itself at the end.
+    """Queues all requests at once in an engine with an empty cache, and returns its rates and its summary.
 
-    At the end ever fewer run; `while_requests_wait` leaves that out: what a queue that never ends would see. So does
-    `utilisation`, of the places in blocks that are taken.
+    At the end ever fewer requests run; `while_requests_wait` leaves that part out, as for a queue that never ends. So
+    does `utilisation`, the share of the slots in allocated blocks that hold a token.
     """
     engine.metrics = Metrics()
     engine.pool.forget()
-    begun = time.monotonic()
-    requests = [engine.add(one.prompt, SamplingParams(one.new, temperature=0.0, ignore_eos=True)) for one in work]
-    used, steady = [], {}
+    start = time.monotonic()
+    requests = [engine.add(item.prompt, SamplingParams(item.new, temperature=0.0, ignore_eos=True)) for item in work]
+    utilisations, steady = [], {}
     while engine.busy:
         engine.step()
         if engine.scheduler.waiting:
-            used.append(1 - engine.pool.statistics().internal_fragmentation)
-            steady = {"seconds": time.monotonic() - begun, "generated_tokens": engine.metrics.generated_tokens}
-    seconds = time.monotonic() - begun
+            utilisations.append(1 - engine.pool.statistics().internal_fragmentation)
+            steady = {"seconds": time.monotonic() - start, "generated_tokens": engine.metrics.generated_tokens}
+    seconds = time.monotonic() - start
     if steady:
-        mean = statistics.fmean(one.new for one in work)
+        mean = statistics.fmean(item.new for item in work)
         steady["requests_per_second"] = steady["generated_tokens"] / steady["seconds"] / mean
-    lost = sum(len(r.completions[0].tokens) != one.new for r, one in zip(requests, work, strict=True))
+    incomplete = sum(len(r.completions[0].tokens) != item.new for r, item in zip(requests, work, strict=True))
     times = [request.completions[0].times for request in requests]
     return {
         **rates(work, seconds),
-        "lost": lost,
-        "between_tokens_seconds": percentiles(np.concatenate([np.diff(one) for one in times])),
-        "per_output_token_seconds": percentiles([(one[-1] - one[0]) / (len(one) - 1) for one in times if len(one) > 1]),
+        "lost": incomplete,
+        "between_tokens_seconds": percentiles(np.concatenate([np.diff(item) for item in times])),
+        "per_output_token_seconds": percentiles(
+            [(item[-1] - item[0]) / (len(item) - 1) for item in times if len(item) > 1]
+        ),
         "while_requests_wait": steady,
-        "utilisation": statistics.fmean(used) if used else None,
+        "utilisation": statistics.fmean(utilisations) if utilisations else None,
         "summary": engine.summary(),
     }
 
 
 def naive(lm: LanguageModel, work: list[Work]) -> dict[str, Any]:
-    """One static batch; every request comes at its start, and is done when the whole batch is."""
-    rows, most = [one.prompt for one in work], max(one.new for one in work)
-    begun, times = time.monotonic(), []
-    for piece in lm.stream(rows, most, temperature=0.0, ignore_eos=True):
+    """Runs one static batch; every request comes at its start, and is done when the whole batch is."""
+    rows, max_new = [item.prompt for item in work], max(item.new for item in work)
+    start, times = time.monotonic(), []
+    for piece in lm.stream(rows, max_new, temperature=0.0, ignore_eos=True):
         if piece.row == 0:
             times.append(time.monotonic())
-    seconds = time.monotonic() - begun
-    allocated = len(work) * lm._block_tables(1, max(map(len, rows)) + most).size * BLOCK_SIZE
+    seconds = time.monotonic() - start
+    table = batching.block_tables(1, max(map(len, rows)) + max_new, lm.config.max_position_embeddings)
+    allocated = len(work) * table.size * BLOCK_SIZE
     return {
         **rates(work, seconds),
-        "first_token_seconds": times[0] - begun,
+        "first_token_seconds": times[0] - start,
         "between_tokens_seconds": percentiles(np.diff(times)),
-        "utilisation": sum(len(one.prompt) + one.new for one in work) / allocated,
+        "utilisation": sum(len(item.prompt) + item.new for item in work) / allocated,
     }
 
 
 def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any]]) -> None:
-    """Every program of the baseline for a batch and of all engines at once, and calls of the baseline's.
+    """Compiles every program of the baseline for a batch and of all engines at once, and calls the baseline's.
 
-    One after the other they would take most of the measurement's time. The calls are for what a first one makes beside
-    programs; engines do that in their own warm-up, which finds its programs again.
+    One after the other they would take most of the measurement's time. The calls warm up what a first call does beside
+    compiling; engines do that in their own warm-up, for which JAX has cached the programs.
     """
-    lengths, new = [len(one.prompt) for one in work], max(one.new for one in work)
+    lengths, new = [len(item.prompt) for item in work], max(item.new for item in work)
     jobs: list[Callable[[], Any]] = lm.programs(lengths, new)
     for settings in engines:
         jobs += Engine(lm, **settings).programs()
     all_at_once(jobs)
-    pieces = {size: stop - start for length in lengths for start, stop, size in lm._chunks(length)}
+    pieces = {size: stop - start for length in lengths for start, stop, size in batching.chunks(length, lm.options)}
     longest = max(lengths) + new
     for length in pieces.values():
         rows = [[1] * length] + [[1] * min(pieces.values())] * (len(work) - 1)
@@ -196,30 +201,36 @@ def compile_all(lm: LanguageModel, work: list[Work], engines: list[dict[str, Any
 
 
 def repeated(times: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Of several runs, the one in the middle by requests/s, with the requests/s and what was lost of all."""
-    runs = sorted((run() for _ in range(times)), key=lambda one: one["requests_per_second"])
-    middle = runs[times // 2] | {OF_ALL: [one["requests_per_second"] for one in runs]}
+    """The run with the median of requests/s, with the requests/s of all runs and the number of incomplete requests."""
+    runs = sorted((run() for _ in range(times)), key=lambda result: result["requests_per_second"])
+    middle = runs[times // 2] | {OF_ALL: [result["requests_per_second"] for result in runs]}
     if "lost" in middle:
-        middle["lost"] = sum(one["lost"] for one in runs)
+        middle["lost"] = sum(result["lost"] for result in runs)
     return middle
 
 
 def prefix_saving(engine: Engine, sizes: Sizes, prompts: Prompts) -> dict[str, float]:
-    """Seconds to the first token of a long prompt, and of another with the same beginning: medians of several."""
+    """Median seconds to the first token of a long prompt, and of another prompt with the same prefix."""
     rng = np.random.default_rng(7)
 
     def first_token(beginning: list[int]) -> float:
         prompt = beginning + prompts.draw(rng, BLOCK_SIZE)
-        begun = time.monotonic()
+        start = time.monotonic()
         engine.generate([prompt], SamplingParams(1, temperature=0.0, ignore_eos=True))
-        return time.monotonic() - begun
+        return time.monotonic() - start
 
     measured = []
     for _ in range(PREFIXES):
         prefix = prompts.draw(rng, sizes.prompt[1] - BLOCK_SIZE)
         measured.append((first_token(prefix), first_token(prefix), first_token([])))
-    cold, hit, own = map(statistics.median, zip(*measured, strict=True))
-    return {"cold": cold, "hit": hit, "own_part_alone": own, "saved": (cold - hit) / (cold - own), "prefixes": PREFIXES}
+    cold, hit, suffix_only = map(statistics.median, zip(*measured, strict=True))
+    return {
+        "cold": cold,
+        "hit": hit,
+        "own_part_alone": suffix_only,
+        "saved": (cold - hit) / (cold - suffix_only),
+        "prefixes": PREFIXES,
+    }
 
 
 Runs = list[tuple[dict[str, Any], dict[str, list[Work]]]]
@@ -227,7 +238,7 @@ Runs = list[tuple[dict[str, Any], dict[str, list[Work]]]]
 
 
 def runs_of(concurrency: int, prompts: Prompts, arguments: argparse.Namespace) -> Runs:
-    """What is measured at so many requests at a time."""
+    """The engines and their requests at `concurrency` requests at a time."""
     sizes, each = sizes_of(arguments), arguments.step_tokens
 
     def work(times: int, shared: bool) -> list[Work]:
@@ -253,14 +264,14 @@ def runs_of(concurrency: int, prompts: Prompts, arguments: argparse.Namespace) -
 def measure(
     lm: LanguageModel, prompts: Prompts, row: dict[str, Any], arguments: argparse.Namespace, save: Callable[[str], None]
 ) -> None:
-    """Both ways at the row's number of requests at a time, into the row; `save` is called after each part."""
+    """Measures the baseline and the engines at the row's number of requests at a time; calls `save` after each part."""
     concurrency, sizes = row["concurrency"], sizes_of(arguments)
     batch = workload(concurrency, concurrency, sizes, prompts, False)
     runs = runs_of(concurrency, prompts, arguments)
     with turn(arguments.turns, alone=False):
-        begun = time.monotonic()
+        start = time.monotonic()
         compile_all(lm, batch, [settings for settings, _ in runs])
-        row["compile_seconds"] = time.monotonic() - begun
+        row["compile_seconds"] = time.monotonic() - start
         save("all programs compiled")
     with turn(arguments.turns, alone=True):
         row["naive"] = repeated(arguments.repeat, functools.partial(naive, lm, batch))
@@ -281,22 +292,22 @@ def measure(
 def measure_engine(
     engine: Engine, parts: dict[str, list[Work]], row: dict[str, Any], times: int, save: Callable[[str], None]
 ) -> None:
-    """One engine with each of its workloads, each so many times."""
-    begun, sequences = time.monotonic(), engine.scheduler.limits.sequences
+    """Measures one engine with each of its workloads, `times` times each."""
+    start, sequences = time.monotonic(), engine.scheduler.limits.sequences
     shapes = engine.warmup()
-    warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - begun}
+    warmup = {"sequences": sequences, "shapes": shapes, "seconds": time.monotonic() - start}
     save(f"{shapes} shapes of a step with {sequences} sequences")
     for name, requests in parts.items():
         row[name] = {"warmup": warmup, **repeated(times, functools.partial(served, engine, requests))}
         speeds = {"ratio": row[name], "steady_ratio": row[name]["while_requests_wait"]}
-        for ratio, found in speeds.items():
-            row[name][ratio] = found.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
+        for ratio, rate in speeds.items():
+            row[name][ratio] = rate.get("requests_per_second", 0.0) / row["naive"]["requests_per_second"]
         save(name)
 
 
 @contextlib.contextmanager
 def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
-    """Whoever is to be alone waits until no other process with this file is here."""
+    """With `alone`, waits until no other process holds the lock of this file; else several processes share it."""
     if file is None:
         yield
         return
@@ -326,7 +337,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def sizes_of(arguments: argparse.Namespace) -> Sizes:
-    """Of the requests."""
+    """The sizes of the requests, from the arguments."""
     return Sizes(tuple(arguments.prompt), tuple(arguments.new))
 
 
@@ -337,7 +348,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the random model; default: as many as fit")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3, help="requests for each that runs at a time")
-    parser.add_argument("--repeat", type=int, default=1, help="runs, of which the middle one is told")
+    parser.add_argument("--repeat", type=int, default=1, help="runs, of which the median is the result")
     parser.add_argument("--prompt", type=int, nargs=2, default=Sizes.prompt, metavar=("LEAST", "MOST"))
     parser.add_argument("--new", type=int, nargs=2, default=Sizes.new, metavar=("LEAST", "MOST"))
     parser.add_argument("--step-tokens", type=int, default=6, help="of a step, for each that runs at a time")
@@ -353,8 +364,8 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The measurement that the arguments ask for."""
-    begun = time.monotonic()
+    """Runs the measurement that the arguments ask for."""
+    start = time.monotonic()
     sizes = sizes_of(arguments)
     if arguments.model:
         lm = load(arguments.model)
@@ -374,12 +385,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     def save(done: str) -> None:
         write_json(arguments.out, content)
-        print(f"{time.monotonic() - begun:6.0f} s: {done}", flush=True)
+        print(f"{time.monotonic() - start:6.0f} s: {done}", flush=True)
 
     save(f"{content['model']}, {content['layers']} layers")
     prompts = Prompts(lm)
     for concurrency in arguments.concurrency:
-        if arguments.seconds and time.monotonic() - begun > arguments.seconds:
+        if arguments.seconds and time.monotonic() - start > arguments.seconds:
             print(f"{concurrency} at a time: not begun within {arguments.seconds:g} s", flush=True)
             continue
         row: dict[str, Any] = {"concurrency": concurrency}

@@ -19,7 +19,7 @@ RUNS = {
     "engine_speculating": "engine, speculating",
 }
 OF_ALL = "requests_per_second_of_all"
-"""Of a run that is the middle one of several."""
+"""Field of the requests/s of all runs, in the run with their median."""
 HEAD = [
     "at a time",
     "way",
@@ -36,7 +36,7 @@ HEAD = [
 
 
 def rows_of(row: dict[str, Any]) -> list[list[str]]:
-    """Of one number of requests at a time: the static batch, then what the engine did."""
+    """Rows of the table for one number of requests at a time: the static batch, then the engine's runs."""
     base = row["naive"]
     runs = {"static batches": base} | {name: row[key] for key, name in RUNS.items() if key in row}
     return [
@@ -54,38 +54,38 @@ def rows_of(row: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def milliseconds(of: dict[str, float] | None) -> list[str]:
+def milliseconds(percentiles: dict[str, float] | None) -> list[str]:
     """Median and P99, where there are any."""
-    return ["", ""] if of is None else [f"{of[key] * 1e3:.1f} ms" for key in ("p50", "p99")]
+    return ["", ""] if percentiles is None else [f"{percentiles[key] * 1e3:.1f} ms" for key in ("p50", "p99")]
 
 
 def tables(results: Path = RESULTS) -> str:
-    """All results: a table for each setting, in the order of their requests at a time."""
+    """The tables of all results, one for each setting, in the order of their requests at a time."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("serving_*.json")]
     rows: dict[str, list[dict[str, Any]]] = {}
     for content in sorted(contents, key=lambda one: (one["model"] == "demo", -one["layers"], one["date"])):
-        rows.setdefault(said_of(content), []).extend(content["rows"])
+        rows.setdefault(setting_of(content), []).extend(content["rows"])
     parts = []
-    for said, of_setting in rows.items():
-        of_setting.sort(key=lambda row: row["concurrency"])
-        saved = [f"at {row['concurrency']} {row['prefix']['saved']:.1%}" for row in of_setting if "prefix" in row]
+    for setting, setting_rows in rows.items():
+        setting_rows.sort(key=lambda row: row["concurrency"])
+        saved = [f"at {row['concurrency']} {row['prefix']['saved']:.1%}" for row in setting_rows if "prefix" in row]
         ideal, without_prompts = (
-            ", ".join(f"at {row['concurrency']} {without_idle_rows(row, prompts):.2f}x" for row in of_setting)
+            ", ".join(f"at {row['concurrency']} {without_idle_rows(row, prompts):.2f}x" for row in setting_rows)
             for prompts in (True, False)
         )
         parts += [
-            said,
-            table(HEAD, [line for row in of_setting for line in rows_of(row)]),
+            setting,
+            table(HEAD, [line for row in setting_rows for line in rows_of(row)]),
             f"A prefix that is in the cache saves, of the time to read it: {', '.join(saved)}. "
             f"Static batches whose idle rows took no time would have these ratios: {ideal}; "
-            f"if reading prompts took none either, {without_prompts}.{repeats(of_setting)}",
+            f"if reading prompts took none either, {without_prompts}.{repeats(setting_rows)}",
         ]
     return "\n\n".join(parts)
 
 
 def repeats(rows: list[dict[str, Any]]) -> str:
-    """A sentence on how far apart the runs are that each number is the middle one of; nothing where there was one."""
-    runs = [found for row in rows for run in row.values() if isinstance(run, dict) and (found := run.get(OF_ALL))]
+    """A sentence on the spread of the runs of which each number is the median; empty where there was only one run."""
+    runs = [rates for row in rows for run in row.values() if isinstance(run, dict) and (rates := run.get(OF_ALL))]
     if not runs:
         return ""
     apart = sorted(max(run) / min(run) - 1 for run in runs)
@@ -95,8 +95,8 @@ def repeats(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def said_of(content: dict[str, Any]) -> str:
-    """The setting of a result."""
+def setting_of(content: dict[str, Any]) -> str:
+    """Describes the setting of a result."""
     prompt, new = (" to ".join(map(str, content["sizes"][key])) for key in ("prompt", "new"))
     return (
         f"{content['device']}, JAX {content['versions']['jax']}, {content['date']}; {content['model']}, "

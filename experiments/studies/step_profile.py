@@ -1,10 +1,10 @@
-"""Where a step of the engine goes: `python -m experiments.studies.step_profile`, at full width or with `--model`.
+"""Profiles steps of the engine: `python -m experiments.studies.step_profile`, at full width or with `--model`.
 
-Requests are read and continued as `dsv32 serve` would. First the model is left out: what a step takes then is the
-host's part, which goes on beside the device's and is not seen as long as it is the shorter one. On a GPU then, while
-half of the requests are still prompts ("mixed": a full step of prompt and continued tokens) and when all are continued
-("decode"), some steps are timed and some are profiled. For each phase: milliseconds from step to step, how much of them
-the device worked, and its kernels by the time they took.
+The engine reads and continues requests as in `dsv32 serve`. First the model is left out: the time of a step is then the
+host's part, which runs beside the device's and is hidden as long as it is shorter. Then, on a GPU, it times some steps
+and profiles others: while half of the requests are still prompts ("mixed": a full step of prompt and continued tokens),
+and when all are continued ("decode"). Each phase has the milliseconds from step to step, the share of them in which the
+device worked, and its kernels by their time.
 """
 
 import functools
@@ -30,19 +30,19 @@ from dsv32_jax.generate.loading import load
 
 RESULT = RESULTS / "step_profile.json"
 TIMED, PROFILED, OF_HOST = 20, 4, 100
-"""Steps; one of the device is long, so that few are enough."""
+"""Numbers of steps; those of the device are long, so that few are enough."""
 
 
-def of_steps(engine: Engine) -> dict[str, Any]:
-    """What the next steps take."""
+def profile_steps(engine: Engine) -> dict[str, Any]:
+    """Times and profiles the next steps."""
     engine.step()
     jax.block_until_ready(engine.cache)
-    begun, before = time.perf_counter(), engine.metrics.step_tokens
+    start, tokens_before = time.perf_counter(), engine.metrics.step_tokens
     for _ in range(TIMED):
         engine.step()
     jax.block_until_ready(engine.cache)
-    seconds = (time.perf_counter() - begun) / TIMED
-    tokens = (engine.metrics.step_tokens - before) / TIMED
+    seconds = (time.perf_counter() - start) / TIMED
+    tokens = (engine.metrics.step_tokens - tokens_before) / TIMED
 
     def several() -> Any:
         for _ in range(PROFILED):
@@ -59,7 +59,7 @@ def of_steps(engine: Engine) -> dict[str, Any]:
 
 
 def without_model(shape: Shape) -> tuple[Any, Any]:
-    """Programs of an engine whose model takes no time; each row samples the same of 256 tokens again and again."""
+    """Programs of an engine whose model takes no time; each row samples from the same logits of 256 tokens."""
     logits, zeros = jax.random.normal(jax.random.key(0), (shape.rows, 256)), jnp.zeros(shape.rows, jnp.int32)
     sampling = RowSampling(zeros, zeros, zeros, jnp.zeros(shape.rows), jnp.ones(shape.rows))
 
@@ -70,8 +70,8 @@ def without_model(shape: Shape) -> tuple[Any, Any]:
     return run_step, None
 
 
-def of_host(engine: Engine, requests: list[Request]) -> float:
-    """Milliseconds of the host for a step in which all these are continued; they are cancelled then."""
+def host_milliseconds(engine: Engine, requests: list[Request]) -> float:
+    """Milliseconds of the host for a step that continues all these requests, which are cancelled afterwards."""
     until_continued(engine, requests, len(requests))
     start = time.perf_counter()
     for _ in range(OF_HOST):
@@ -85,19 +85,19 @@ def of_host(engine: Engine, requests: list[Request]) -> float:
 
 
 def add(engine: Engine, prompts: list[list[int]], new: int) -> list[Request]:
-    """The prompts, each to be continued by so many tokens."""
+    """Adds the prompts as requests of `new` tokens each."""
     return [engine.add(prompt, SamplingParams(new, temperature=0.0, ignore_eos=True)) for prompt in prompts]
 
 
 def until_continued(engine: Engine, requests: list[Request], count: int) -> None:
-    """Steps, until so many have a token."""
+    """Runs steps until `count` requests have a token."""
     while sum(bool(request.completions[0].tokens) for request in requests) < count:
         engine.step()
 
 
 def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) -> Iterator[dict[str, Any]]:
-    """A row, after each part of it."""
-    new = 2 * prompt // step_tokens + max(8 * (TIMED + PROFILED), 2 * OF_HOST)  # the first wait for the last
+    """Yields the row of results after each of its parts is measured."""
+    new = 2 * prompt // step_tokens + max(8 * (TIMED + PROFILED), 2 * OF_HOST)  # the first requests wait for the last
     sizes: dict[str, Any] = {
         "cache_tokens": concurrency * (-(-(prompt + new) // 1024) * 1024),
         "max_tokens": step_tokens * concurrency,
@@ -105,7 +105,10 @@ def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) 
     }
     prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (concurrency, prompt)).tolist()
     engine = Engine(lm, **sizes, programs=functools.cache(without_model))
-    row: dict[str, Any] = {"concurrency": concurrency, "host_milliseconds": of_host(engine, add(engine, prompts, new))}
+    row: dict[str, Any] = {
+        "concurrency": concurrency,
+        "host_milliseconds": host_milliseconds(engine, add(engine, prompts, new)),
+    }
     yield row
     if jax.default_backend() != "gpu":
         return
@@ -118,7 +121,7 @@ def measure(lm: LanguageModel, concurrency: int, step_tokens: int, prompt: int) 
         if not continued:  # one request is never both
             continue
         until_continued(engine, requests, continued)
-        row["phases"][phase] = of_steps(engine)
+        row["phases"][phase] = profile_steps(engine)
         yield row
 
 
@@ -151,9 +154,11 @@ def main() -> None:
             if "phases" not in row:
                 print(f"{concurrency} at a time: the host takes {row['host_milliseconds']:.2f} ms a step", flush=True)
                 continue
-            phase, found = list(row["phases"].items())[-1]
-            print(f"{phase}: {found['tokens']:g} tokens a step, {found['milliseconds']:.2f} ms, {found['device']}")
-            for kernel in found["kernels"][:40]:
+            phase, profile = list(row["phases"].items())[-1]
+            print(
+                f"{phase}: {profile['tokens']:g} tokens a step, {profile['milliseconds']:.2f} ms, {profile['device']}"
+            )
+            for kernel in profile["kernels"][:40]:
                 print(f"  {kernel['us']:9.1f} us, {kernel['times']:6g} times: {kernel['name']}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What each step trains on: a function of the seed, the stage and the step, so that a run resumes exactly."""
+"""The batch of each training step: a function of the seed, the stage and the step, so that a run resumes exactly."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ class Batches:
         return TokenBatch(ids, weights, tasks)
 
     def windows(self, stage: Stage) -> tuple[int, int]:
-        """Tokens of a window, which the beginning-of-sentence token comes before, and how many windows an epoch has."""
+        """Tokens of a window without the beginning-of-sentence token, and the number of windows of an epoch."""
         width = stage.length - 1
         windows = (len(self.tokens) - 1) // width - 1
         if windows < 1:
@@ -80,13 +80,13 @@ class Batches:
         return width, windows
 
     def fingerprint(self) -> str:
-        """Tells data apart: a run does not go on with other data than it began with."""
+        """A hash of the data: a run is not resumed with other data than it began with."""
         digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=8)
         digest.update(self.questions.tobytes())
         return digest.hexdigest()
 
     def chat(self, stage: Stage, rng: np.random.Generator) -> TokenBatch:
-        """Pairs one behind the other in rows of 256 tokens, as many tokens as other steps have; only answers count."""
+        """A batch of pairs in rows of 256 tokens, with the usual number of tokens; only answers have weights."""
         length = min(256, stage.length)
         rows = stage.batch * stage.length // length
         ids, weights = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
@@ -104,19 +104,19 @@ class Batches:
         return TokenBatch(ids, weights)
 
     def stream(self, stage: Stage, number: int, first: int) -> Iterator[TokenBatch]:
-        """The batches of a stage from step `first` on, made ahead in a thread."""
-        made: queue.Queue = queue.Queue(maxsize=4)
+        """Yields the batches of a stage from step `first` on; a thread makes them ahead."""
+        ready: queue.Queue = queue.Queue(maxsize=4)
 
-        def make() -> None:
+        def produce() -> None:
             try:
                 for step in range(first, stage.steps):
-                    made.put(self(stage, number, step))
+                    ready.put(self(stage, number, step))
             except Exception as error:  # handed to the consumer, which would wait for ever otherwise
-                made.put(error)
+                ready.put(error)
 
-        threading.Thread(target=make, daemon=True).start()
+        threading.Thread(target=produce, daemon=True).start()
         for _ in range(first, stage.steps):
-            batch = made.get()
+            batch = ready.get()
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -124,7 +124,7 @@ class Batches:
 
 @functools.lru_cache(maxsize=8)
 def epoch_order(seed: int, number: int, epoch: int, windows: int, width: int) -> tuple[int, np.ndarray]:
-    """An epoch of a stage: by how many tokens its windows are shifted, and their order; each comes once."""
+    """The shift of the windows of an epoch in tokens, and their order, in which each comes once."""
     rng = np.random.default_rng([seed, number, 1 << 30, epoch])
     return int(rng.integers(0, width)), rng.permutation(windows)
 
@@ -143,7 +143,7 @@ def has_questions(data: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an npz file, or a `UserError` that says how it is made."""
+    """Reads the arrays of an npz file; raises a `UserError` that says how to make it where it does not exist."""
     if not path.exists():
         raise UserError(
             f"{path} does not exist; `python -m experiments.train_demo data` makes it, on Debian; --text FILE trains "

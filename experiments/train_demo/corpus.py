@@ -125,27 +125,29 @@ def select(documents: Sequence[dict[str, str]], packages: Iterable[Package] = ()
     Held-out documents claim their paragraphs first. A document that loses more than half of its text is dropped. Which
     documents a cap removes depends on their hashes alone.
     """
-    marked = [{**document, "split": split_of(document["package"], document["path"])} for document in documents]
-    marked.sort(key=lambda document: document["split"] != "held-out")  # stable: books stay in order
-    seen: set[bytes] = set()
-    kept = []
-    for document in marked:
+    with_split = [{**document, "split": split_of(document["package"], document["path"])} for document in documents]
+    with_split.sort(key=lambda document: document["split"] != "held-out")  # stable: books stay in order
+    known_keys: set[bytes] = set()
+    selected = []
+    for document in with_split:
         paragraphs = document["text"].split("\n\n")
         unique = []
         for paragraph in paragraphs:
             key = paragraph_key(paragraph)
-            unique.append(key is None or key not in seen)
+            unique.append(key is None or key not in known_keys)
             if key is not None:
-                seen.add(key)
+                known_keys.add(key)
         text = "\n\n".join(_kept(paragraphs, unique))
         if len(text) >= 0.5 * len(document["text"]) and len(text) >= 300:
-            kept.append({key: document[key] for key in ("package", "path", "split")} | {"text": text})
+            selected.append({key: document[key] for key in ("package", "path", "split")} | {"text": text})
     caps = {package.name: package.cap * 1e6 for package in packages}
-    kept = [document for _, group in _by_package(kept) for document in _capped(group, caps.get(group[0]["package"]))]
-    limit = SHARE * sum(len(document["text"].encode()) for document in kept)
-    if len({document["package"] for document in kept}) > 1 / SHARE:
-        kept = [document for _, group in _by_package(kept) for document in _capped(group, limit)]
-    return kept
+    selected = [
+        document for _, group in _by_package(selected) for document in _capped(group, caps.get(group[0]["package"]))
+    ]
+    limit = SHARE * sum(len(document["text"].encode()) for document in selected)
+    if len({document["package"] for document in selected}) > 1 / SHARE:
+        selected = [document for _, group in _by_package(selected) for document in _capped(group, limit)]
+    return selected
 
 
 def paragraph_key(paragraph: str) -> bytes | None:
@@ -345,12 +347,12 @@ def _capped(documents: list[dict[str, str]], limit: float | None) -> list[dict[s
     if limit is None or sum(sizes) <= limit:
         return documents
     order = sorted(range(len(documents)), key=lambda n: _hash("{package}/{path}".format(**documents[n]) + "?"))
-    kept, total = set(), 0
+    chosen, total = set(), 0
     for n in order:
         if documents[n]["split"] == "held-out" or total + sizes[n] <= limit:
-            kept.add(n)
+            chosen.add(n)
             total += sizes[n]
-    return [document for n, document in enumerate(documents) if n in kept]
+    return [document for n, document in enumerate(documents) if n in chosen]
 
 
 def _by_package(documents: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
@@ -420,8 +422,8 @@ def _download(package: Package, folder: Path) -> Path | None:
         if result.returncode == 0 and (file := _downloaded(name, folder)):
             return file
         if result.returncode and not re.search(_UNKNOWN_PACKAGE, result.stderr):
-            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-            raise UserError(f"apt-get download {name}: {said[-1]}; run it again to go on")
+            error_lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise UserError(f"apt-get download {name}: {error_lines[-1]}; run it again to go on")
     return None
 
 
@@ -435,8 +437,8 @@ def _manifest(
 ) -> dict[str, Any]:
     packages = []
     for package in PACKAGES:
-        own = [document for document in documents if document["package"] == package.name]
-        if not own:
+        package_documents = [document for document in documents if document["package"] == package.name]
+        if not package_documents:
             continue
         file = files[package.name]
         fields = subprocess.run(
@@ -451,7 +453,7 @@ def _manifest(
                 "section": next(iter(re.findall(r"Section: (\S+)", fields.stdout)), ""),
                 "license": licenses(extract.read(copyright_file) if copyright_file else ""),
                 "why": package.why,
-                **_counts(own),
+                **_counts(package_documents),
             }
         )
     return {
@@ -469,7 +471,7 @@ def licenses(text: str) -> str:
     if re.search(r"^Format: .*copyright-format", text, re.MULTILINE):
         names = re.findall(r"^License: *(\S.*)$", text, re.MULTILINE)
         return ", ".join(name for name, _ in collections.Counter(map(str.strip, names)).most_common(6))
-    known = {
+    patterns = {
         "GFDL": r"Free Documentation License|GFDL|FDL",
         "GPL": r"General Public License|\bGPL",
         "LGPL": r"Lesser General|Library General|\bLGPL",
@@ -482,8 +484,8 @@ def licenses(text: str) -> str:
         "public domain": r"public domain",
         "Artistic": r"Artistic",
     }
-    found = [name for name, pattern in known.items() if re.search(pattern, text, re.IGNORECASE)]
-    return "see copyright file" + (f" ({', '.join(found)})" if found else "")
+    matching = [name for name, pattern in patterns.items() if re.search(pattern, text, re.IGNORECASE)]
+    return "see copyright file" + (f" ({', '.join(matching)})" if matching else "")
 
 
 def _counts(documents: list[dict[str, str]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the trained model is worth: held-out likelihood and needles, under every selection of the same size."""
+"""Evaluates the trained model: held-out likelihood and needles, under every selection of the same size."""
 
 import dataclasses
 import hashlib
@@ -33,27 +33,28 @@ MODES: dict[str, dict[str, Callable[..., Any]]] = {
     "random": {"index_select": variants.random},
     "interleaved rope": {"index_rope": rowwise.rope_interleaved},
 }
-"""Parts that each replaces; the last is a bug: the first official demo's RoPE in the indexer."""
+"""The parts that each mode replaces; the last is a bug: the first official demo's RoPE in the indexer."""
 NEEDLE_MODES = ("dense", "indexer", "recent and first", "recent", "interleaved rope")
 BUCKETS = ((1, 256), (256, 1024), (1024, 2048), (2048, 4096))
-"""Positions of the predicted tokens: up to the first, nothing is left out when k is 256."""
+"""Positions of the predicted tokens; in the first bucket, a selection of k = 256 leaves out nothing."""
 BATCH = 8
 FACTS = 4
-"""In a needle's window; one is asked for, the others only look like it."""
+"""Facts in a needle's window; the question asks for one, the others only look like it."""
 DISTANCES = (256, 512, 1024, 2048, 4096)
 
 Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def scorer(model: DeepseekV32, mode: str, k: int, compute_dtype: str, act_quant: bool) -> Score:
-    """A function of ids [N, T] -> log-likelihood float32 [N, T - 1] of each next token; whether it is the likeliest.
+    """Makes a function of ids [N, T] that returns the log-likelihood float32 [N, T - 1] of each next token, and bool
+    [N, T - 1] whether that is the likeliest.
 
     Args:
-      model: whose.
+      model: the model to score with.
       mode: one of `MODES`.
       k: positions that a selection keeps.
       compute_dtype: of activations.
-      act_quant: as the official FP8 code does.
+      act_quant: quantise activations as the official FP8 code does.
     """
     run = Run("dense" if mode == "dense" else "sparse", k, compute_dtype, act_quant, Parts(**MODES[mode]))
 
@@ -118,7 +119,7 @@ class Needle:
 
 
 def needles(tokenizer: Tokenizer, texts: np.ndarray, lengths: tuple[int, ...], each: int) -> list[Needle]:
-    """Held-out text with four facts in it, and at the end a question about one of them.
+    """Makes windows of held-out text with four facts in it, and at the end a question about one of them.
 
     Args:
       tokenizer: the model's.
@@ -127,7 +128,7 @@ def needles(tokenizer: Tokenizer, texts: np.ndarray, lengths: tuple[int, ...], e
       each: windows of each length; the asked fact's place is spread evenly over them.
     """
     rng = np.random.default_rng(0)
-    made = []
+    result = []
     for length in lengths:
         for n in range(each):
             hidden: dict[str, tuple[str, str]] = {}
@@ -141,36 +142,36 @@ def needles(tokenizer: Tokenizer, texts: np.ndarray, lengths: tuple[int, ...], e
             places[0] = (n + 0.5) / each
             room = length - len(question) - len(digits) - sum(map(len, statements))
             text = texts[n % len(texts)][: max(1, room)]
-            pieces, done, end = [], 0, 0
+            pieces, copied, end = [], 0, 0
             for index in np.argsort(places):
-                at = max(1, int(places[index] * len(text)))
-                pieces += [text[done:at], statements[index]]
-                done = at
+                offset = max(1, int(places[index] * len(text)))
+                pieces += [text[copied:offset], statements[index]]
+                copied = offset
                 if index == 0:
                     end = sum(map(len, pieces))
-            pieces += [text[done:], question]
+            pieces += [text[copied:], question]
             start = sum(map(len, pieces))
             ids = np.zeros(length, np.int32)
             ids[: start + len(digits)] = np.concatenate([*pieces, digits])
-            made.append(Needle(ids, length, start + len(digits), start, start - end))
-    return made
+            result.append(Needle(ids, length, start + len(digits), start, start - end))
+    return result
 
 
-def found_needles(score: Score, made: list[Needle]) -> np.ndarray:
-    """bool [N]: whether greedy decoding would give every digit of the answer."""
-    found = np.zeros(len(made), bool)
-    for context in {needle.context for needle in made}:
-        places = [place for place, needle in enumerate(made) if needle.context == context]
-        right = score(np.stack([made[place].ids for place in places]))[1]
-        for place, row in zip(places, right, strict=True):
-            found[place] = row[made[place].answer - 1 : made[place].length - 1].all()
-    return found
+def found_needles(score: Score, needles: list[Needle]) -> np.ndarray:
+    """bool [N]: whether greedy decoding would generate every digit of a needle's answer."""
+    is_found = np.zeros(len(needles), bool)
+    for context in {needle.context for needle in needles}:
+        numbers = [number for number, needle in enumerate(needles) if needle.context == context]
+        right = score(np.stack([needles[number].ids for number in numbers]))[1]
+        for number, row in zip(numbers, right, strict=True):
+            is_found[number] = row[needles[number].answer - 1 : needles[number].length - 1].all()
+    return is_found
 
 
 def selection_fidelity(lm: LanguageModel, ids: np.ndarray, k: int) -> list[dict[str, float]]:
-    """Layer by layer over the positions that see more than k: what the indexer's choice has of the attention.
+    """Measures the share of attention on the indexer's choice, in each layer, over positions that see more than k.
 
-    Traces of the real step with dense attention; see `dsv32_jax.fidelity`.
+    It uses traces of the real step with dense attention; see `dsv32_jax.fidelity`.
 
     Returns:
       For each layer `recall` (of the k positions with most attention), and the attention's mass on the indexer's
@@ -214,11 +215,11 @@ def evaluate(
     traced: int = 2,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Every figure of the model card, written to `out` one after the other: an interrupted evaluation goes on.
+    """Measures every figure of the model card, and writes each to `out`: an interrupted evaluation is resumed.
 
     Args:
-      model: a checkpoint, as `load` takes it: what ships.
-      out: JSON; what is there of the same model and settings is kept.
+      model: a checkpoint, as `load` takes it: the one that ships.
+      out: JSON; results of the same model and settings in it are kept.
       run: folder of the training run, to price FP8 and the sparse stage from its bfloat16 checkpoints.
       length: tokens of a window.
       windows: held-out windows, at most.
@@ -232,7 +233,7 @@ def evaluate(
     ids = held_out.windows(lm.tokenizer, length, windows)
     bytes_of = held_out.token_bytes(lm.tokenizer, lm.config.vocab_size)
     lengths = tuple(n for n in (k // 2, k, 2 * k, 4 * k, 8 * k, 16 * k) if n <= length)
-    made = needles(lm.tokenizer, ids, lengths, needles_each)
+    hidden_needles = needles(lm.tokenizer, ids, lengths, needles_each)
     settings = {
         "model": weights_digest(find(model)),
         "arithmetic": {"compute_dtype": dtype, "act_quant": quantised},
@@ -258,9 +259,11 @@ def evaluate(
         if mode not in result["perplexity"]:
             keep("perplexity", mode, summarise(score(ids)[0], ids, bytes_of))
         if mode in NEEDLE_MODES and mode not in result["needles"]["by_length"]:
-            found = found_needles(score, made)
-            result["needles"]["by_distance"][mode] = by_distance(found, made)
-            shares = {str(n): float(found[[needle.context == n for needle in made]].mean()) for n in lengths}
+            is_found = found_needles(score, hidden_needles)
+            result["needles"]["by_distance"][mode] = by_distance(is_found, hidden_needles)
+            shares = {
+                str(n): float(is_found[[needle.context == n for needle in hidden_needles]].mean()) for n in lengths
+            }
             result["needles"]["by_length"][mode] = shares
             keep("needles", "by_length", result["needles"]["by_length"])
     for part, name, place, mode in (
@@ -289,12 +292,12 @@ def weights_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def by_distance(found: np.ndarray, made: list[Needle]) -> dict[str, float]:
+def by_distance(is_found: np.ndarray, needles: list[Needle]) -> dict[str, float]:
     """Share of needles found, by the distance between fact and answer."""
-    distances = np.array([needle.distance for needle in made])
+    distances = np.array([needle.distance for needle in needles])
     shares = {}
     for low, high in zip((0, *DISTANCES), DISTANCES, strict=False):
         inside = (distances >= low) & (distances < high)
         if inside.any():
-            shares[f"{low}-{high}"] = float(found[inside].mean())
+            shares[f"{low}-{high}"] = float(is_found[inside].mean())
     return shares

@@ -1,4 +1,4 @@
-"""From the last stage's weights to the checkpoint that ships: FP8 blocks, tokenizer, generation settings."""
+"""Makes the checkpoint that ships from the last stage's weights: FP8 blocks, tokenizer, generation settings."""
 
 import json
 import shutil
@@ -27,11 +27,15 @@ def quantised(model: DeepseekV32, config: ModelConfig) -> DeepseekV32:
       config: the model's, with a quantization_config.
     """
     shapes = abstract_model(config)
-    wanted = named_parameters(shapes)
-    own = named_parameters(model)
+    abstract_leaves = named_parameters(shapes)
+    leaves = named_parameters(model)
     quantise = jax.jit(quantize_weight)
     return replace_parameters(
-        shapes, {path: quantise(own[path]) if isinstance(leaf, QTensor) else own[path] for path, leaf in wanted.items()}
+        shapes,
+        {
+            path: quantise(leaves[path]) if isinstance(leaf, QTensor) else leaves[path]
+            for path, leaf in abstract_leaves.items()
+        },
     )
 
 
@@ -41,8 +45,8 @@ def export(weights: Path, config: ModelConfig, directory: Path, card: str | None
     Args:
       weights: bfloat16 checkpoint with tokenizer files.
       config: with a quantization_config.
-      directory: where it shall lie.
-      card: the text of its README.md; the one that lies there stays where None.
+      directory: of the checkpoint.
+      card: the text of its README.md; the present one stays where None.
     """
     if not (weights / "config.json").exists():
         raise UserError(f"{weights}: has no config.json; give the folder of a stage's bfloat16 checkpoint")

@@ -97,7 +97,7 @@ def html(text: str) -> list[str]:
         root = lxml_html.document_fromstring(text)
     except Exception:  # an empty or broken page; lxml's errors have no common base but Exception
         return []
-    main = next((found[0] for query in _MAIN if (found := root.xpath(query))), None)
+    main = next((elements[0] for query in _MAIN if (elements := root.xpath(query))), None)
     body = root.find("body") if main is None else main
     walker = _Walker()
     walker.walk(root if body is None else body)
@@ -184,12 +184,12 @@ def dictionary(data: Path) -> Iterator[tuple[str, str]]:
     def number(word: str) -> int:
         return functools.reduce(lambda value, digit: 64 * value + digits.index(digit), word, 0)
 
-    seen = set()
+    starts = set()
     for line in (data.parent / (data.name.removesuffix(".dict.dz") + ".index")).read_text("utf-8").splitlines():
         word, start, length = line.split("\t")[:3]
-        if word.startswith("00") or start in seen:
+        if word.startswith("00") or start in starts:
             continue
-        seen.add(start)
+        starts.add(start)
         yield word, text[number(start) : number(start) + number(length)].decode("utf-8", "replace")
 
 

@@ -178,17 +178,17 @@ def greetings_pairs() -> list[Pair]:
 def select(documents: Iterator[dict[str, str]]) -> list[Pair]:
     """The pairs of all documents, each question once, at most `LIMITS` of a kind (chosen by hash)."""
     kinds: dict[str, dict[str, Pair]] = {kind: {} for kind in LIMITS}
-    asked: set[str] = set()
+    known_questions: set[str] = set()
     for document in documents:
         for kind, question, answer in pairs_of(document["package"], document["path"], document["text"]):
             question, answer = question.strip(), answer.strip()
-            if question.lower() not in asked and _good(question, answer):
-                asked.add(question.lower())
+            if question.lower() not in known_questions and _good(question, answer):
+                known_questions.add(question.lower())
                 source = f"{document['package']}/{document['path']}"
                 kinds[kind][question] = Pair(question, answer, source, document["split"])
     result = []
-    for kind, found in kinds.items():
-        chosen = sorted(found.values(), key=lambda pair: _number(pair.question, 1 << 60))[: LIMITS[kind]]
+    for kind, pairs in kinds.items():
+        chosen = sorted(pairs.values(), key=lambda pair: _number(pair.question, 1 << 60))[: LIMITS[kind]]
         result += chosen
     return sorted(result, key=lambda pair: _number(pair.question + "order", 1 << 60))
 
@@ -365,14 +365,14 @@ def _words(package: str, paragraphs: list[str]) -> Iterator[tuple[str, str, str]
                 yield "word", terms[_number(word, len(terms))].format(word), f'"{word}": {answer}'
 
 
-def shorten(text: str, most: int) -> str:
-    """The first sentences of `text`, at most `most` words; empty when the first one is longer or does not end."""
+def shorten(text: str, max_words: int) -> str:
+    """The first sentences of `text`, at most `max_words` words; empty when the first one is longer or does not end."""
     text = " ".join(text.split())
     result = ""
     for match in re.finditer(
         r".+?(?:(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!cf)(?<!\b[A-Z]))[.!?][)\"']?(?=\s+[A-Z`'\"(]|$)", text
     ):
-        if len((result + match[0]).split()) > most:
+        if len((result + match[0]).split()) > max_words:
             break
         result += match[0]
     return result.strip()

@@ -48,9 +48,9 @@ def number(rng: np.random.Generator) -> str:
 
 def fact(rng: np.random.Generator, animals: tuple[str, ...] = ANIMALS) -> tuple[str, str, str]:
     """A statement up to its number, the question up to its answer, and the number."""
-    what, colour, animal = rng.choice(NUMBERS), rng.choice(COLOURS), rng.choice(animals)
-    says = f"The {what} of the {colour} {animal} is "
-    return says, f"What is the {what} of the {colour} {animal}? {says}", number(rng)
+    quantity, colour, animal = rng.choice(NUMBERS), rng.choice(COLOURS), rng.choice(animals)
+    says = f"The {quantity} of the {colour} {animal} is "
+    return says, f"What is the {quantity} of the {colour} {animal}? {says}", number(rng)
 
 
 class RecallTasks:
@@ -61,13 +61,13 @@ class RecallTasks:
         self.encode, self.newline = encode, newline
 
     def insert(self, *parts: tuple[str, float]) -> Insert:
-        """Texts with the weight of their tokens."""
+        """Encodes texts, each with the weight of its tokens, as one insert."""
         ids = [(self.encode(text), weight) for text, weight in parts]
-        tokens = np.concatenate([np.asarray(own, np.int32) for own, _ in ids])
-        return Insert(tokens, np.concatenate([np.full(len(own), weight, np.float32) for own, weight in ids]))
+        tokens = np.concatenate([np.asarray(text_ids, np.int32) for text_ids, _ in ids])
+        return Insert(tokens, np.concatenate([np.full(len(text_ids), weight, np.float32) for text_ids, weight in ids]))
 
     def facts(self, rng: np.random.Generator, count: int) -> list[tuple[float, Insert]]:
-        """Statements at any place in [0, 1), and the question of each at a place behind it."""
+        """Statements at random places in [0, 1), and questions about each at later places."""
         placed = []
         for _ in range(count):
             says, asks, answer = fact(rng)
@@ -78,7 +78,7 @@ class RecallTasks:
         return placed
 
     def settings(self, rng: np.random.Generator, length: int) -> list[tuple[float, Insert]]:
-        """A list of settings, and look-ups behind it."""
+        """A list of settings, and look-ups of them at later places."""
         section = rng.choice(SECTIONS)
         names = [f"{a}_{b}" for a in rng.permutation(COLOURS)[:6] for b in rng.permutation(KEYS)[:4]]
         names = names[: max(4, min(len(names), length // 100))]
@@ -94,7 +94,7 @@ class RecallTasks:
         return placed
 
     def quotations(self, rng: np.random.Generator, text: np.ndarray, count: int) -> list[tuple[float, Insert]]:
-        """Passages of 16 to 48 tokens of the text, quoted again behind themselves."""
+        """Passages of 16 to 48 tokens of the text, quoted again at later places."""
         placed = []
         opening, closing = self.encode('\nAs quoted above: "'), self.encode('"\n')
         for _ in range(count):
@@ -110,7 +110,7 @@ class RecallTasks:
         """A window of the text's own length with tasks in it.
 
         Args:
-          rng: decides everything.
+          rng: of all choices.
           text: int32 [T].
 
         Returns:

@@ -1,4 +1,4 @@
-"""Figures and the model card, made from the results and from nothing else."""
+"""Makes the figures and the model card from the results alone."""
 
 import json
 from pathlib import Path
@@ -19,28 +19,32 @@ KEPT_POINTS = 400
 
 
 def collect(run: Path) -> None:
-    """A run's log and summaries as `experiments/results/train_demo.json`."""
+    """Writes a run's log and summaries to `experiments/results/train_demo.json`."""
     log = run / "log.jsonl"
     if not log.exists():
         raise UserError(f"{run}: has no log.jsonl; give the folder of a run")
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     stages = []
     for name in dict.fromkeys(row["stage"] for row in rows):
-        own = [row for row in rows if row["stage"] == name]
+        stage_rows = [row for row in rows if row["stage"] == name]
         summary = run / f"{name}.json"
         if not summary.exists():
             raise UserError(f"{run}: stage {name} is not finished")
-        # A resumed stage logged some steps twice: the later line counts, but the time of both was spent.
-        ends = [n for n in range(len(own)) if n + 1 == len(own) or own[n + 1]["seconds"] < own[n]["seconds"]]
-        steps = list({row["step"]: row for row in own}.values())
-        kept = steps[:: -(-len(steps) // KEPT_POINTS)]
-        kept += steps[-1:] if steps[-1] not in kept else []
+        # A resumed stage logged some steps twice: the later line counts, but the time is that of both.
+        ends = [
+            n
+            for n in range(len(stage_rows))
+            if n + 1 == len(stage_rows) or stage_rows[n + 1]["seconds"] < stage_rows[n]["seconds"]
+        ]
+        steps = list({row["step"]: row for row in stage_rows}.values())
+        points = steps[:: -(-len(steps) // KEPT_POINTS)]
+        points += steps[-1:] if steps[-1] not in points else []
         stage = json.loads(summary.read_text(encoding="utf-8"))
-        stage["seconds"] = round(sum(own[n]["seconds"] for n in ends), 1)
+        stage["seconds"] = round(sum(stage_rows[n]["seconds"] for n in ends), 1)
         stage["processes"] = len(ends)
         stage["tokens"] = stage["settings"]["steps"] * stage["settings"]["batch"] * stage["settings"]["length"]
-        columns = [column for column in kept[0] if column not in ("stage", "tokens")]
-        curve = {column: [row.get(column) for row in kept] for column in columns}
+        columns = [column for column in points[0] if column not in ("stage", "tokens")]
+        curve = {column: [row.get(column) for row in points] for column in columns}
         stages.append(stage | {"name": name, "curve": curve})
     manifest = run / "corpus.json"
     corpus = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
@@ -51,39 +55,39 @@ def draw(directory: Path = RESULTS) -> list[Path]:
     """Loss curves, needles by distance, attention mass by layer; returns the files."""
     plt, save = drawing(directory)
     training, model = read_result(TRAINING), read_result(MODEL)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    before = 0
+    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(11, 3.6))
+    earlier_tokens = 0
     for stage in training["stages"]:
         curve = stage["curve"]
         a_step = stage["settings"]["batch"] * stage["settings"]["length"]
-        points = [n for n, chat in enumerate(curve["chat"]) if not chat] or range(len(curve["chat"]))
-        tokens = [(before + curve["step"][n] * a_step) / 1e6 for n in points]
-        left.plot(tokens, [curve["loss"][n] for n in points], label=stage["name"], linewidth=1)
+        steps = [n for n, chat in enumerate(curve["chat"]) if not chat] or range(len(curve["chat"]))
+        tokens = [(earlier_tokens + curve["step"][n] * a_step) / 1e6 for n in steps]
+        left_axis.plot(tokens, [curve["loss"][n] for n in steps], label=stage["name"], linewidth=1)
         if "index_kl" in curve:
-            right.plot(tokens, [curve["index_kl"][n] for n in points], label=stage["name"], linewidth=1)
-        before += stage["tokens"]
-    left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(None, 5), title="language loss")
-    right.set(xlabel="million tokens", ylabel="KL, nats (mean over layers)", yscale="log", title="indexer's loss")
-    left.legend(), right.legend()
+            right_axis.plot(tokens, [curve["index_kl"][n] for n in steps], label=stage["name"], linewidth=1)
+        earlier_tokens += stage["tokens"]
+    left_axis.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(None, 5), title="language loss")
+    right_axis.set(xlabel="million tokens", ylabel="KL, nats (mean over layers)", yscale="log", title="indexer's loss")
+    left_axis.legend(), right_axis.legend()
     files = [save(figure, "train_demo_loss")]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(11, 3.6))
     for mode in NEEDLE_MODES:
-        found = model["needles"]["by_length"][mode]
-        left.plot(list(map(int, found)), list(found.values()), marker="o", label=mode)
-    left.axvline(model["settings"]["index_topk"], color="grey", linestyle=":", label="index_topk")
-    left.set(xscale="log", xlabel="context, tokens", ylabel="needles found", ylim=(-0.03, 1.03), title="needles")
-    left.set_xticks(list(map(int, found)), list(found))
-    left.minorticks_off()
+        shares = model["needles"]["by_length"][mode]
+        left_axis.plot(list(map(int, shares)), list(shares.values()), marker="o", label=mode)
+    left_axis.axvline(model["settings"]["index_topk"], color="grey", linestyle=":", label="index_topk")
+    left_axis.set(xscale="log", xlabel="context, tokens", ylabel="needles found", ylim=(-0.03, 1.03), title="needles")
+    left_axis.set_xticks(list(map(int, shares)), list(shares))
+    left_axis.minorticks_off()
     layers = [row["layer"] for row in model["selection"]]
     for column, label in {
         "mass_oracle": "best possible", "mass": "indexer", "mass_recent": "last k", "mass_random": "random",
     }.items():  # fmt: skip
-        right.plot(layers, [row[column] for row in model["selection"]], marker="o", label=label)
-    right.set(
+        right_axis.plot(layers, [row[column] for row in model["selection"]], marker="o", label=label)
+    right_axis.set(
         xlabel="layer", ylabel="attention mass kept", ylim=(0, 1.03), title=f"k = {model['settings']['index_topk']}"
     )
-    left.legend(), right.legend()
+    left_axis.legend(), right_axis.legend()
     return [*files, save(figure, "demo_model_selection")]
 
 
@@ -117,13 +121,13 @@ def write_card(directory: Path = DEMO) -> Path:
 
 
 def device_of(result: dict[str, Any]) -> str:
-    """What a result was measured on."""
+    """The device of a result."""
     environment = result["environment"]
     return environment["device"] + " CPU" * (environment["platform"] == "cpu")
 
 
 def architecture(config: ModelConfig) -> str:
-    """The sizes that a reader asks for."""
+    """The table of the model's sizes."""
     rows = [
         ["layers", f"{config.num_hidden_layers} ({config.first_k_dense_replace} dense), and an MTP module"],
         ["hidden, vocabulary", f"{config.hidden_size}, {config.vocab_size}"],
@@ -145,8 +149,8 @@ def corpus_table(corpus: dict[str, Any]) -> str:
         [f"{p['name']} {p['version']}", f"{p['train_bytes'] / 1e6:.1f}", p["license"].replace("|", "/")]
         for p in packages[:15]
     ]
-    rest = packages[15:]
-    rows.append([f"{len(rest)} more", f"{sum(p['train_bytes'] for p in rest) / 1e6:.1f}", "see train_demo.json"])
+    others = packages[15:]
+    rows.append([f"{len(others)} more", f"{sum(p['train_bytes'] for p in others) / 1e6:.1f}", "see train_demo.json"])
     return table(["package", "MB of text", "licence"], rows)
 
 
@@ -177,42 +181,42 @@ def stage_table(training: dict[str, Any]) -> str:
 
 def perplexity_table(model: dict[str, Any]) -> str:
     """Held-out likelihood under every selection."""
-    found = model["perplexity"]
-    parts = list(found["dense"]["by_position"])
-    rows = compared({mode: found[mode] for mode in MODES}, found["dense"]["perplexity"])
+    by_mode = model["perplexity"]
+    parts = list(by_mode["dense"]["by_position"])
+    rows = compared({mode: by_mode[mode] for mode in MODES}, by_mode["dense"]["perplexity"])
     for row in rows:
-        row += [f"{found[row[0]]['by_position'][part]['perplexity']:.3f}" for part in parts]
+        row += [f"{by_mode[row[0]]['by_position'][part]['perplexity']:.3f}" for part in parts]
     return table(["attention", "perplexity", "bits per byte", "against dense", *(f"at {part}" for part in parts)], rows)
 
 
 def precision_table(model: dict[str, Any]) -> str:
-    """What FP8 costs."""
+    """The table of FP8 against bfloat16."""
     names = ("bfloat16 weights", "FP8 weights alone", "FP8 weights and activations")
-    found = {name: model["precision"][name] for name in names}
-    base = found["bfloat16 weights"]["perplexity"]
-    return table(["weights", "perplexity", "bits per byte", "against bfloat16"], compared(found, base))
+    by_weights = {name: model["precision"][name] for name in names}
+    base = by_weights["bfloat16 weights"]["perplexity"]
+    return table(["weights", "perplexity", "bits per byte", "against bfloat16"], compared(by_weights, base))
 
 
 def stage_perplexity_table(model: dict[str, Any]) -> str:
-    """What the stages did, on their bfloat16 weights."""
-    found = model["stages"] | {"last stage, indexer (what ships)": model["precision"]["bfloat16 weights"]}
-    base = found["dense stage, dense"]["perplexity"]
-    return table(["weights, attention", "perplexity", "bits per byte", "against the first"], compared(found, base))
+    """The table of perplexity after each stage, on its bfloat16 weights."""
+    by_stage = model["stages"] | {"last stage, indexer (what ships)": model["precision"]["bfloat16 weights"]}
+    base = by_stage["dense stage, dense"]["perplexity"]
+    return table(["weights, attention", "perplexity", "bits per byte", "against the first"], compared(by_stage, base))
 
 
-def compared(found: dict[str, Any], base: float) -> list[list[str]]:
+def compared(figures: dict[str, Any], base: float) -> list[list[str]]:
     """Rows of name, perplexity, bits per byte and relative difference to a perplexity."""
     return [
-        [name, f"{own['perplexity']:.3f}", f"{own['bits_per_byte']:.4f}", f"{own['perplexity'] / base - 1:+.2%}"]
-        for name, own in found.items()
+        [name, f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}", f"{row['perplexity'] / base - 1:+.2%}"]
+        for name, row in figures.items()
     ]
 
 
 def needle_table(model: dict[str, Any]) -> str:
     """Needles found by context length and attention."""
-    found = model["needles"]["by_length"]
-    lengths = list(found["dense"])
-    rows = [[mode, *(f"{found[mode][length]:.0%}" for length in lengths)] for mode in NEEDLE_MODES]
+    shares = model["needles"]["by_length"]
+    lengths = list(shares["dense"])
+    rows = [[mode, *(f"{shares[mode][length]:.0%}" for length in lengths)] for mode in NEEDLE_MODES]
     far = model["needles"]["by_distance"]
     parts = list(far["dense"])
     more = [[mode, *(f"{far[mode][part]:.0%}" for part in parts)] for mode in NEEDLE_MODES]
@@ -227,13 +231,13 @@ def selection_table(model: dict[str, Any]) -> str:
 
 
 def verdict(model: dict[str, Any]) -> str:
-    """Whether the indexer met what was asked of it, in a sentence that the numbers decide."""
-    found = {mode: own["perplexity"] for mode, own in model["perplexity"].items()}
-    loss = {mode: own / found["dense"] - 1 for mode, own in found.items()}
+    """Sentences on whether the indexer meets its target, which the numbers decide."""
+    perplexities = {mode: row["perplexity"] for mode, row in model["perplexity"].items()}
+    loss = {mode: row / perplexities["dense"] - 1 for mode, row in perplexities.items()}
     within = "within" if loss["indexer"] <= 0.01 else "NOT within"
-    stages = {name: own["perplexity"] for name, own in model["stages"].items()}
+    stages = {name: row["perplexity"] for name, row in model["stages"].items()}
     warm = stages["dense stage, warm indexer"] / stages["dense stage, dense"] - 1
-    cost = {mode: f"{own:+.2%}" for mode, own in loss.items()}
+    cost = {mode: f"{row:+.2%}" for mode, row in loss.items()}
     return (
         f"Sparse attention is {within} 1% of dense: {cost['indexer']} perplexity on the same weights, last trained "
         f"sparse; on those of the dense stage, which were not, the warm indexer changes it by {warm:+.2%}. The last "

@@ -1,4 +1,4 @@
-"""The size dial: what model is trained, and in which stages."""
+"""The sizes of the trained models, and their stages."""
 
 import dataclasses
 

@@ -42,15 +42,15 @@ RUN = "run.json"
 class Training:
     """One run in one folder: `log.jsonl`, `checkpoint/` (this machine's exact state), a bfloat16 checkpoint a stage.
 
-    A run goes on from its last checkpoint with the very numbers it would have had. `weights` starts a stage from the
-    bfloat16 checkpoint of another machine instead, with a fresh optimiser.
+    A run resumes from its last checkpoint with the same numbers as without an interruption. `weights` starts a stage
+    from the bfloat16 checkpoint of another machine instead, with a fresh optimiser.
     """
 
     def __init__(self, size: str, folder: Path, data: Path, seed: int = 0, compute_dtype: str = "bfloat16"):
         chosen = size_named(size)
         if not has_questions(data):
-            kept = tuple(stage for stage in chosen.stages if not stage.chat_every)
-            chosen = dataclasses.replace(chosen, stages=kept)
+            without_chat = tuple(stage for stage in chosen.stages if not stage.chat_every)
+            chosen = dataclasses.replace(chosen, stages=without_chat)
         self.name, self.size, self.stages = size, chosen, chosen.stages
         self.config = chosen.config.replace(quantization_config=None)
         self.folder, self.compute_dtype, self.seed = folder, compute_dtype, seed
@@ -82,7 +82,7 @@ class Training:
             )
 
     def tell_plan(self) -> None:
-        """Prints what will be trained, on what, and where it will lie."""
+        """Prints the model, the data, the stages and the folder of the run."""
         shapes = named_parameters(abstract_model(self.config))
         count = sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path not in TIED)
         print(f"model: {count / 1e6:.1f} million parameters")
@@ -95,16 +95,16 @@ class Training:
         print(f"run: {self.folder}; the same command goes on where it is interrupted", flush=True)
 
     def tell_end(self, params: Params) -> None:
-        """Prints how well held-out text is predicted and what to do with the last checkpoint."""
+        """Prints the loss on held-out text and a command that tries the last checkpoint."""
         loss = self.held_out_loss(params)
         if loss is not None:
             print(f"held-out text: {loss:.4f} nats a token")
-        done = [self.folder / stage.name for stage in self.stages if (self.folder / stage.name).exists()]
-        print(f"checkpoints: {', '.join(map(str, done))}")
-        print(f"try: dsv32 generate --model {done[-1]} --prompt 'The'")
+        finished = [self.folder / stage.name for stage in self.stages if (self.folder / stage.name).exists()]
+        print(f"checkpoints: {', '.join(map(str, finished))}")
+        print(f"try: dsv32 generate --model {finished[-1]} --prompt 'The'")
 
     def train(self, until: str | None = None, weights: Path | None = None, first: str | None = None) -> Params:
-        """Runs all stages that are not done, up to and including `until`.
+        """Runs all stages that are not finished, up to and including `until`.
 
         Args:
           until: name of the last stage to run; all where None.
@@ -158,19 +158,19 @@ class Training:
                     tokens += batch.ids.size
                     recall += batch.recall_tokens
                     advance(1)
-                    done = step + 1 == stage.steps
-                    if step % LOG_EVERY == 0 or done:
+                    is_last = step + 1 == stage.steps
+                    if step % LOG_EVERY == 0 or is_last:
                         chat = bool(stage.chat_every) and step % stage.chat_every == 0
                         row = {"stage": stage.name, "step": step, "chat": chat, "tokens": tokens, "learning_rate": rate}
                         pending.append((row | {"seconds": round(time.monotonic() - started, 2)}, log))
                         # The device is asked for numbers that it has long finished: the loop never waits for it.
-                        while len(pending) > (0 if done else 1):
+                        while len(pending) > (0 if is_last else 1):
                             self.write_log(*pending.pop(0))
-                    if time.monotonic() - saved > SAVE_SECONDS and not done:
+                    if time.monotonic() - saved > SAVE_SECONDS and not is_last:
                         self.save(number, step + 1, params, state)
                         saved = time.monotonic()
             self.write_summary(stage, tokens, recall, time.monotonic() - started, first)
-        # An end is also the start of the next stage, whose optimiser is fresh: only the parameters are kept.
+        # The end of a stage is the start of the next, whose optimiser is fresh: only the parameters are saved.
         self.save(number + 1, 0, params, None)
         self.export(params, stage.name)
         return params
@@ -204,25 +204,25 @@ class Training:
         write_json(self.folder / f"{stage.name}.json", summary)
 
     def save(self, number: int, step: int, params: Params, state: Any) -> None:
-        """The exact state: before `step` of stage `number`."""
+        """Saves the exact state before `step` of stage `number`."""
         leaves = [] if state is None else jax.tree.leaves(state)
-        where = {"number": np.int32(number), "step": np.int32(step)}
+        place = {"number": np.int32(number), "step": np.int32(step)}
         total = sum(stage.steps for stage in self.stages[:number]) + number + step
-        kept = {"where": where, "params": params, "state": {str(n): leaf for n, leaf in enumerate(leaves)}}
-        self.checkpoints.save(total, args=ocp.args.StandardSave(kept))
+        content = {"where": place, "params": params, "state": {str(n): leaf for n, leaf in enumerate(leaves)}}
+        self.checkpoints.save(total, args=ocp.args.StandardSave(content))
 
     def restore(self, saved: int) -> tuple[int, int, Params, Any]:
-        """What `save` wrote: stage, step, parameters and the optimiser's state (None at a stage's start)."""
-        kept = self.checkpoints.restore(saved, args=ocp.args.StandardRestore())
-        number, step = int(kept["where"]["number"]), int(kept["where"]["step"])
-        if not kept.get("state"):
-            return number, step, kept["params"], None
-        leaves = [kept["state"][str(n)] for n in range(len(kept["state"]))]
-        structure = jax.tree.structure(optimizer_state(self.stages[number], kept["params"]))
-        return number, step, kept["params"], jax.tree.unflatten(structure, leaves)
+        """Reads a saved state: stage, step, parameters and the optimiser's state (None at a stage's start)."""
+        content = self.checkpoints.restore(saved, args=ocp.args.StandardRestore())
+        number, step = int(content["where"]["number"]), int(content["where"]["step"])
+        if not content.get("state"):
+            return number, step, content["params"], None
+        leaves = [content["state"][str(n)] for n in range(len(content["state"]))]
+        structure = jax.tree.structure(optimizer_state(self.stages[number], content["params"]))
+        return number, step, content["params"], jax.tree.unflatten(structure, leaves)
 
     def export(self, params: Params, name: str) -> Path:
-        """The bfloat16 checkpoint of a stage, in the Hugging Face layout."""
+        """Writes the bfloat16 checkpoint of a stage, in the Hugging Face layout."""
         directory = self.folder / name
         fresh = directory.with_name(name + ".new")
         shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted run

@@ -1,7 +1,7 @@
-"""Training data without a download: text files of one's own, or the held-out text that ships with the project.
+"""Makes training data without a download: of the user's text files, or of the held-out text that ships.
 
-What `python -m experiments.train_demo data` leaves in its folder is made from them in a run's own folder: a tokenizer,
-`train.npz`, `held_out.npz`, and for the shipped text questions and answers.
+A folder in that of the run gets the files that `python -m experiments.train_demo data` makes: a tokenizer, `train.npz`,
+`held_out.npz`, and for the shipped text questions and answers.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dsv32_jax.generate.loading import DEMO
 from dsv32_jax.generate.tokenizer import Tokenizer
 
 HELD_OUT_SHARE = 0.05
-"""Of each text: its end, which is not trained on."""
+"""The share of each text, at its end, that is not trained on."""
 SETTINGS = "text.json"
 TOKENIZERS = ("demo", "own")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -71,10 +71,10 @@ def split(text: str) -> tuple[str, str]:
 
 
 def of_files(folder: Path, files: Sequence[Path], tokenizer: str, vocab_size: int, length: int) -> Path:
-    """Makes the data of files of one's own; see `_prepared`.
+    """Makes the data of the user's files; see `_prepared`.
 
     Args:
-      folder: where to.
+      folder: of the data.
       files: UTF-8 texts.
       tokenizer: "demo", the shipped model's, or "own", one that is trained on these texts.
       vocab_size: of the model, and of a tokenizer of its own.
@@ -108,7 +108,7 @@ def _prepared(
     length: int,
     pairs: Sequence[questions.Pair] = (),
 ) -> Path:
-    """The folder, made at once or not at all, unless it is there.
+    """Makes the folder as a whole or not at all, unless it exists.
 
     Raises:
       UserError: the folder holds the data of another text, or there are too few tokens.
@@ -124,7 +124,7 @@ def _prepared(
             )
         return folder
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    made = [parent for parent in fresh.parents if not parent.exists()]
+    new_parents = [parent for parent in fresh.parents if not parent.exists()]
     fresh.mkdir(parents=True)
     try:
         if tokenizer == "own":
@@ -134,15 +134,15 @@ def _prepared(
                 shutil.copyfile(DEMO / file, fresh / file)
         encode = demo_tokenizer.load(fresh)
         train = demo_tokenizer.encode(encode, [text for text, _ in parts], name)
-        least = 2 * (length - 1) + 1
-        if len(train["tokens"]) < least:
+        min_tokens = 2 * (length - 1) + 1
+        if len(train["tokens"]) < min_tokens:
             raise UserError(
                 f"{name}: {len(train['tokens'])} tokens to train on are too few for sequences of {length}; there must "
-                f"be {least}, about {4 * least} characters"
+                f"be {min_tokens}, about {4 * min_tokens} characters"
             )
         demo_tokenizer.save(fresh / "train.npz", **train)
-        rest = [text for _, text in parts if text]
-        demo_tokenizer.save(fresh / "held_out.npz", **demo_tokenizer.encode(encode, rest, "held out"))
+        held_out_texts = [text for _, text in parts if text]
+        demo_tokenizer.save(fresh / "held_out.npz", **demo_tokenizer.encode(encode, held_out_texts, "held out"))
         if pairs:
             demo_tokenizer.save(fresh / "questions.npz", **questions.encode_pairs(Tokenizer(fresh), pairs))
         write_json(fresh / SETTINGS, settings)
@@ -150,7 +150,7 @@ def _prepared(
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # what something came into stays
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # a folder that is no longer empty stays
                 parent.rmdir()
     return folder

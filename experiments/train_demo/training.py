@@ -27,7 +27,7 @@ WEIGHT_DECAY = 0.1
 
 
 def initial_params(config: ModelConfig, seed: int) -> Params:
-    """Random parameters, as the model itself starts."""
+    """The model's own random initialisation."""
     from flax import nnx
 
     model = jax.jit(lambda: DeepseekV32(config, nnx.Rngs(seed)))()
@@ -42,7 +42,7 @@ def from_model(model: DeepseekV32) -> Params:
 def to_model(config: ModelConfig, params: Params) -> DeepseekV32:
     """The model in the checkpoint's storage types: matrices bfloat16, norms and biases float32."""
     shapes = abstract_model(config)
-    values = params | {copy: params[own] for copy, own in TIED.items() if config.has_mtp}
+    values = params | {copy: params[original] for copy, original in TIED.items() if config.has_mtp}
     types = {path: leaf.dtype for path, leaf in named_parameters(shapes).items()}
     return replace_parameters(shapes, {path: value.astype(types[path]) for path, value in values.items()})
 
@@ -61,15 +61,15 @@ def stack(params: Params) -> Params:
 
 def unstack(stacked: Params, like: Params) -> Params:
     """The inverse of `stack`; `like` has the paths."""
-    return {path: own for kind, paths in kinds(like).items() for path, own in zip(paths, stacked[kind], strict=True)}
+    return {path: leaf for kind, paths in kinds(like).items() for path, leaf in zip(paths, stacked[kind], strict=True)}
 
 
 def kinds(params: Params) -> dict[str, list[str]]:
-    """Paths by what they are called within their layer, for instance "attn.q_a"."""
-    found: dict[str, list[str]] = {}
+    """Paths by their name within the layer, for instance "attn.q_a"."""
+    by_kind: dict[str, list[str]] = {}
     for path in sorted(params):
-        found.setdefault(re.sub(r"^(layers\.\d+|mtp\.layer)\.", "", path), []).append(path)
-    return found
+        by_kind.setdefault(re.sub(r"^(layers\.\d+|mtp\.layer)\.", "", path), []).append(path)
+    return by_kind
 
 
 def uses_muon(kind: str, shape: tuple[int, ...]) -> bool:
@@ -82,8 +82,8 @@ def learning_rate(stage: Stage, step: int) -> float:
     if step < stage.warmup:
         return stage.learning_rate * (step + 1) / (stage.warmup + 1)
     decay = max(1, int(stage.decay * (stage.steps - stage.warmup)))
-    left = min(1.0, (stage.steps - step) / decay)
-    return stage.learning_rate * (stage.final + (1 - stage.final) * left)
+    remaining = min(1.0, (stage.steps - step) / decay)
+    return stage.learning_rate * (stage.final + (1 - stage.final) * remaining)
 
 
 def optimizer(rate: jax.Array | float) -> optax.GradientTransformation:
@@ -120,8 +120,8 @@ def optimizer(rate: jax.Array | float) -> optax.GradientTransformation:
 def cross_entropy(states: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, ahead: int) -> jax.Array:
     """Nats a token, of the token `ahead` positions later; the last positions, which have none, count nothing."""
     target_weights = jnp.roll(weights, -ahead, 1).at[:, -ahead:].set(0)
-    found = log_likelihoods(states, head, jnp.roll(ids, -ahead, 1))
-    return -(found * target_weights).sum() / jnp.maximum(target_weights.sum(), 1)
+    likelihoods = log_likelihoods(states, head, jnp.roll(ids, -ahead, 1))
+    return -(likelihoods * target_weights).sum() / jnp.maximum(target_weights.sum(), 1)
 
 
 def losses(
@@ -135,7 +135,7 @@ def losses(
       ids: int32 [B, T].
       weights: float32 [B, T], of each token as a target.
       config: the model's.
-      stage: says which losses.
+      stage: has the weights of the losses.
       run: how to compute.
 
     Returns:
@@ -163,13 +163,13 @@ def losses(
 
 
 def moved_biases(config: ModelConfig, params: Params, load: jax.Array, speed: float) -> Params:
-    """Router biases a step further: up by `speed` for experts below the mean load, down above (V3 report, 2.1.2)."""
+    """Moves router biases: up by `speed` for experts below the mean load, down above (V3 report, 2.1.2)."""
     layers = [f"layers.{n}" for n in range(config.num_hidden_layers) if config.is_moe(n)]
     layers += ["mtp.layer"] * config.has_mtp
     moved = {}
-    for layer, own in zip(layers, load, strict=True):
+    for layer, layer_load in zip(layers, load, strict=True):
         path = f"{layer}.ffn.router_bias"
-        moved[path] = params[path] + speed * jnp.sign(own.mean() - own)
+        moved[path] = params[path] + speed * jnp.sign(layer_load.mean() - layer_load)
     return params | moved
 
 
@@ -184,13 +184,15 @@ def make_step(config: ModelConfig, stage: Stage, compute_dtype: str):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, ids: jax.Array, weights: jax.Array, rate: jax.Array):
-        own = {path: leaf for path, leaf in params.items() if trainable(path, stage)}
-        frozen = {path: leaf for path, leaf in params.items() if path not in own}
-        (_, log), gradients = jax.value_and_grad(losses, has_aux=True)(own, frozen, ids, weights, config, stage, run)
-        updates, state = optimizer(rate).update(stack(gradients), state, stack(own))
+        trained = {path: leaf for path, leaf in params.items() if trainable(path, stage)}
+        frozen = {path: leaf for path, leaf in params.items() if path not in trained}
+        (_, log), gradients = jax.value_and_grad(losses, has_aux=True)(
+            trained, frozen, ids, weights, config, stage, run
+        )
+        updates, state = optimizer(rate).update(stack(gradients), state, stack(trained))
         if stage.trains == "all":
             updates = {kind: u * INDEXER_RATE if "indexer." in kind else u for kind, u in updates.items()}
-        params = frozen | optax.apply_updates(own, unstack(updates, own))
+        params = frozen | optax.apply_updates(trained, unstack(updates, trained))
         load = log.pop("load")
         if stage.trains != "indexer":
             params = moved_biases(config, params, load, stage.bias_speed)

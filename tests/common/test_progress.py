@@ -152,7 +152,7 @@ def test_loading_and_converting_are_shown_to_their_end(bars, tiny, tmp_path):
 
 
 def test_calibration_is_shown(bars, tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "_observed", lambda *_: {})
+    monkeypatch.setattr(calibration, "_summed", lambda *_: {})
     calibration.calibrate(load(tiny), [[1, 2], [3, 4], [5, 6]])
     assert bars[1:] == [["calibrating", 3, "windows", 3]]
 

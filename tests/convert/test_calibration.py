@@ -45,21 +45,21 @@ def test_statistics_of_rows():
     x = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32)
     x[3] = 0
     present = np.arange(50) < 40
-    found, real = Statistics.of(jnp.asarray(x), jnp.asarray(present)), x[:40]
-    assert found.rows == 40
-    np.testing.assert_array_equal(found.largest, np.abs(real).max(0))
-    np.testing.assert_allclose(found.moments, real.T @ real, rtol=1e-5, atol=1e-5)
-    edges = 2.0 ** np.arange(SMALLEST, SMALLEST + found.histogram.size)
+    statistics, real = Statistics.of(jnp.asarray(x), jnp.asarray(present)), x[:40]
+    assert statistics.rows == 40
+    np.testing.assert_array_equal(statistics.largest, np.abs(real).max(0))
+    np.testing.assert_allclose(statistics.moments, real.T @ real, rtol=1e-5, atol=1e-5)
+    edges = 2.0 ** np.arange(SMALLEST, SMALLEST + statistics.histogram.size)
     counted = np.histogram(np.abs(real), edges)[0]
-    np.testing.assert_array_equal(found.histogram, [7, *counted])
+    np.testing.assert_array_equal(statistics.histogram, [7, *counted])
     for share in (0.5, 0.9, 1.0):
-        bound = float(found.percentile(share))
+        bound = float(statistics.percentile(share))
         assert np.mean(np.abs(real) < bound) >= share > np.mean(np.abs(real) < bound / 2)
 
 
 def test_every_linear_is_seen_and_nothing_else(lm, statistics):
-    wanted = {path for path in named_parameters(lm.model) if is_linear(path)}
-    assert set(statistics) == wanted and any(path.startswith("mtp.") for path in wanted)
+    linears = {path for path in named_parameters(lm.model) if is_linear(path)}
+    assert set(statistics) == linears and any(path.startswith("mtp.") for path in linears)
     in_fp8 = {path for path, leaf in named_parameters(lm.model).items() if is_qtensor(leaf)}
     assert in_fp8 == {path for path in named_parameters(lm.model) if is_linear(path)}
 
@@ -69,10 +69,10 @@ def test_the_first_layer_sees_the_normalised_embeddings(lm, windows, statistics)
     x = rms_norm(lm.model.embed[windows.reshape(-1)].astype(jnp.float32), layer.attn_norm, lm.config.rms_norm_eps)
     expected = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
     for name in ("q_a", "kv_a", "indexer.k"):
-        found = statistics[f"layers.0.attn.{name}"]
-        assert found.rows == windows.size
-        np.testing.assert_allclose(found.moments, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-        np.testing.assert_allclose(found.largest, np.abs(x).max(0), rtol=1e-5)
+        of_linear = statistics[f"layers.0.attn.{name}"]
+        assert of_linear.rows == windows.size
+        np.testing.assert_allclose(of_linear.moments, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(of_linear.largest, np.abs(x).max(0), rtol=1e-5)
 
 
 def test_the_mtp_layer_sees_each_token_with_the_next_one(lm, windows, statistics):
@@ -87,9 +87,9 @@ def test_the_mtp_layer_sees_each_token_with_the_next_one(lm, windows, statistics
         )
         x = np.asarray(rms_norm(jnp.concatenate(pair, -1) @ mtp.eh_proj.T, mtp.layer.attn_norm, eps), np.float64)
         expected = expected + x.T @ x
-    found = statistics["mtp.layer.attn.kv_a"]
-    assert found.rows == len(windows) * (count - 1)
-    np.testing.assert_allclose(found.moments, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    of_linear = statistics["mtp.layer.attn.kv_a"]
+    assert of_linear.rows == len(windows) * (count - 1)
+    np.testing.assert_allclose(of_linear.moments, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_experts_see_each_token_as_often_as_it_chooses(lm, windows, statistics):
@@ -109,14 +109,14 @@ def test_experts_see_each_token_as_often_as_it_chooses(lm, windows, statistics):
 def test_four_bits_are_rounded_for_what_was_seen(lm, statistics):
     """And by themselves where nothing was."""
     paths = ("layers.1.attn.q_b", "layers.1.ffn.experts.down", "mtp.layer.attn.q_b", "layers.0.attn.o")
-    before, seen = named_parameters(lm.model), {path: statistics[path] for path in paths[:3]}
-    after = named_parameters(quantize_model(lm.model, dict.fromkeys(paths, "int4"), seen))
+    before, known_statistics = named_parameters(lm.model), {path: statistics[path] for path in paths[:3]}
+    after = named_parameters(quantize_model(lm.model, dict.fromkeys(paths, "int4"), known_statistics))
     for path in paths:
         weight = before[path].dequantize()
         plain = quantize_weight(weight, "int4").values
-        expected = round_int4(weight, seen[path].moments).values if path in seen else plain
+        expected = round_int4(weight, known_statistics[path].moments).values if path in known_statistics else plain
         np.testing.assert_array_equal(after[path].values, expected)
-        assert (path in seen) == bool((after[path].values != plain).any())
+        assert (path in known_statistics) == bool((after[path].values != plain).any())
 
 
 def test_mixed_schemes_and_what_stays(lm):

@@ -53,9 +53,9 @@ def test_companions_go_along_in_both_layouts(source, tmp_path):
     convert.convert(tmp_path / "orbax", tmp_path / "back")
     quantize_checkpoint(source, tmp_path / "bf16", {"layers.0.attn.o": "bf16"})
     convert.export_model(convert.load_hf(source), tmp_path / "export", tokenizer_files=source)
-    wanted = {*COPIED, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    expected = {*COPIED, "config.json", "tokenizer.json", "tokenizer_config.json"}
     for target in ("orbax", "back", "bf16", "export"):
-        assert beside(tmp_path / target) == wanted, target
+        assert beside(tmp_path / target) == expected, target
         for name in COPIED:
             assert (tmp_path / target / name).read_text() == name
 
@@ -72,14 +72,14 @@ def claim(directory, **fields):
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
 @pytest.mark.parametrize(
-    "said", [{"torch_dtype": "float32"}, {"torch_dtype": None, "dtype": "float32"}, {"dtype": "float32"}]
+    "fields", [{"torch_dtype": "float32"}, {"torch_dtype": None, "dtype": "float32"}, {"dtype": "float32"}]
 )
-def test_the_config_says_the_dtype_of_the_new_files(source, tmp_path, to, said):
-    claim(source, **said)
+def test_the_config_says_the_dtype_of_the_new_files(source, tmp_path, to, fields):
+    claim(source, **fields)
     convert.convert(source, tmp_path / "out", to=to, dtype="bf16")
     new = config_of(tmp_path / "out")
     assert new["torch_dtype"] == "bfloat16" and new.get("dtype", "bfloat16") == "bfloat16"
-    assert ("dtype" in new) == ("dtype" in said)
+    assert ("dtype" in new) == ("dtype" in fields)
 
 
 def test_a_quantised_checkpoint_says_what_is_not_quantised(golden, tmp_path):
@@ -90,7 +90,7 @@ def test_a_quantised_checkpoint_says_what_is_not_quantised(golden, tmp_path):
         quantize_checkpoint(source, tmp_path / f"{name}-out", {"layers.0.attn.o": "bf16"})
         new = config_of(tmp_path / f"{name}-out")
         assert new["torch_dtype"] == new["dtype"] == dtype
-        assert {held for _, held, shape, _ in tensors(tmp_path / f"{name}-out").values() if len(shape) > 1} >= {
+        assert {stored for _, stored, shape, _ in tensors(tmp_path / f"{name}-out").values() if len(shape) > 1} >= {
             {"float32": "F32", "bfloat16": "BF16"}[dtype]
         }
     assert PROVENANCE in new

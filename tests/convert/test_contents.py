@@ -21,37 +21,37 @@ from tests.harness import golden_directory
 MIXED = {"layers.0.attn.o": "int8", "layers.1.ffn.experts.up": "int4", "layers.1.attn.o": "bf16"}
 
 
-def of(directory):
+def contents_of(directory):
     return contents(directory, ModelConfig.from_hf(directory))
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """A checkpoint with every scheme, by layout."""
-    made = tmp_path_factory.mktemp("mixed")
-    quantize_checkpoint(golden_directory("tiny128_fp8") / "model", made / "hf", MIXED)
-    convert.convert(made / "hf", made / "orbax")
-    return made
+    folder = tmp_path_factory.mktemp("mixed")
+    quantize_checkpoint(golden_directory("tiny128_fp8") / "model", folder / "hf", MIXED)
+    convert.convert(folder / "hf", folder / "orbax")
+    return folder
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_schemes_and_bytes_are_those_of_the_files(mixed, layout):
-    held = of(mixed / layout)
+    result = contents_of(mixed / layout)
     config = ModelConfig.from_hf(mixed / layout)
     stored = stored_parameters(config)
     count, by_dtype = parameter_counts(stored)
-    assert held.layout == layout and held.disagreements == [] and held.parameters == count
-    assert sum(scheme["bytes"] for scheme in held.weights.values()) == sum(held.bytes_by_dtype.values())
+    assert result.layout == layout and result.disagreements == [] and result.parameters == count
+    assert sum(scheme["bytes"] for scheme in result.weights.values()) == sum(result.bytes_by_dtype.values())
     experts = config.n_routed_experts
-    assert held.weights["int8"]["tensors"] == 1 and held.weights["int4"]["tensors"] == experts
+    assert result.weights["int8"]["tensors"] == 1 and result.weights["int4"]["tensors"] == experts
     fp8 = [leaf.shape for leaf in stored.values() if scheme_name(leaf) == "fp8_block"]
-    assert held.weights["fp8_block"]["tensors"] == sum(1 if len(shape) == 2 else shape[0] for shape in fp8)
-    assert held.weights["int4"]["parameters"] == experts * config.moe_intermediate_size * config.hidden_size
+    assert result.weights["fp8_block"]["tensors"] == sum(1 if len(shape) == 2 else shape[0] for shape in fp8)
+    assert result.weights["int4"]["parameters"] == experts * config.moe_intermediate_size * config.hidden_size
     if layout == "orbax":
-        assert held.bytes_by_dtype == by_dtype
+        assert result.bytes_by_dtype == by_dtype
     else:
         headers = sum(path.stat().st_size for path in (mixed / layout).glob("*.safetensors"))
-        assert 0 < headers - sum(held.bytes_by_dtype.values()) < 2**17
+        assert 0 < headers - sum(result.bytes_by_dtype.values()) < 2**17
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def spoilt(golden, tmp_path):
 
 
 def test_a_config_that_says_otherwise_is_named(spoilt):
-    before = of(spoilt)
+    before = contents_of(spoilt)
     assert before.disagreements == []
     claim(spoilt, quantization_config=None, torch_dtype="float32", dtype="torch.float16")
-    after = of(spoilt)
+    after = contents_of(spoilt)
     assert (after.bytes_by_dtype, after.weights) == (before.bytes_by_dtype, before.weights)
     first, *others = after.disagreements
     assert "does not fit its config.json" in first and "q_a_proj.weight is F8_E4M3" in first
@@ -74,14 +74,14 @@ def test_a_config_that_says_otherwise_is_named(spoilt):
 
 
 def test_an_index_that_says_otherwise_is_named(spoilt):
-    total = sum(of(spoilt).bytes_by_dtype.values())
+    total = sum(contents_of(spoilt).bytes_by_dtype.values())
     index = json.loads((spoilt / INDEX).read_text())
     index["metadata"]["total_size"] = 5
     (spoilt / INDEX).write_text(json.dumps(index))
     shutil.copyfile(min(spoilt.glob("*.safetensors")), spoilt / "model-00009-of-00009.safetensors")
-    held = of(spoilt)
-    assert sum(held.bytes_by_dtype.values()) == total
-    assert held.disagreements == [
+    result = contents_of(spoilt)
+    assert sum(result.bytes_by_dtype.values()) == total
+    assert result.disagreements == [
         f"model-00009-of-00009.safetensors: is not in {INDEX}, and is never read",
         f"{INDEX}: total_size is 5, and the files hold {total} bytes of tensors",
     ]
@@ -89,28 +89,28 @@ def test_an_index_that_says_otherwise_is_named(spoilt):
 
 def test_missing_and_broken_files_are_named(spoilt):
     first, second = sorted(spoilt.glob("*.safetensors"))
-    whole = of(spoilt).parameters
+    whole = contents_of(spoilt).parameters
     first.write_bytes(first.read_bytes()[:-1])
-    assert any(f"{first.name}: truncated" in line for line in of(spoilt).disagreements)
+    assert any(f"{first.name}: truncated" in line for line in contents_of(spoilt).disagreements)
     first.unlink()
-    held = of(spoilt)
-    assert 0 < held.parameters < whole and f"missing shard {first.name}" in held.disagreements[0]
+    result = contents_of(spoilt)
+    assert 0 < result.parameters < whole and f"missing shard {first.name}" in result.disagreements[0]
     second.unlink()
-    assert of(spoilt).parameters == 0
+    assert contents_of(spoilt).parameters == 0
     (spoilt / INDEX).unlink()
     with pytest.raises(UserError, match="no checkpoint"):
-        of(spoilt)
+        contents_of(spoilt)
 
 
 def test_orbax_that_is_not_what_was_written_is_named(golden, tmp_path):
     convert.convert(golden("tiny/model"), tmp_path / "out")
-    whole = of(tmp_path / "out")
+    whole = contents_of(tmp_path / "out")
     description = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     description["parameters"]["embed"]["dtype"] = "bfloat16"
     (tmp_path / "out" / DESCRIPTION).write_text(json.dumps(description))
-    held = of(tmp_path / "out")
-    assert held.weights == whole.weights and held.disagreements[0].startswith("embed: is float32 [512, 64]")
+    result = contents_of(tmp_path / "out")
+    assert result.weights == whole.weights and result.disagreements[0].startswith("embed: is float32 [512, 64]")
     shutil.rmtree(tmp_path / "out" / "params" / "head")
     (tmp_path / "out" / "params" / "norm" / "_METADATA").unlink()
-    named = " ".join(of(tmp_path / "out").disagreements)
+    named = " ".join(contents_of(tmp_path / "out").disagreements)
     assert "missing params/head" in named and "params/norm: cannot be read" in named

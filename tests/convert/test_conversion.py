@@ -33,22 +33,22 @@ SCALE = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
 
 def arrays(path):
     """A file's tensors by name."""
-    held = {}
+    by_name = {}
     for name, entry in read_header(path)[0].items():
-        held[name] = np.empty(entry.shape, DTYPES[entry.dtype])
-        read_into(held[name], path, entry)
-    return held
+        by_name[name] = np.empty(entry.shape, DTYPES[entry.dtype])
+        read_into(by_name[name], path, entry)
+    return by_name
 
 
 def tensors(directory):
     """name -> (shard, dtype, shape, bytes) of a whole checkpoint."""
-    found = {}
+    by_name = {}
     for path in sorted(directory.glob("*.safetensors")):
         for name, entry in read_header(path)[0].items():
             array = np.empty(entry.shape, DTYPES[entry.dtype])
             read_into(array, path, entry)
-            found[name] = (path.name, entry.dtype, entry.shape, array.tobytes())
-    return found
+            by_name[name] = (path.name, entry.dtype, entry.shape, array.tobytes())
+    return by_name
 
 
 def equal_models(a, b):
@@ -67,9 +67,9 @@ def fp8(golden, tmp_path):
 def spoil(directory, change):
     """Rewrites the shard that holds the tensors `change` is about: change(dict of NumPy tensors)."""
     for path in directory.glob("*.safetensors"):
-        held = arrays(path)
-        if change(held) is not False:
-            save_file(held, path)
+        tensors_of_file = arrays(path)
+        if change(tensors_of_file) is not False:
+            save_file(tensors_of_file, path)
             return
     raise AssertionError("no shard was changed")
 
@@ -97,9 +97,9 @@ def test_bf16_export_is_the_dequantised_checkpoint(golden, tmp_path):
     convert.convert(source, tmp_path / "bf16", to="hf", dtype="bf16")
     config = ModelConfig.from_hf(tmp_path / "bf16")
     assert config.quantization_config is None
-    want = named_parameters(convert.load_hf(source))
+    source_parameters = named_parameters(convert.load_hf(source))
     for path, leaf in named_parameters(convert.load_hf(tmp_path / "bf16")).items():
-        expected = want[path]
+        expected = source_parameters[path]
         expected = expected.dequantize() if isinstance(expected, QTensor) else expected
         assert leaf.dtype == (np.float32 if path.endswith(conversion.KEPT_FLOAT32) else ml_dtypes.bfloat16)
         np.testing.assert_array_equal(np.asarray(leaf, np.float32), np.asarray(expected.astype(leaf.dtype), np.float32))
@@ -114,37 +114,37 @@ def test_exported_model_loads_as_it_was(tmp_path):
 def test_float16_is_accepted(golden, tmp_path):
     source = shutil.copytree(golden("tiny/model"), tmp_path / "f16")
     path = source / "model.safetensors"
-    held = load_file(path)
-    held[ROUTER.replace("1", "2")] = held[ROUTER.replace("1", "2")].astype(np.float16)
-    save_file(held, path)
+    by_name = load_file(path)
+    by_name[ROUTER.replace("1", "2")] = by_name[ROUTER.replace("1", "2")].astype(np.float16)
+    save_file(by_name, path)
     assert convert.load_hf(source).layers[2].ffn.router.dtype == np.float16
 
 
-def missing(held):
-    return False if SCALE not in held else held.pop(SCALE)
+def missing(by_name):
+    return False if SCALE not in by_name else by_name.pop(SCALE)
 
 
-def wrong_shape(held):
-    if ROUTER not in held:
+def wrong_shape(by_name):
+    if ROUTER not in by_name:
         return False
-    held[ROUTER] = held[ROUTER][:-1].copy()
+    by_name[ROUTER] = by_name[ROUTER][:-1].copy()
 
 
-def wrong_dtype(held):
-    if ROUTER not in held:
+def wrong_dtype(by_name):
+    if ROUTER not in by_name:
         return False
-    held[ROUTER] = held[ROUTER].astype(ml_dtypes.float8_e4m3fn)
+    by_name[ROUTER] = by_name[ROUTER].astype(ml_dtypes.float8_e4m3fn)
 
 
-def unknown(held):
-    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
+def unknown(by_name):
+    by_name["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
 
 
-def several(held):
-    if ROUTER not in held:
+def several(by_name):
+    if ROUTER not in by_name:
         return False
-    wrong_shape(held)
-    unknown(held)
+    wrong_shape(by_name)
+    unknown(by_name)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to, in
     """Nothing that loads is left; the second run does not read again what the first had written."""
     source = shutil.copytree(golden("tiny128_fp8/model"), tmp_path / "in")
     target = (source if inside else tmp_path) / "out"
-    read, seen = HFReader.read, []
+    read, read_paths = HFReader.read, []
 
     def fail_in_layer_2(self, path):
-        seen.append(path)
+        read_paths.append(path)
         if path.startswith("layers.2.ffn"):
             raise KeyboardInterrupt
         return read(self, path)
@@ -243,11 +243,11 @@ def test_an_interrupted_conversion_goes_on(golden, tmp_path, monkeypatch, to, in
     for attempt in (convert.checkpoint_kind, load, lambda path: load(path, ModelConfig.from_hf(source))):
         with pytest.raises(UserError, match="unfinished conversion"):
             attempt(target.with_name("out.partial"))
-    first = set(seen)
-    seen.clear()
-    monkeypatch.setattr(HFReader, "read", lambda self, path: seen.append(path) or read(self, path))
+    first = set(read_paths)
+    read_paths.clear()
+    monkeypatch.setattr(HFReader, "read", lambda self, path: read_paths.append(path) or read(self, path))
     convert.convert(source, target, to=to)
-    assert "layers.0.attn.q_a" in first and "layers.0.attn.q_a" not in seen and "layers.2.attn.q_a" in seen
+    assert "layers.0.attn.q_a" in first and "layers.0.attn.q_a" not in read_paths and "layers.2.attn.q_a" in read_paths
     assert equal_models(load(target), convert.load_hf(source))
     assert not target.with_name("out.partial").exists()
 
@@ -259,10 +259,10 @@ def test_a_changed_source_starts_anew(golden, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             convert.convert(source, target)
 
-    def other_router(held):
-        if ROUTER not in held:
+    def other_router(by_name):
+        if ROUTER not in by_name:
             return False
-        held[ROUTER] = -held[ROUTER]
+        by_name[ROUTER] = -by_name[ROUTER]
 
     spoil(source, other_router)
     convert.convert(source, target)

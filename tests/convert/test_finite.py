@@ -46,12 +46,12 @@ def integers(model, tmp_path_factory):
 def put(name, value):
     """A change of one value of a tensor, by `spoil`; an integer is the bits of it."""
 
-    def change(held):
-        if name not in held:
+    def change(by_name):
+        if name not in by_name:
             return False
-        array = np.array(held[name])
+        array = np.array(by_name[name])
         array.view(np.uint8 if isinstance(value, int) else array.dtype).reshape(-1)[-1] = value
-        held[name] = array
+        by_name[name] = array
 
     return change
 
@@ -178,7 +178,7 @@ def test_statistics_are_looked_at(model, golden, tmp_path, field):
 def test_inputs_that_overflow_are_named(model, monkeypatch):
     """Finite weights whose products are not."""
     overflown = Statistics(jnp.float32(3), jnp.ones(4), jnp.eye(4) / 0, jnp.zeros(65))
-    monkeypatch.setattr(calibration, "_observed", lambda *_: {"layers.1.attn.q_a": overflown})
+    monkeypatch.setattr(calibration, "_summed", lambda *_: {"layers.1.attn.q_a": overflown})
     with pytest.raises(UserError, match=r"^layers\.1\.attn\.q_a: the statistics of its inputs"):
         calibrate(LanguageModel(model, model.config), [[1, 2, 3]])
 

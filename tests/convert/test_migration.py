@@ -31,9 +31,9 @@ HELD_OUT = RNG.integers(0, 512, 40)
 def times(parameters, path, channels, factor, axis):
     """Some rows (-2), columns (-1) or entries (0) of a parameter multiplied."""
     array = np.array(parameters[path])
-    where = [slice(None)] * array.ndim
-    where[axis] = channels
-    array[tuple(where)] *= np.asarray(factor, array.dtype)
+    index = [slice(None)] * array.ndim
+    index[axis] = channels
+    array[tuple(index)] *= np.asarray(factor, array.dtype)
     parameters[path] = jnp.asarray(array)
 
 
@@ -160,11 +160,11 @@ def test_factors_are_powers_of_two_nearest_to_equation_4(planted, statistics):
     np.testing.assert_array_equal(after[path], before[path] * factors[:, None])
     norm = np.asarray(before["layers.1.ffn_norm"] / after["layers.1.ffn_norm"])
     np.testing.assert_array_equal(after[up], before[up] * norm / factors[..., None])
-    seen = [statistics[f"layers.1.ffn.{part}"] for part in ("shared.gate", "experts.gate")]
+    inputs = [statistics[f"layers.1.ffn.{part}"] for part in ("shared.gate", "experts.gate")]
     linears = [before[f"layers.1.ffn.{part}.{name}"] for part in ("shared", "experts") for name in ("gate", "up")]
     columns = np.max([np.abs(weight).reshape(-1, weight.shape[-1]).max(0) for weight in linears], 0)
-    np.testing.assert_array_equal(seen[0].largest, seen[1].largest.max(0))
-    np.testing.assert_array_equal(norm, 2.0 ** np.round(np.log2(seen[0].largest ** 0.8 / columns**0.2)))
+    np.testing.assert_array_equal(inputs[0].largest, inputs[1].largest.max(0))
+    np.testing.assert_array_equal(norm, 2.0 ** np.round(np.log2(inputs[0].largest ** 0.8 / columns**0.2)))
 
 
 def test_quantised_linears_become_plain_and_the_rest_stays(in_fp8, planted, statistics, migrated):
@@ -185,9 +185,9 @@ def test_quantised_linears_become_plain_and_the_rest_stays(in_fp8, planted, stat
 
 
 def test_outliers_become_smaller(statistics, migrated):
-    def spread(of):
-        seen = np.asarray(of.largest)[np.asarray(of.rows) > 0]  # not every expert is reached
-        return seen.max(-1) / np.median(seen, -1)
+    def spread(of_linear):
+        largest = np.asarray(of_linear.largest)[np.asarray(of_linear.rows) > 0]  # not every expert is reached
+        return largest.max(-1) / np.median(largest, -1)
 
     for path, before in statistics.items():
         if not path.endswith(".kv_b"):
@@ -195,18 +195,18 @@ def test_outliers_become_smaller(statistics, migrated):
 
 
 def test_statistics_are_those_of_the_migrated_model(statistics, migrated):
-    model, told = migrated
-    found = found_in(model)
-    assert set(told) == set(found)
-    for path, of in found.items():
+    model, returned = migrated
+    calibrated = found_in(model)
+    assert set(returned) == set(calibrated)
+    for path, of_linear in calibrated.items():
         for field in ("rows", "largest", "moments"):
-            exact = getattr(of, field)
+            exact = getattr(of_linear, field)
             bound = {"rtol": 1e-5, "atol": 1e-6 * np.abs(exact).max()}
-            np.testing.assert_allclose(getattr(told[path], field), exact, **bound, err_msg=path)
+            np.testing.assert_allclose(getattr(returned[path], field), exact, **bound, err_msg=path)
         if path.endswith(".kv_b"):
-            assert told[path] is statistics[path]
+            assert returned[path] is statistics[path]
         else:
-            assert told[path].histogram.shape == (*of.histogram.shape[:-1], 0)
+            assert returned[path].histogram.shape == (*of_linear.histogram.shape[:-1], 0)
 
 
 def test_eight_bits_lose_less(plain, planted, migrated):
@@ -214,23 +214,23 @@ def test_eight_bits_lose_less(plain, planted, migrated):
     dense_attention = dataclasses.replace(EXACT, attention="dense")
     expected = logits(plain, dense_attention)
 
-    def lost(model):
-        found = quantize_model(model, uniform(model, "int8"))
-        error = logits(found, dataclasses.replace(dense_attention, act_quant=True)) - expected
+    def relative_error(model):
+        quantised = quantize_model(model, uniform(model, "int8"))
+        error = logits(quantised, dataclasses.replace(dense_attention, act_quant=True)) - expected
         return np.sqrt(np.square(error).mean()) / expected.std()
 
-    before, after = lost(planted), lost(migrated[0])
+    before, after = relative_error(planted), relative_error(migrated[0])
     assert after < 0.4 * before, (after, before)
 
 
 def test_a_migrated_checkpoint(in_fp8, statistics, tmp_path):
     """What no scheme is asked for gets the one that it had."""
     convert.export_model(in_fp8, tmp_path / "source")
-    model, found = migrate(in_fp8, statistics)
-    asked = {path: "int8" for path in uniform(model, "int8") if ".attn." in path}
+    model, migrated_statistics = migrate(in_fp8, statistics)
+    schemes = {path: "int8" for path in uniform(model, "int8") if ".attn." in path}
     weights = named_parameters(model)
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", asked, statistics=found, weights=weights)
-    expected = quantize_model(model, uniform(model, "fp8_block") | asked, found)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", schemes, statistics=migrated_statistics, weights=weights)
+    expected = quantize_model(model, uniform(model, "fp8_block") | schemes, migrated_statistics)
     assert equal_models(convert.load_hf(tmp_path / "out"), expected)
 
 

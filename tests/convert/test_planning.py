@@ -60,11 +60,11 @@ def test_the_front_is_what_no_plan_beats():
         for size, loss, _ in plans
         if not any(a <= size and b <= loss and (a, b) != (size, loss) for a, b, _ in plans)
     }
-    found = front(sensitivity, sizes)
-    assert {(int(a), round(float(b), 9)) for a, b in zip(found.size, found.loss, strict=True)} == unbeaten
-    for point in range(len(found.size)):
-        size, loss = worth(found.schemes(point), sensitivity, sizes)
-        assert size == found.size[point] and loss == pytest.approx(found.loss[point])
+    plan_front = front(sensitivity, sizes)
+    assert {(int(a), round(float(b), 9)) for a, b in zip(plan_front.size, plan_front.loss, strict=True)} == unbeaten
+    for point in range(len(plan_front.size)):
+        size, loss = worth(plan_front.schemes(point), sensitivity, sizes)
+        assert size == plan_front.size[point] and loss == pytest.approx(plan_front.loss[point])
 
 
 def test_without_a_budget_the_least_loss_and_then_the_fewest_bytes():

@@ -55,13 +55,13 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def written(source, model, tmp_path_factory):
     """Directories of both layouts by scheme, written once."""
-    made = {}
+    directories = {}
 
     def directory(name, to="hf"):
-        if (name, to) not in made:
-            made[name, to] = tmp_path_factory.mktemp("quantised") / to
-            quantize_checkpoint(source, made[name, to], SCHEMES[name](model), to=to)
-        return made[name, to]
+        if (name, to) not in directories:
+            directories[name, to] = tmp_path_factory.mktemp("quantised") / to
+            quantize_checkpoint(source, directories[name, to], SCHEMES[name](model), to=to)
+        return directories[name, to]
 
     return directory
 
@@ -71,9 +71,9 @@ def test_what_is_written_is_what_is_read(name, model, written, tmp_path):
     """Both layouts, and from one to the other and back."""
     expected = quantize_model(model, SCHEMES[name](model))
     directory = written(name)
-    found = convert.load_hf(directory)
-    assert equal_models(found, expected)
-    schemes = {path: scheme_name(leaf) for path, leaf in named_parameters(found).items()}
+    loaded = convert.load_hf(directory)
+    assert equal_models(loaded, expected)
+    schemes = {path: scheme_name(leaf) for path, leaf in named_parameters(loaded).items()}
     assert schemes == {path: scheme_name(leaf) for path, leaf in named_parameters(expected).items()}
     convert.convert(directory, tmp_path / "orbax")
     assert equal_models(convert.load_orbax(tmp_path / "orbax"), expected)
@@ -92,11 +92,11 @@ def test_straight_to_orbax(model, written):
 
 def test_logits_are_the_same_bit_for_bit(model, written):
     ids = [[5, 9, 300, 41, 7, 8]]
-    found = [
-        LanguageModel(one, one.config, options=EXACT).logits(ids)
-        for one in (quantize_model(model, mixed(model)), convert.load_hf(written("mixed")))
+    logits = [
+        LanguageModel(each, each.config, options=EXACT).logits(ids)
+        for each in (quantize_model(model, mixed(model)), convert.load_hf(written("mixed")))
     ]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*logits)
 
 
 def test_all_in_fp8_is_the_released_form(model, written, source, tmp_path):
@@ -112,11 +112,11 @@ def test_all_in_fp8_is_the_released_form(model, written, source, tmp_path):
 
 def test_back_to_bfloat16(model, written, tmp_path):
     convert.convert(written("some of each"), tmp_path / "plain", to="hf", dtype="bf16")
-    found = named_parameters(convert.load_hf(tmp_path / "plain"))
+    loaded = named_parameters(convert.load_hf(tmp_path / "plain"))
     for path, leaf in named_parameters(quantize_model(model, some_of_each(model))).items():
         if isinstance(leaf, QTensor):
             np.testing.assert_array_equal(
-                *(np.asarray(x, np.float32) for x in (leaf.dequantize("bfloat16"), found[path]))
+                *(np.asarray(x, np.float32) for x in (leaf.dequantize("bfloat16"), loaded[path]))
             )
 
 
@@ -148,8 +148,8 @@ def test_four_bits_lie_as_compressed_tensors_has_them():
     numbers = np.random.default_rng(0).integers(0, 16, (3, 128)).astype(np.uint8)
     words = in_words(numbers)
     assert words.dtype == np.int32 and words.shape == (3, 16)
-    for row, held in zip(numbers, words, strict=True):
-        whole = sum(int(word) % 2**32 << (32 * at) for at, word in enumerate(held.tolist()))
+    for row, row_words in zip(numbers, words, strict=True):
+        whole = sum(int(word) % 2**32 << (32 * at) for at, word in enumerate(row_words.tolist()))
         assert [(whole >> (4 * i)) & 15 for i in range(128)] == row.tolist()
     np.testing.assert_array_equal(from_words(words), numbers)
 
@@ -157,11 +157,11 @@ def test_four_bits_lie_as_compressed_tensors_has_them():
 def test_a_four_bit_weight_from_its_files_alone(model, written):
     """Scale times (value - zero), as the format says, is the weight that the model computes with."""
     name = "model.layers.1.self_attn.o_proj.weight"
-    held = {key: array for path in written("one").glob("*.safetensors") for key, array in arrays(path).items()}
-    rows, depth = held[f"{name}_shape"].tolist()
-    values = from_words(held[f"{name}_packed"]).astype(np.int32) - 8
-    zeros = from_words(np.ascontiguousarray(held[f"{name}_zero_point"].T)).T[:rows].astype(np.int32) - 8
-    steps = held[f"{name}_scale"].astype(np.float32)
+    by_name = {key: array for path in written("one").glob("*.safetensors") for key, array in arrays(path).items()}
+    rows, depth = by_name[f"{name}_shape"].tolist()
+    values = from_words(by_name[f"{name}_packed"]).astype(np.int32) - 8
+    zeros = from_words(np.ascontiguousarray(by_name[f"{name}_zero_point"].T)).T[:rows].astype(np.int32) - 8
+    steps = by_name[f"{name}_scale"].astype(np.float32)
     weight = ((values.reshape(rows, -1, 128) - zeros[..., None]) * steps[..., None]).reshape(rows, depth)
     expected = quantize_model(model, {"layers.1.attn.o": "int4"}).layers[1].attn.o
     np.testing.assert_array_equal(weight, np.asarray(expected.dequantize()))
@@ -169,43 +169,45 @@ def test_a_four_bit_weight_from_its_files_alone(model, written):
 
 def test_another_config_is_refused(model, written, source, tmp_path):
     """Of the source, of another scheme, and the quantised one for the source's weights: in both layouts."""
-    own, other = (json.loads((path / "config.json").read_text()) for path in (source, written("int4")))
-    plain = {name: value for name, value in own.items() if name != "quantization_config"}
+    source_config, int4_config = (json.loads((path / "config.json").read_text()) for path in (source, written("int4")))
+    plain = {name: value for name, value in source_config.items() if name != "quantization_config"}
     for to, load in (("hf", convert.load_hf), ("orbax", convert.load_orbax)):
-        for number, config in enumerate((own, other, plain)):
+        for number, config in enumerate((source_config, int4_config, plain)):
             spoilt = shutil.copytree(written("int8", to), tmp_path / f"{to}{number}")
             (spoilt / "config.json").write_text(json.dumps(config))
             with pytest.raises(UserError, match=r"does not fit its config\.json") as caught:
                 load(spoilt)
             assert "int8" in str(caught.value) or "weight" in str(caught.value)
     spoilt = shutil.copytree(source, tmp_path / "source")
-    (spoilt / "config.json").write_text(json.dumps(other))
+    (spoilt / "config.json").write_text(json.dumps(int4_config))
     with pytest.raises(UserError, match=r"missing .*weight_packed"):
         convert.load_hf(spoilt)
 
 
 def test_an_interrupted_run_leaves_nothing_that_loads_and_goes_on(model, source, tmp_path, monkeypatch):
-    original, seen = quantization._as, []
+    original, quantised_paths = quantization._in_scheme, []
 
     def interrupted(path, *rest):
-        seen.append(path)
+        quantised_paths.append(path)
         if path.startswith("layers.2.ffn"):
             raise KeyboardInterrupt
         return original(path, *rest)
 
     target = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(quantization, "_as", interrupted)
+        patch.setattr(quantization, "_in_scheme", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(source, target, mixed(model))
     assert not target.exists()
     with pytest.raises(UserError, match="unfinished conversion"):
         convert.load_hf(tmp_path / "out.partial")
-    first = set(seen)
-    seen.clear()
-    monkeypatch.setattr(quantization, "_as", lambda path, *rest: seen.append(path) or original(path, *rest))
+    first = set(quantised_paths)
+    quantised_paths.clear()
+    monkeypatch.setattr(
+        quantization, "_in_scheme", lambda path, *rest: quantised_paths.append(path) or original(path, *rest)
+    )
     quantize_checkpoint(source, target, mixed(model))
-    assert "layers.0.attn.q_a" in first - set(seen) and "layers.2.ffn.experts.gate" in seen
+    assert "layers.0.attn.q_a" in first - set(quantised_paths) and "layers.2.ffn.experts.gate" in quantised_paths
     assert equal_models(convert.load_hf(target), quantize_model(model, mixed(model)))
 
 
@@ -246,10 +248,10 @@ def test_the_command(source, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--out", str(tmp_path / "out"), "--to", "orbax"])
     assert ended.value.code == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["scheme"] == "mixed" and told["to"] == "orbax"
-    found = named_parameters(convert.load_orbax(tmp_path / "out"))
-    assert scheme_name(found["layers.0.attn.o"]) == "int4" and scheme_name(found["layers.0.attn.q_a"]) == "fp8_block"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["scheme"] == "mixed" and printed["to"] == "orbax"
+    loaded = named_parameters(convert.load_orbax(tmp_path / "out"))
+    assert scheme_name(loaded["layers.0.attn.o"]) == "int4" and scheme_name(loaded["layers.0.attn.q_a"]) == "fp8_block"
     note = json.loads((tmp_path / "out" / "config.json").read_text())[PROVENANCE]
     assert note["linears"]["int4"] == 1 and note["scheme"] == "mixed" and note["version"]
 
@@ -258,8 +260,8 @@ def test_the_command_with_a_text(tmp_path, capsys):
     """Calibrated, migrated and in ranges of a kind: the same as in Python, and the checkpoint says all of it."""
     tokenizer_files = loading.find("demo")
     vocabulary = ModelConfig.from_hf(tokenizer_files).vocab_size
-    made = DeepseekV32(ModelConfig.tiny(num_hidden_layers=2, vocab_size=vocabulary), nnx.Rngs(0))
-    convert.export_model(made, tmp_path / "source", tokenizer_files=tokenizer_files)
+    model = DeepseekV32(ModelConfig.tiny(num_hidden_layers=2, vocab_size=vocabulary), nnx.Rngs(0))
+    convert.export_model(model, tmp_path / "source", tokenizer_files=tokenizer_files)
     text = tmp_path / "text.txt"
     text.write_text("Use pip to install the package, and then some more of it.")
     arguments = ["--calibration", str(text), "--window-tokens", "8", "--migrate", "0.5", "--ranges", "percentile"]
@@ -267,10 +269,10 @@ def test_the_command_with_a_text(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["quantize", "--model", source, "--out", target, "--scheme", "int8", "--json", *arguments])
     assert ended.value.code == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ranges"] == "percentile" and told["migration"] == 0.5 and told["calibration"]["tokens"] == 8
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ranges"] == "percentile" and printed["migration"] == 0.5 and printed["calibration"]["tokens"] == 8
     note = json.loads((tmp_path / "out" / "config.json").read_text())[PROVENANCE]
-    assert note["calibration"] == told["calibration"] and note["migration"] == 0.5 and note["ranges"] == "percentile"
+    assert note["calibration"] == printed["calibration"] and note["migration"] == 0.5 and note["ranges"] == "percentile"
     lm = loading.load(source)
     migrated, statistics = migrate(lm.model, calibrate(lm, windows_of(lm, text.read_text(), 8)), 0.5)
     expected = quantize_model(migrated, uniform(migrated, "int8"), statistics, "percentile")

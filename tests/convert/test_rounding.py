@@ -15,9 +15,9 @@ RNG = np.random.default_rng(0)
 NOTHING = np.zeros((256, 256), np.float32)
 
 
-def lost(x, weight, found):
+def square_error(x, weight, rounded):
     """Mean square error of products with rows x."""
-    return np.square(x @ (np.asarray(found.dequantize()) - weight).T).mean()
+    return np.square(x @ (np.asarray(rounded.dequantize()) - weight).T).mean()
 
 
 def test_what_four_bits_can_say_stays_as_it_is():
@@ -26,22 +26,22 @@ def test_what_four_bits_can_say_stays_as_it_is():
     weight = np.repeat([[0.5, 0.25]], 128, 1).reshape(1, 256) * (steps - 7)
     x = RNG.standard_normal((64, 256)).astype(np.float32)
     for moments in (NOTHING, x.T @ x):
-        found = round_int4(jnp.asarray(weight), jnp.asarray(moments))
-        np.testing.assert_allclose(found.dequantize(), weight, atol=1e-6)
+        rounded = round_int4(jnp.asarray(weight), jnp.asarray(moments))
+        np.testing.assert_allclose(rounded.dequantize(), weight, atol=1e-6)
 
 
 def test_the_range_is_the_best_and_not_the_widest():
     weight = RNG.standard_t(3, (16, 256)).astype(np.float32)
-    found, nearest = round_int4(weight, NOTHING), quantize_weight(weight, "int4")
-    assert lost(np.eye(256), weight, found) < 0.95 * lost(np.eye(256), weight, nearest)
+    searched, nearest = round_int4(weight, NOTHING), quantize_weight(weight, "int4")
+    assert square_error(np.eye(256), weight, searched) < 0.95 * square_error(np.eye(256), weight, nearest)
 
 
 def test_errors_make_each_other_good_where_inputs_go_together():
     weight = RNG.standard_normal((32, 256)).astype(np.float32)
     x = (RNG.standard_normal((2000, 24)) @ RNG.standard_normal((24, 256))).astype(np.float32)
     x += 0.1 * RNG.standard_normal(x.shape).astype(np.float32)
-    found, blind = round_int4(weight, x[:1000].T @ x[:1000]), round_int4(weight, NOTHING)
-    assert lost(x[1000:], weight, found) < 0.2 * lost(x[1000:], weight, blind)
+    informed, blind = round_int4(weight, x[:1000].T @ x[:1000]), round_int4(weight, NOTHING)
+    assert square_error(x[1000:], weight, informed) < 0.2 * square_error(x[1000:], weight, blind)
 
 
 def test_experts_are_rounded_each_for_its_own_inputs():
@@ -60,9 +60,9 @@ def test_experts_are_rounded_each_for_its_own_inputs():
 # ---- eight-bit rows ------------------------------------------------------------------------------------------------
 
 
-def lost_by_rows(weight, found, importance):
+def row_errors(weight, rounded, importance):
     """float64 [..., N], square errors of rows by the importance [..., K] of their columns."""
-    error = np.asarray(found.dequantize(), np.float64) - weight
+    error = np.asarray(rounded.dequantize(), np.float64) - weight
     return (error**2 * importance[..., None, :]).sum(-1)
 
 
@@ -76,15 +76,15 @@ def test_rows_never_lose_more_than_by_their_largest_value():
     mean_square = np.einsum("ekk->ek", moments).astype(np.float64)
     mean = mean_square.mean(-1, keepdims=True)
     importance = np.where(mean > 0, mean_square / np.where(mean > 0, mean, 1), 1) + DAMPING
-    found, nearest = round_int8(heavy, moments), quantize_weight(jnp.asarray(heavy), "int8")
-    assert found.scheme == INT8 and found.values.dtype == jnp.int8 and found.scales.shape == (3, 64)
-    after, before = (lost_by_rows(heavy, of, importance) for of in (found, nearest))
+    searched, nearest = round_int8(heavy, moments), quantize_weight(jnp.asarray(heavy), "int8")
+    assert searched.scheme == INT8 and searched.values.dtype == jnp.int8 and searched.scales.shape == (3, 64)
+    after, before = (row_errors(heavy, rounded, importance) for rounded in (searched, nearest))
     assert (after <= before * (1 + 1e-5)).all()
     assert (after[:2].sum(-1) < 0.95 * before[:2].sum(-1)).all(), after.sum(-1) / before.sum(-1)
     assert (after < 0.999 * before).mean(-1)[:2].min() > 0.25
     alone = round_int8(heavy[1], moments[1])
-    np.testing.assert_array_equal(alone.values, found.values[1])
-    np.testing.assert_array_equal(alone.scales, found.scales[1])
+    np.testing.assert_array_equal(alone.values, searched.values[1])
+    np.testing.assert_array_equal(alone.scales, searched.scales[1])
 
 
 def test_what_eight_bits_can_say_stays_as_it_is():
@@ -101,9 +101,9 @@ def test_what_eight_bits_can_say_stays_as_it_is():
 @pytest.mark.parametrize(("scheme", "rounded"), [("int8", round_int8), ("int4", round_int4)])
 def test_from_the_smallest_to_the_largest_is_plain_rounding(scheme, rounded):
     weight = jnp.asarray(RNG.standard_t(3, (2, 8, 256)), jnp.float32)
-    found, plain = rounded(weight, None, "min-max"), quantize_weight(weight, scheme)
-    np.testing.assert_array_equal(found.values, plain.values)
-    np.testing.assert_array_equal(found.scales, plain.scales)
+    ranged, plain = rounded(weight, None, "min-max"), quantize_weight(weight, scheme)
+    np.testing.assert_array_equal(ranged.values, plain.values)
+    np.testing.assert_array_equal(ranged.scales, plain.scales)
 
 
 @pytest.mark.parametrize("moments", [None, NOTHING], ids=["without inputs", "none seen"])
@@ -122,9 +122,12 @@ def test_percentiles_cut_what_is_far_out(moments):
 def test_no_range_loses_less_than_the_searched_one():
     weight = jnp.asarray(RNG.standard_t(3, (16, 512)), jnp.float32)
     for rounded in (round_int8, round_int4):
-        found = {ranges: rounded(weight, None, ranges) for ranges in RANGES}
-        lost = {ranges: np.square(np.asarray(of.dequantize()) - weight).sum() for ranges, of in found.items()}
-        assert lost["mse"] == min(lost.values()) < lost["percentile"], lost
+        by_ranges = {ranges: rounded(weight, None, ranges) for ranges in RANGES}
+        errors = {
+            ranges: np.square(np.asarray(of_range.dequantize()) - weight).sum()
+            for ranges, of_range in by_ranges.items()
+        }
+        assert errors["mse"] == min(errors.values()) < errors["percentile"], errors
 
 
 def test_an_unknown_kind_of_range():

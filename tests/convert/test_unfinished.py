@@ -32,10 +32,10 @@ def source(golden, tmp_path):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """That checkpoint converted by itself, by layout."""
-    made = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("alone")
     for to in ("hf", "orbax"):
-        convert.convert(golden_directory("tiny128_fp8") / "model", made / to, to=to)
-    return made
+        convert.convert(golden_directory("tiny128_fp8") / "model", folder / to, to=to)
+    return folder
 
 
 @pytest.mark.parametrize("target", ["", ".", "./", "/", "..", "sub/.."])
@@ -126,11 +126,11 @@ def test_what_another_run_left_is_not_mixed_in(source, tmp_path, monkeypatch, al
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "__version__", "0.0.0")
         interrupted(patch, lambda: convert.convert(source, target, to="hf"))
-    seen = []
+    read_paths = []
     read = HFReader.read
-    monkeypatch.setattr(HFReader, "read", lambda self, path: seen.append(path) or read(self, path))
+    monkeypatch.setattr(HFReader, "read", lambda self, path: read_paths.append(path) or read(self, path))
     convert.convert(source, target, to="hf")
-    assert "layers.0.attn.q_a" in seen and content(target) == content(alone / "hf")
+    assert "layers.0.attn.q_a" in read_paths and content(target) == content(alone / "hf")
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
@@ -140,19 +140,19 @@ def test_other_statistics_or_weights_begin_anew(source, tmp_path, monkeypatch):
 
     def statistics(seed):
         x = np.random.default_rng(seed).standard_normal((300, model.layers[0].attn.o.shape[1])).astype(np.float32)
-        of = Statistics(jnp.float32(300), jnp.abs(x).max(0), jnp.asarray(x.T @ x * np.exp(x[0])), jnp.zeros(65))
-        return dict.fromkeys(paths, of)
+        of_linear = Statistics(jnp.float32(300), jnp.abs(x).max(0), jnp.asarray(x.T @ x * np.exp(x[0])), jnp.zeros(65))
+        return dict.fromkeys(paths, of_linear)
 
     def quantise(seed):
         quantize_checkpoint(source, tmp_path / "out", schemes, statistics=statistics(seed))
 
     interrupted(monkeypatch, lambda: quantise(1))
     quantise(2)
-    made = convert.load_hf(tmp_path / "out")
-    assert equal_models(made, quantize_model(model, schemes, statistics(2)))
-    assert not equal_models(made, quantize_model(model, schemes, statistics(1)))
-    one, other = ({"weights": {"a": jnp.zeros(2) + value}} for value in (0, 1))
-    assert quantization.digest(one) != quantization.digest(other) and quantization.digest({"weights": {}}) is None
+    loaded = convert.load_hf(tmp_path / "out")
+    assert equal_models(loaded, quantize_model(model, schemes, statistics(2)))
+    assert not equal_models(loaded, quantize_model(model, schemes, statistics(1)))
+    first, second = ({"weights": {"a": jnp.zeros(2) + value}} for value in (0, 1))
+    assert quantization.digest(first) != quantization.digest(second) and quantization.digest({"weights": {}}) is None
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
@@ -163,10 +163,10 @@ def test_leftovers_do_not_stay(source, tmp_path, monkeypatch, alone, to):
     for name in ("model-00007-of-00009.safetensors", "..progress.0.part.json", "tokenizer.json", "params/x.tmp/d/a"):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).touch()
-    seen, read = [], HFReader.read
-    monkeypatch.setattr(HFReader, "read", lambda self, path: seen.append(path) or read(self, path))
+    read_paths, read = [], HFReader.read
+    monkeypatch.setattr(HFReader, "read", lambda self, path: read_paths.append(path) or read(self, path))
     convert.convert(source, target, to=to)
-    assert IN_THE_MIDDLE in seen and "layers.0.attn.q_a" not in seen
+    assert IN_THE_MIDDLE in read_paths and "layers.0.attn.q_a" not in read_paths
     assert content(target) == content(alone / to)
 
 
@@ -205,12 +205,12 @@ def test_other_peoples_directories_stay(source, tmp_path):
 
 
 def test_killed_at_its_last_step_it_is_finished(source, tmp_path, alone):
-    made = shutil.copytree(alone / "hf", tmp_path / "out")
-    (made / JOURNAL).write_text(json.dumps({"identity": None, "done": [], "complete": True}))
-    assert equal_models(convert.load_hf(made), convert.load_hf(source))
+    finished = shutil.copytree(alone / "hf", tmp_path / "out")
+    (finished / JOURNAL).write_text(json.dumps({"identity": None, "done": [], "complete": True}))
+    assert equal_models(convert.load_hf(finished), convert.load_hf(source))
     with pytest.raises(UserError, match="out: exists"):
-        convert.convert(source, made)
-    assert content(made) == content(alone / "hf")
+        convert.convert(source, finished)
+    assert content(finished) == content(alone / "hf")
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from flax import nnx
 from dsv32_jax import fidelity
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.generate import language_model
+from dsv32_jax.generate import batching
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.tokenizer import Tokenizer
 from dsv32_jax.model.model import DeepseekV32, Options
@@ -130,17 +130,17 @@ def test_chunks_of_a_prompt_do_not_show(random, monkeypatch):
     ids[1, 85:] = -1
     ids[2, 64:] = -1
     whole, tokens = random.logits(ids), random.generate(ids, 5, ignore_eos=True).tokens
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 32)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 32)
     np.testing.assert_allclose(random.logits(ids), whole, atol=2e-4 * whole.std())
     np.testing.assert_array_equal(random.generate(ids, 5, ignore_eos=True).tokens, tokens)
 
 
 def test_with_kernels_pieces_are_longer_unless_all_logits_are_wanted(random, monkeypatch):
-    def sizes(**how):
-        return [size for *_, size in random._chunks(2600, **how)]
+    def sizes(all_logits=False):
+        return [size for *_, size in batching.chunks(2600, random.options, all_logits=all_logits)]
 
-    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 16)
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 512)
+    monkeypatch.setattr(batching, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 512)
     assert sizes() == sizes(all_logits=True) == 5 * [512] + [64]
     monkeypatch.setattr(Options, "runs_kernels", True)
     assert sizes() == [2048, 1024]
@@ -155,19 +155,19 @@ def test_with_kernels_steps_take_a_prepared_model(monkeypatch):
     leaves, structure = lm.flat_model()
     names, prepared = named_parameters(lm.model), named_parameters(jax.tree.unflatten(structure, leaves))
     layers = {path.removesuffix("attn.kv_b") for path in names if path.endswith("attn.kv_b")}
-    gone, new = ("q_a", "kv_a", "kv_b"), ("projections.0", "maps.to_latent", "maps.to_value")
-    assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in gone}
-    assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in new}
+    removed, added = ("q_a", "kv_a", "kv_b"), ("projections.0", "maps.to_latent", "maps.to_value")
+    assert set(names) - set(prepared) == {f"{layer}attn.{name}" for layer in layers for name in removed}
+    assert set(prepared) - set(names) == {f"{layer}attn.{name}" for layer in layers for name in added}
     lm.options = dataclasses.replace(EXACT, absorb=False)  # that is how the official code quantises its input
     assert lm.flat_model()[1] == jax.tree.structure(lm.model)
 
 
 def test_warmup_compiles_all_that_generate_runs(random, caplog, monkeypatch):
-    monkeypatch.setattr(language_model, "SMALLEST_CHUNK", 4)
-    monkeypatch.setattr(language_model, "LARGEST_CHUNK", 8)
+    monkeypatch.setattr(batching, "SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(batching, "LARGEST_CHUNK", 8)
     rows = [list(range(1, 1 + length)) for length in (3, 13)]
 
-    compiled = functools.partial(times_compiled, "_flat_step", caplog=caplog)
+    compiled = functools.partial(times_compiled, "flat_step", caplog=caplog)
     assert compiled(lambda: random.warmup([3, 13], 5)) == 3  # pieces of 4 and of 8 tokens, and two rows
     assert compiled(lambda: random.generate(rows, 5)) == 0
 
@@ -313,19 +313,19 @@ def test_chat_continues_and_keeps_reasoning_apart(spoken, monkeypatch):
     end, words = tokenizer.encode("</think>"), tokenizer.encode("It is raining.")
     drawn = [*words, *end, *words[:2], spoken.eos_ids[0]]
     monkeypatch.setattr(
-        LanguageModel, "_decode", lambda self, rows, *_: seen.append(rows[0]) or iter(np.array(drawn)[:, None])
+        LanguageModel, "_decode", lambda self, rows, *_: prompts.append(rows[0]) or iter(np.array(drawn)[:, None])
     )
     for thinking in (False, True):
-        seen = []
+        prompts = []
         answer = spoken.chat("Rain?", len(drawn), thinking=thinking)
         messages = [{"role": "user", "content": "Rain?"}]
-        assert seen == [tokenizer.encode_chat(messages, thinking=thinking)]
+        assert prompts == [tokenizer.encode_chat(messages, thinking=thinking)]
         assert answer.reasoning == ("It is raining." if thinking else None)
         assert str(answer) == answer.text and answer.text.endswith(tokenizer.decode(words[:2]))
         assert answer.finish_reason == "stop" and answer.tokens.tolist() == drawn
         assert answer.messages == [*messages, {"role": "assistant", "content": answer.text}]
         spoken.chat([*answer.messages, {"role": "user", "content": "Still?"}], len(drawn))
-        assert "Rain?" in tokenizer.decode(seen[1]) and "Still?" in tokenizer.decode(seen[1])
+        assert "Rain?" in tokenizer.decode(prompts[1]) and "Still?" in tokenizer.decode(prompts[1])
 
 
 @pytest.mark.parametrize("messages", [None, [], {}, 5, [{"role": "user"}], ["Rain?"], [{"role": "user", "content": 5}]])

@@ -22,8 +22,8 @@ class Letters:
 def split(pieces, prompt="<think>", thinking=True, tokenizer=None):
     """(reasoning, answer), which are also what the pieces bring one by one."""
     parts = ReasoningSplit(tokenizer or Words(), prompt, thinking)
-    found = [parts.add(*piece) for piece in pieces] + [parts.finish()]
-    shown = tuple("".join(column) for column in zip(*found, strict=True))
+    additions = [parts.add(*piece) for piece in pieces] + [parts.finish()]
+    shown = tuple("".join(column) for column in zip(*additions, strict=True))
     assert "".join(shown) == parts.reasoning + parts.answer
     return parts.reasoning, parts.answer
 

@@ -188,11 +188,11 @@ def test_the_bos_token_is_found_wherever_a_file_names_it(directory, tokenizer, f
     if "tokenizer_config" in files and add_bos_token is not None:
         files["tokenizer_config"] = files["tokenizer_config"] | {"add_bos_token": add_bos_token}
     write(directory, **files)
-    found = Tokenizer(directory)
-    assert (found.bos_id, found.special_tokens["bos_token"]) == (0, BOS)
-    assert found.encode("hi", bos=True) == tokenizer.encode("hi", bos=True)
+    changed = Tokenizer(directory)
+    assert (changed.bos_id, changed.special_tokens["bos_token"]) == (0, BOS)
+    assert changed.encode("hi", bos=True) == tokenizer.encode("hi", bos=True)
     if files["config"]["bos_token_id"] == 0:
-        assert (found.eos_id, found.special_tokens["eos_token"]) == (1, EOS)
+        assert (changed.eos_id, changed.special_tokens["eos_token"]) == (1, EOS)
 
 
 def test_a_special_token_that_is_only_in_the_vocabulary_is_one(directory, tokenizer):
@@ -201,18 +201,18 @@ def test_a_special_token_that_is_only_in_the_vocabulary_is_one(directory, tokeni
         content["model"]["vocab"][BOS] = 0
 
     change_tokenizer(directory, change)
-    found = Tokenizer(directory)
-    assert found.encode(f"{BOS}hi") == tokenizer.encode(f"{BOS}hi")
-    assert found.decode([0]) == found.stream_decoder().add(0) == ""
+    changed = Tokenizer(directory)
+    assert changed.encode(f"{BOS}hi") == tokenizer.encode(f"{BOS}hi")
+    assert changed.decode([0]) == changed.stream_decoder().add(0) == ""
 
 
 def test_tokens_that_only_tokenizer_config_adds_are_known(directory):
     size = Tokenizer(directory).vocab_size
     change_settings(directory, added_tokens_decoder={str(size): {"content": "<extra>", "special": True}})
     write(directory, added_tokens={"<more>": size + 1})
-    found = Tokenizer(directory)
-    assert found.encode("<extra><more>") == [size, size + 1]
-    assert found.decode([size, size + 1]) == "<more>"
+    changed = Tokenizer(directory)
+    assert changed.encode("<extra><more>") == [size, size + 1]
+    assert changed.decode([size, size + 1]) == "<more>"
 
 
 def test_a_bos_token_that_is_plain_text_is_none_and_is_said_so(directory):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -297,7 +298,6 @@ def test_save_and_load_are_inverse(m, tmp_path):
         one.save(tmp_path / name)
         back = dsv32_jax.load(tmp_path / name)
         assert back.generation_config == one.generation_config
-        same = jax.tree.map(lambda x, y: bool((x == y).all()), dict(one.weights), dict(back.weights))
-        assert all(jax.tree.leaves(same)), name
+        chex.assert_trees_all_equal(dict(one.weights), dict(back.weights), custom_message=name)
     with pytest.raises(UserError, match="fp8"):
         m.save(tmp_path / "fp8")

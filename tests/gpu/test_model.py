@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.experiments.studies import held_out
-from dsv32_jax.generate import language_model
+from dsv32_jax.generate import decoding
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import load
 from dsv32_jax.model.model import Options
@@ -48,10 +48,10 @@ def generate(lm: LanguageModel, rows: list[list[int]], monkeypatch) -> tuple[np.
         seen.append(np.asarray(logits))
         return original(logits, *arguments, **how)
 
-    original = language_model.sample
+    original = decoding.sample
     lm.warmup(list(map(len, rows)), NEW_TOKENS)  # nearly all of the time, so at least all programs at once
     with monkeypatch.context() as patch:
-        patch.setattr(language_model, "sample", sample)
+        patch.setattr(decoding, "sample", sample)
         tokens = lm.generate(rows, NEW_TOKENS, ignore_eos=True).tokens
     return tokens, np.stack(seen, axis=1)
 

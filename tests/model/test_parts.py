@@ -125,7 +125,7 @@ def test_the_same_functions_are_the_same_program_and_others_another(lm, caplog):
     assert lm.with_parts(index_select=recent).options == lm.with_parts(index_select=recent).options
     assert lm.with_parts(index_select=DEFAULTS["index_select"]).options == lm.options
     assert hash(Parts(top_k=recent_first(2))) == hash(Parts(top_k=recent_first(2)))
-    compiled = functools.partial(times_compiled, "_flat_step", caplog=caplog)
+    compiled = functools.partial(times_compiled, "flat_step", caplog=caplog)
     score(lm)
     assert compiled(lambda: score(lm.with_parts(rms_norm=twice))) == 1
     assert compiled(lambda: score(lm.with_parts(rms_norm=twice))) == 0

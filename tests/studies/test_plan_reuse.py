@@ -22,8 +22,8 @@ def small() -> LanguageModel:
 
 def test_a_plan_of_one_step_changes_nothing_and_a_longer_one_does():
     windows = np.random.default_rng(0).integers(0, small().config.vocab_size, (2, 24), np.int32)
-    found = measure(small(), windows, (1, 4))
-    once, four = found["reuse"]
+    result = measure(small(), windows, (1, 4))
+    once, four = result["reuse"]
     assert once["kl"] == pytest.approx(0, abs=1e-9) and once["top1_agreement"] == 1
     assert once["relative_perplexity"] == pytest.approx(0, abs=1e-6)
     assert four["kl"] > 1e-6

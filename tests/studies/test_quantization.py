@@ -45,11 +45,11 @@ def ruler(setting):
 
 
 def test_the_base_is_itself_and_its_perplexity_the_scorers(setting, ruler):
-    found, ids = ruler.measure(setting.plain_base), setting.texts.planning
-    assert found["kl"] == pytest.approx(0, abs=1e-9) and found["top1_agreement"] == 1
+    measured, ids = ruler.measure(setting.plain_base), setting.texts.planning
+    assert measured["kl"] == pytest.approx(0, abs=1e-9) and measured["top1_agreement"] == 1
     likelihood, right = scorer(setting.plain_base, "indexer", None, "float32", False)(ids)
     bytes_of = np.ones(setting.lm.config.vocab_size, np.int64)
-    assert found["perplexity"] == pytest.approx(summarise(likelihood, ids, bytes_of)["perplexity"], rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(summarise(likelihood, ids, bytes_of)["perplexity"], rel=1e-5)
     np.testing.assert_array_equal(measure.score(setting.plain_base, Run(), ids[:3])[1], right[:3])
 
 
@@ -65,8 +65,9 @@ def test_logits_of_another_program_are_held_against_the_base(setting, ruler):
     logits = [
         LanguageModel(setting.base, setting.base.config, options=EXACT).logits(ids)[0] for ids in ruler.batches[0][:2]
     ]
-    found = ruler.summary(*map(np.stack, zip(*(ruler.of_logits(own, n) for n, own in enumerate(logits)), strict=True)))
-    assert found["kl"] == pytest.approx(0, abs=1e-6) and found["relative_loss"] == pytest.approx(0, abs=1e-4)
+    columns = zip(*(ruler.of_logits(window_logits, n) for n, window_logits in enumerate(logits)), strict=True)
+    summary = ruler.summary(*map(np.stack, columns))
+    assert summary["kl"] == pytest.approx(0, abs=1e-6) and summary["relative_loss"] == pytest.approx(0, abs=1e-4)
 
 
 def test_attention_is_compared_layer_by_layer():
@@ -82,10 +83,10 @@ def test_attention_is_compared_layer_by_layer():
 
 def test_every_parameter_is_measured_once(setting):
     parameters = {path for path in named_parameters(setting.base) if not path.startswith("mtp")}
-    taken = [path for unit in sensitivity.units(setting.base, sensitivity.FAMILIES) for path in unit.paths]
-    untaken = [path for unit in sensitivity.units(setting.base, sensitivity.UNTAKEN) for path in unit.paths]
-    assert set(taken) == {path for path in parameters if is_linear(path)}
-    assert sorted(taken + untaken + list(sensitivity.WHOLE.values())) == sorted(parameters)
+    linears = [path for unit in sensitivity.units(setting.base, sensitivity.FAMILIES) for path in unit.paths]
+    others = [path for unit in sensitivity.units(setting.base, sensitivity.UNTAKEN) for path in unit.paths]
+    assert set(linears) == {path for path in parameters if is_linear(path)}
+    assert sorted(linears + others + list(sensitivity.WHOLE.values())) == sorted(parameters)
 
 
 def test_bytes_are_those_of_the_quantised_model(setting):
@@ -114,14 +115,14 @@ def test_sensitivities_go_on_and_become_a_plan(setting, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run `sensitivity` first"):
         planner.make_plan(setting, out)
     sensitivity.sensitivity(setting, sensitivity.RESULT, lines.append)
-    found = json.loads(sensitivity.RESULT.read_text())
+    sensitivities = json.loads(sensitivity.RESULT.read_text())
     sensitivity.sensitivity(setting, sensitivity.RESULT, lines.append)
-    assert len(lines) == len(found["rows"]) + len(found["kept"])  # the second time there was nothing left
-    assert all(row["kl"] >= 0 for row in found["rows"])
+    assert len(lines) == len(sensitivities["rows"]) + len(sensitivities["kept"])  # the second call measured nothing
+    assert all(row["kl"] >= 0 for row in sensitivities["rows"])
     planner.make_plan(setting, out, lines.append)
-    made = json.loads(out.read_text())
-    assert set(made["schemes"]) == {path for path in named_parameters(setting.base) if is_linear(path)}
-    ends = {row["name"]: row for row in made["curve"]}
+    plan = json.loads(out.read_text())
+    assert set(plan["schemes"]) == {path for path in named_parameters(setting.base) if is_linear(path)}
+    ends = {row["name"]: row for row in plan["curve"]}
     assert ends["budget 0"]["megabytes"]["total"] < ends["budget 1"]["megabytes"]["total"]
     assert ends["budget 0"]["predicted_kl"] > ends["budget 1"]["predicted_kl"]
 

@@ -35,8 +35,8 @@ def test_random_weights_are_as_quantised_ones_and_of_their_size(scheme):
     abstract = stored(shape, scheme)
     weight = random_weight(jax.random.key(0), abstract, size)
     assert scheme_name(weight) == (None if scheme == "bf16" else scheme)
-    found, expected = (jax.tree.map(lambda x: (x.shape, x.dtype), leaf) for leaf in (weight, abstract))
-    assert found == expected
+    forms, expected = (jax.tree.map(lambda x: (x.shape, x.dtype), leaf) for leaf in (weight, abstract))
+    assert forms == expected
     values = np.asarray(jax.jit(lambda weight: dense(weight, jnp.float32))(weight))
     assert values.shape == shape and np.isfinite(values).all()
     assert abs(values.std() / size - 1) < 0.05 and abs(values.mean()) < 0.2 * size
@@ -60,15 +60,15 @@ def test_a_path_that_is_none():
 
 
 def test_all_linears_of_a_layer_alone():
-    found = {path for path, leaf in named_parameters(layer_in(CONFIG, FORMS["int8"])).items() if scheme_name(leaf)}
-    assert found == {f"{part}.{side}" for part in ("experts", "shared") for side in ("gate", "up", "down")}
+    quantised = {path for path, leaf in named_parameters(layer_in(CONFIG, FORMS["int8"])).items() if scheme_name(leaf)}
+    assert quantised == {f"{part}.{side}" for part in ("experts", "shared") for side in ("gate", "up", "down")}
 
 
 def test_bytes_of_a_step_by_hand():
     """Two layers, one of them with experts, of which 5 are in use; 3 sequences of 128 tokens."""
-    found = step_bytes(model_in(CONFIG, FORMS["mixed"]), [5], sequences=3, context=128)
+    sizes = step_bytes(model_in(CONFIG, FORMS["mixed"]), [5], sequences=3, context=128)
     expert = 3 * (128 * 128 // 2 + 4 * 128)  # gate, up, down: packed values, and a word for each row
-    assert found["experts"] == 5 * expert
+    assert sizes["experts"] == 5 * expert
 
     def int8(rows, columns):
         return rows * columns + 4 * rows
@@ -80,9 +80,9 @@ def test_bytes_of_a_step_by_hand():
     shared = 3 * int8(128, 128)
     router = 2 * 8 * 128 + 4 * 8
     ends = 3 * 2 * 128 + 4 * 128 + 2 * 512 * 128  # rows of the embedding, norm, head
-    assert found["others"] == 2 * layer + mlp + shared + router + ends
-    assert found["latents"] == 2 * 3 * 16 * (128 + 4 + 2 * 64)
-    assert found["index"] == 2 * 3 * 128 * (128 + 4)
+    assert sizes["others"] == 2 * layer + mlp + shared + router + ends
+    assert sizes["latents"] == 2 * 3 * 16 * (128 + 4 + 2 * 64)
+    assert sizes["index"] == 2 * 3 * 128 * (128 + 4)
 
 
 def test_each_layer_counts_its_own_experts():

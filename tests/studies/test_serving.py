@@ -28,9 +28,9 @@ def row():
         speculate=False,
         turns=None,
     )
-    found, saved = {"concurrency": 2}, []
-    serving.measure(lm, serving.Prompts(lm), found, arguments, saved.append)
-    return found | {"saved": saved}
+    measured, saved = {"concurrency": 2}, []
+    serving.measure(lm, serving.Prompts(lm), measured, arguments, saved.append)
+    return measured | {"saved": saved}
 
 
 def test_all_requests_are_served_in_both_ways(row):
@@ -54,12 +54,12 @@ def test_times_are_those_of_all_tokens(row):
 def test_what_the_caches_hold(row):
     """Requests of up to 134 tokens have 2 or 3 blocks of 64; each row of the static batch has 4."""
     assert 0.5 < row["engine"]["utilisation"] <= 1
-    held = sum(len(one.prompt) + one.new for one in workload(2, 2, shared=False))
-    assert row["naive"]["utilisation"] == held / (2 * 4 * 64)
+    tokens = sum(len(work.prompt) + work.new for work in workload(2, 2, shared=False))
+    assert row["naive"]["utilisation"] == tokens / (2 * 4 * 64)
 
 
 def test_of_several_runs_the_middle_one_is_told_and_what_any_lost():
-    runs = [{"requests_per_second": speed, "lost": lost} for speed, lost in ((3.0, 0), (1.0, 2), (2.0, 1))]
+    runs = [{"requests_per_second": speed, "lost": incomplete} for speed, incomplete in ((3.0, 0), (1.0, 2), (2.0, 1))]
     middle = {"requests_per_second": 2.0, "requests_per_second_of_all": [1.0, 2.0, 3.0], "lost": 3}
     assert serving.repeated(3, iter(runs).__next__) == middle
 
@@ -79,14 +79,14 @@ def test_a_batch_has_one_that_is_longest():
 
 def test_prefixes_are_shared_within_a_group():
     work = workload(2 * serving.GROUP, 4, shared=True)
-    kept = [int(serving.SHARED * len(one.prompt)) for one in work]
+    shared_tokens = [int(serving.SHARED * len(request.prompt)) for request in work]
     for first in (0, serving.GROUP):
-        longest = max(range(first, first + serving.GROUP), key=kept.__getitem__)
+        longest = max(range(first, first + serving.GROUP), key=shared_tokens.__getitem__)
         for i in range(first, first + serving.GROUP):
-            assert work[i].prompt[: kept[i]] == work[longest].prompt[: kept[i]]
+            assert work[i].prompt[: shared_tokens[i]] == work[longest].prompt[: shared_tokens[i]]
     assert work[0].prompt[:6] != work[serving.GROUP].prompt[:6]
-    alone = [one.prompt for one in workload(2 * serving.GROUP, 4, shared=False)]
-    assert [len(prompt) for prompt in alone] == [len(one.prompt) for one in work]
+    alone = [request.prompt for request in workload(2 * serving.GROUP, 4, shared=False)]
+    assert [len(prompt) for prompt in alone] == [len(request.prompt) for request in work]
     assert not np.array_equal(alone[1][:6], work[1].prompt[:6])
 
 

@@ -20,7 +20,7 @@ def test_the_host_alone_runs_no_model(lm, monkeypatch):
     monkeypatch.setattr(lm.model, "head", jnp.full_like(lm.model.head, jnp.nan))  # whoever reads it fails
     engine = Engine(lm, cache_tokens=1024, max_tokens=12, max_sequences=2, programs=step_profile.without_model)
     requests = step_profile.add(engine, [list(range(2, 102)), [7] * 50], 80)
-    assert step_profile.of_host(engine, requests) > 0
+    assert step_profile.host_milliseconds(engine, requests) > 0
     assert {request.completions[0].finish_reason for request in requests} == {"cancelled"}
     assert all(len(request.completions[0].tokens) >= 10 for request in requests)  # all of them were continued
     assert engine.pool.statistics().in_use == 0

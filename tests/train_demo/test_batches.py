@@ -75,15 +75,15 @@ def test_tasks_fill_a_window_of_the_same_length(batches, seed):
 
 def test_questions_come_behind_their_facts_and_have_their_answers(batches, data):
     decode = Tokenizer(data).decode
-    asked = 0
+    count = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         placed = sorted(batches.recall.facts(rng, 5), key=lambda pair: pair[0])
         text = "".join(decode(insert.tokens) for _, insert in placed)
         for question in re.finditer(r"\? (The [a-z ]+ is \d+)\.", text):
-            asked += 1
+            count += 1
             assert question.group(1) + ".\n" in text[: question.start()]
-    assert asked > 50
+    assert count > 50
 
 
 def test_stated_numbers_count_nothing_and_answers_most(batches, data):

@@ -45,9 +45,9 @@ PAGE = """<page xmlns="http://projectmallard.org/1.0/"><info><desc>no</desc></in
 def documents() -> list[dict[str, str]]:
     pages = []
     for n in range(600):
-        own = " ".join(f"Sentence {n} of the manual says that program {n * k} can read the file." for k in range(12))
+        unique = " ".join(f"Sentence {n} of the manual says that program {n * k} can read the file." for k in range(12))
         shared = f"This paragraph stands in seven manuals and says the same in each of them, number {n % 90}."
-        pages.append({"package": f"p{n % 10}", "path": f"doc/{n}.html", "text": f"Heading\n\n{own}\n\n{shared}"})
+        pages.append({"package": f"p{n % 10}", "path": f"doc/{n}.html", "text": f"Heading\n\n{unique}\n\n{shared}"})
     return pages
 
 
@@ -134,8 +134,8 @@ def test_dictionary_entries_lose_their_markup():
 
 
 def test_clean_drops_boilerplate_and_keeps_options():
-    kept = ["-a", "    Show all.", "Copy text to the screen."]
-    assert corpus.clean([*kept, "Next", "Copyright 2020 X", "1 2 3 4", "© Y"]) == kept
+    prose = ["-a", "    Show all.", "Copy text to the screen."]
+    assert corpus.clean([*prose, "Next", "Copyright 2020 X", "1 2 3 4", "© Y"]) == prose
 
 
 def test_only_english_prose_counts():

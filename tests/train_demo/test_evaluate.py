@@ -44,20 +44,20 @@ def texts(data) -> np.ndarray:
 
 def test_score_is_that_of_the_language_model(model, scored):
     for mode, attention in (("indexer", "sparse"), ("dense", "dense")):
-        ids, found, right = scored(mode)
+        ids, likelihood, right = scored(mode)
         lm = LanguageModel(model, model.config, None, Options(attention=attention))
         expected = lm.score(ids).log_likelihoods
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+        np.testing.assert_allclose(likelihood, expected, atol=1e-3)
         np.testing.assert_array_equal(right, lm.logits(ids)[:, :-1].argmax(-1) == ids[:, 1:])
 
 
 def test_planted_rope_changes_the_choice_and_is_gone_afterwards(model, scored):
     k = model.config.index_topk
-    found = {mode: scored(mode)[1][0] for mode in ("indexer", "interleaved rope", "dense")}
-    np.testing.assert_allclose(found["interleaved rope"][: k - 1], found["dense"][: k - 1], atol=1e-4)
-    assert np.abs(found["interleaved rope"][k:] - found["indexer"][k:]).max() > 1e-3
+    likelihoods = {mode: scored(mode)[1][0] for mode in ("indexer", "interleaved rope", "dense")}
+    np.testing.assert_allclose(likelihoods["interleaved rope"][: k - 1], likelihoods["dense"][: k - 1], atol=1e-4)
+    assert np.abs(likelihoods["interleaved rope"][k:] - likelihoods["indexer"][k:]).max() > 1e-3
     again = evaluate.scorer(model, "indexer", k, "float32", False)(scored("indexer")[0])[0][0]
-    np.testing.assert_array_equal(again, found["indexer"])
+    np.testing.assert_array_equal(again, likelihoods["indexer"])
 
 
 def test_perplexity_and_bits_per_byte_of_a_uniform_guess():
@@ -79,9 +79,9 @@ def test_positions_are_those_of_the_predicted_tokens():
 
 def test_needles_state_what_they_ask(data, texts):
     tokenizer = Tokenizer(data)
-    made = evaluate.needles(tokenizer, texts, (400, 512), 4)
-    assert [needle.context for needle in made] == [400] * 4 + [512] * 4
-    for needle in made:
+    needles = evaluate.needles(tokenizer, texts, (400, 512), 4)
+    assert [needle.context for needle in needles] == [400] * 4 + [512] * 4
+    for needle in needles:
         text = tokenizer.decode(needle.ids[: needle.length])
         question, _, answer = text.rpartition("? ")[2].rpartition(" is ")
         assert text.count(f"{question} is {answer}") == 2, text
@@ -91,24 +91,24 @@ def test_needles_state_what_they_ask(data, texts):
         stated = tokenizer.encode(f"{question} is {answer}.\n")
         place = next(n for n in range(needle.length) if (needle.ids[n : n + len(stated)] == stated).all())
         assert needle.distance == needle.answer - (place + len(stated))
-    distances = [needle.distance for needle in made[:4]]
+    distances = [needle.distance for needle in needles[:4]]
     # From near the start of the text to near its end; the question itself is between.
     assert distances == sorted(distances, reverse=True)
-    assert distances[-1] < made[0].answer / 2 < 0.8 * made[0].answer < distances[0]
+    assert distances[-1] < needles[0].answer / 2 < 0.8 * needles[0].answer < distances[0]
 
 
 def test_found_needles_need_every_digit(data, texts):
-    made = evaluate.needles(Tokenizer(data), texts, (256,), 3)
+    needles = evaluate.needles(Tokenizer(data), texts, (256,), 3)
 
     def score(ids):
         right = np.zeros((len(ids), ids.shape[1] - 1), bool)
         right[:, :] = True
-        right[1, made[1].answer - 1] = False  # the first digit of the second
-        right[2, made[2].answer - 2] = False  # the token before the third's
+        right[1, needles[1].answer - 1] = False  # the first digit of the second
+        right[2, needles[2].answer - 2] = False  # the token before the third's
         return right.astype(np.float32), right
 
-    assert evaluate.found_needles(score, made).tolist() == [True, False, True]
-    assert evaluate.by_distance(np.array([True, False, True]), made) == {"0-256": pytest.approx(2 / 3)}
+    assert evaluate.found_needles(score, needles).tolist() == [True, False, True]
+    assert evaluate.by_distance(np.array([True, False, True]), needles) == {"0-256": pytest.approx(2 / 3)}
 
 
 def test_selection_fidelity_orders_the_choices(model):

@@ -19,7 +19,7 @@ COMMANDS = ("data", "export", "evaluate", "report")
 
 
 @pytest.fixture
-def begun(monkeypatch, tmp_path):
+def started_runs(monkeypatch, tmp_path):
     """Runs that were begun, in an empty folder, but that train nothing."""
     runs = []
     monkeypatch.chdir(tmp_path)
@@ -36,20 +36,20 @@ def run(*arguments):
     return result.output
 
 
-def test_tiny_begins_without_anything_prepared(begun):
-    said = run("--size", "tiny")
-    [(training, arguments)] = begun
+def test_tiny_begins_without_anything_prepared(started_runs):
+    output = run("--size", "tiny")
+    [(training, arguments)] = started_runs
     assert training.folder == Path(".train/tiny") and training.data == Path(".train/tiny/data")
     assert arguments == (None, None, None)
     assert [stage.name for stage in training.stages][-1] == "chat"
-    assert "million parameters" in said and ".train/tiny" in said
+    assert "million parameters" in output and ".train/tiny" in output
 
 
-def test_a_text_has_a_run_of_its_own(begun, tmp_path):
+def test_a_text_has_a_run_of_its_own(started_runs, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT * 8)
     (tmp_path / "b.txt").write_text(TEXT[::-1])
     run("--size", "tiny", "--text", "a.txt", "--text", "b.txt", "--tokenizer", "own")
-    assert begun[0][0].folder == Path(".train/tiny-text")
+    assert started_runs[0][0].folder == Path(".train/tiny-text")
     with pytest.raises(UserError, match="holds a run on another text"):
         run("--size", "tiny", "--text", "a.txt")
     with pytest.raises(UserError, match=r"holds another run .*seed 0.*asked for is .*seed 1"):
@@ -70,10 +70,10 @@ def test_a_text_has_a_run_of_its_own(begun, tmp_path):
         (["export", "--stage", "end"], "stage end: unknown"),
     ],
 )
-def test_a_refusal_leaves_nothing_behind(arguments, message, begun, tmp_path):
+def test_a_refusal_leaves_nothing_behind(arguments, message, started_runs, tmp_path):
     with pytest.raises(UserError, match=message):
         run(*arguments)
-    assert not begun and list(tmp_path.iterdir()) == []
+    assert not started_runs and list(tmp_path.iterdir()) == []
 
 
 def test_missing_programs_and_packages_are_all_named_before_anything_begins(monkeypatch, tmp_path):
@@ -89,8 +89,8 @@ def test_missing_programs_and_packages_are_all_named_before_anything_begins(monk
 
 
 def test_a_download_that_fails_is_not_a_package_that_does_not_exist(monkeypatch, tmp_path):
-    def failing(said):
-        done = subprocess.CompletedProcess([], 100, "", said)
+    def failing(error):
+        done = subprocess.CompletedProcess([], 100, "", error)
         monkeypatch.setattr(corpus.subprocess, "run", lambda *_, **__: done)
         return corpus._download(corpus.Package("grep"), tmp_path)
 

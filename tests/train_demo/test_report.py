@@ -33,13 +33,13 @@ def test_export_is_fp8_and_near_the_weights(weights, tmp_path):
     assert before.keys() == after.keys()
     quantised = 0
     for path, leaf in after.items():
-        own = np.asarray(before[path], np.float32)
+        original = np.asarray(before[path], np.float32)
         if isinstance(leaf, QTensor):
             quantised += 1
-            error = np.abs(np.asarray(leaf.dequantize()) - own)
-            assert error.max() <= np.abs(own).max() / 16, path  # half a step of three mantissa bits
+            error = np.abs(np.asarray(leaf.dequantize()) - original)
+            assert error.max() <= np.abs(original).max() / 16, path  # half a step of three mantissa bits
         else:
-            np.testing.assert_array_equal(np.asarray(leaf, np.float32), own)
+            np.testing.assert_array_equal(np.asarray(leaf, np.float32), original)
     assert quantised > 20
     assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == 1
     export.export(weights, SIZES["tiny"].config, target)
@@ -91,20 +91,24 @@ def test_shipped_card_and_figures_are_those_of_the_results(tmp_path):
 
     shipped = (DEMO / "README.md").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())
-    made = report.write_card(tmp_path).read_text(encoding="utf-8")
+    card = report.write_card(tmp_path).read_text(encoding="utf-8")
 
     def without_size(text):  # the size is that of the checkpoint's folder
         return [line for line in text.splitlines() if "FP8\nblocks" not in line and "of the paper:" not in line]
 
-    assert without_size(made) == without_size(shipped)
+    assert without_size(card) == without_size(shipped)
     figures = report.draw(tmp_path)
     assert all(file.stat().st_size > 10_000 for file in figures) and len(figures) == 2
 
 
 def test_verdict_says_when_the_indexer_falls_short():
-    found = {mode: {"perplexity": 10.0} for mode in MODES}
+    modes = {mode: {"perplexity": 10.0} for mode in MODES}
     stages = {"dense stage, dense": {"perplexity": 8.0}, "dense stage, warm indexer": {"perplexity": 8.4}}
-    model = {"settings": {"index_topk": 4}, "stages": stages, "perplexity": found | {"indexer": {"perplexity": 10.05}}}
+    model = {
+        "settings": {"index_topk": 4},
+        "stages": stages,
+        "perplexity": modes | {"indexer": {"perplexity": 10.05}},
+    }
     assert "is within 1%" in report.verdict(model) and "+5.00%" in report.verdict(model)
     model["perplexity"]["indexer"] = {"perplexity": 10.2}
     assert "is NOT within 1%" in report.verdict(model)

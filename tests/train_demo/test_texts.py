@@ -127,5 +127,5 @@ def test_a_text_splits_behind_a_paragraph_a_line_or_a_word():
 
 
 def test_settings_say_what_the_data_were_made_of(file, tmp_path):
-    found = json.loads((of_files(tmp_path / "run", file) / texts.SETTINGS).read_text())
-    assert str(file) in found["text"] and found["tokenizer"] == "demo"
+    settings = json.loads((of_files(tmp_path / "run", file) / texts.SETTINGS).read_text())
+    assert str(file) in settings["text"] and settings["tokenizer"] == "demo"

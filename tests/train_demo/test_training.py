@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +40,8 @@ def compiled_once():
     """Runs and stages share their programs: each run would compile the same ones again."""
 
     def shared(config, stage, compute_dtype):
-        own = {"mtp_weight": stage.mtp_weight, "bias_speed": stage.bias_speed}
-        return make_step(config, Stage("", 0, 0, 0, stage.selection, stage.trains, 0.0, **own), compute_dtype)
+        constants = {"mtp_weight": stage.mtp_weight, "bias_speed": stage.bias_speed}
+        return make_step(config, Stage("", 0, 0, 0, stage.selection, stage.trains, 0.0, **constants), compute_dtype)
 
     stages_of_run = tuple(dataclasses.replace(stage, **SHARED.get(stage.name, {})) for stage in TINY.stages)
     with pytest.MonkeyPatch.context() as patch:
@@ -110,9 +111,8 @@ def test_interrupted_run_ends_in_the_same_numbers(whole, data, tmp_path, monkeyp
     assert again.restore(again.checkpoints.latest_step())[:2] == (0, 7)
     again.train(until="pretrain")
     expected = training.from_model(convert.load_hf(whole[0] / "pretrain"))
-    found = training.from_model(convert.load_hf(tmp_path / "pretrain"))
-    for path, value in expected.items():
-        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    resumed = training.from_model(convert.load_hf(tmp_path / "pretrain"))
+    chex.assert_trees_all_equal(resumed, expected)
 
 
 def test_another_machine_starts_from_bfloat16_weights(whole, data, tmp_path):

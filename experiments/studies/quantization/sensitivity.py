@@ -1,4 +1,4 @@
-"""What each tensor family of each layer costs when it alone is quantised, weights only."""
+"""Measures the loss of each tensor family of each layer when it alone is quantised, weights only."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,12 +39,12 @@ UNTAKEN = {
         *("attn.indexer.k_norm_weight", "attn.indexer.k_norm_bias"),
     ),
 }
-"""What no scheme takes of a layer."""
+"""Tensors of a layer that are never quantised."""
 WHOLE = {"embedding": "embed", "final norm": "norm", "head": "head"}
-"""And outside the layers."""
+"""Such tensors outside the layers."""
 SCHEMES = ("int4", "int8")
 TRIED = ("int8", "fp8_block")
-"""For what no scheme takes; a vector is rounded as a matrix of one row."""
+"""Schemes that are tried on those tensors; a vector is rounded as a matrix of one row."""
 
 
 class Unit(NamedTuple):
@@ -56,7 +56,7 @@ class Unit(NamedTuple):
 
 
 def units(model: DeepseekV32, families: Mapping[str, tuple[str, ...]]) -> Iterator[Unit]:
-    """Those of every layer that has them, family by family."""
+    """Yields the units of every layer, family by family."""
     parameters = named_parameters(model)
     for family, names in families.items():
         for layer in range(len(model.layers)):
@@ -66,22 +66,22 @@ def units(model: DeepseekV32, families: Mapping[str, tuple[str, ...]]) -> Iterat
 
 
 def rounded(leaf: jax.Array, scheme: str) -> jax.Array:
-    """A parameter that no scheme takes, rounded by one all the same, in its own dtype."""
+    """Rounds a parameter that is never quantised to a scheme, and returns it in its own dtype."""
     matrix = leaf.astype(jnp.float32).reshape(-1, leaf.shape[-1])
     return quantize_weight(matrix, scheme).dequantize(jnp.float32).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def settings_of(setting: Setting) -> dict[str, Any]:
-    """What the sensitivities were measured on."""
+    """The settings of the measurement of sensitivities."""
     return setting.describe() | {"planning_length": setting.texts.planning.shape[1]}
 
 
 def sensitivity(setting: Setting, out: Path = RESULT, report: Callable[[str], None] = print) -> None:
-    """Writes the rows that are not there yet; `kept` are those of what no scheme takes.
+    """Measures the rows that the file does not contain yet; `kept` has those of tensors that are never quantised.
 
     Args:
       setting: of the measurement.
-      out: JSON; what is there with the same settings is kept.
+      out: JSON; rows with the same settings in it are kept.
       report: takes a line at a time.
     """
     settings = settings_of(setting)

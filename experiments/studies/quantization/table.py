@@ -1,4 +1,4 @@
-"""What each scheme costs the whole model."""
+"""Measures each scheme on the whole model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,17 +30,17 @@ ARITHMETIC = {
     "index queries and keys in FP8": Run(index_quant=True),
     "both": Run(act_quant=True),
 }
-"""What is quantised of the activations when the weights are the base's."""
+"""Runs with quantised activations and the base's weights."""
 CACHES = ("bfloat16", "fp8")
 
 
 def table(setting: Setting, out: Path = RESULT, plan: Path = PLAN, report: Callable[[str], None] = print) -> None:
-    """Writes what is not there yet, first the likelihoods of every row, then needles, then what layers do.
+    """Measures what the file does not contain yet: first the likelihoods of every row, then needles, then layers.
 
     Args:
       setting: of the measurement.
-      out: JSON; what is there with the same settings is kept.
-      plan: the mixed plan, whose rows are left out until it is there.
+      out: JSON; results with the same settings in it are kept.
+      plan: file of the mixed plan, whose rows are left out until it exists.
       report: takes a line at a time.
     """
     settings = setting.describe() | {"needles": {"each": NEEDLES_EACH, "contexts": [LENGTH, LONGEST]}, "traced": TRACED}
@@ -50,7 +50,7 @@ def table(setting: Setting, out: Path = RESULT, plan: Path = PLAN, report: Calla
     ruler = Ruler(setting.plain_base, setting.texts.evaluation)
     window = setting.texts.evaluation[0, :TRACED]
     assert setting.lm.tokenizer is not None
-    made = needles(setting.lm.tokenizer, setting.texts.long, (LENGTH, LONGEST), NEEDLES_EACH)
+    hidden_needles = needles(setting.lm.tokenizer, setting.texts.long, (LENGTH, LONGEST), NEEDLES_EACH)
     variants = dict(VARIANTS)
     if plan.exists():
         schemes = read_json(plan)["schemes"]
@@ -64,17 +64,20 @@ def table(setting: Setting, out: Path = RESULT, plan: Path = PLAN, report: Calla
     def model(name: str) -> DeepseekV32:
         return variants[name][0](setting)
 
-    def keep(part: str, name: str, found: dict[str, Any]) -> None:
-        result[part].setdefault(name, {}).update(found)
+    def keep(part: str, name: str, figures: dict[str, Any]) -> None:
+        result[part].setdefault(name, {}).update(figures)
         write_json(out, result)
-        report(f"{part}, {name}: " + ", ".join(f"{key} {value}" for key, value in found.items() if key != "fidelity"))
+        report(f"{part}, {name}: " + ", ".join(f"{key} {value}" for key, value in figures.items() if key != "fidelity"))
 
     def likelihoods(name: str, plain: DeepseekV32, run: Run) -> dict[str, Any]:
         return ruler.measure(plain, run) | {"megabytes": megabytes(model(name))}
 
     def needles_found(_: str, plain: DeepseekV32, run: Run) -> dict[str, Any]:
-        found = found_needles(lambda ids: score(plain, run, ids), made)
-        shares = {str(n): float(found[[needle.context == n for needle in made]].mean()) for n in (LENGTH, LONGEST)}
+        is_found = found_needles(lambda ids: score(plain, run, ids), hidden_needles)
+        shares = {
+            str(n): float(is_found[[needle.context == n for needle in hidden_needles]].mean())
+            for n in (LENGTH, LONGEST)
+        }
         return {"needles": shares}
 
     def layers(_: str, plain: DeepseekV32, run: Run) -> dict[str, Any]:

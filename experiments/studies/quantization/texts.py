@@ -1,7 +1,7 @@
 """The held-out text of these measurements, and statistics of the linears' inputs over a part of it.
 
-Three parts that share no document: to evaluate, to calibrate, and to choose a plan by its sensitivities. Nothing is
-fitted to the text that the table is of.
+It has three parts that share no document: to evaluate, to calibrate, and to choose a plan by its sensitivities. Nothing
+is fitted to the text of the table.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ LENGTH, LONGEST, SHORTEST = 1024, 2048, 512
 """Tokens of a window, of the longest context in which a needle is hidden, and of the planning windows: those are run
 very often; half of their tokens see more positions than the demo chooses."""
 EVALUATION, CALIBRATION, PLANNING = slice(0, 16), slice(16, 32), slice(32, 36)
-"""Which documents."""
+"""The documents of each part."""
 KEPT = Path(".train/quantization")
-"""Where statistics stay between commands: they take minutes."""
+"""Folder in which statistics are cached between commands: they take minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,17 @@ class Texts:
 
 
 def statistics(lm: LanguageModel, windows: np.ndarray, folder: Path = KEPT) -> dict[str, Statistics]:
-    """`calibrate`, kept in a file for the same weights and windows."""
+    """Runs `calibrate`, or reads its results for the same weights and windows from a file."""
     digest = hashlib.sha256(windows.tobytes())
     for leaf in named_parameters(lm.model).values():
         digest.update(np.asarray(leaf.values if hasattr(leaf, "values") else leaf).tobytes())
     file = folder / f"statistics-{digest.hexdigest()[:16]}.npz"
     fields = [field.name for field in dataclasses.fields(Statistics)]
     if not file.exists():
-        found = calibrate(lm, windows)
-        arrays = {f"{path}/{name}": np.asarray(getattr(own, name)) for path, own in found.items() for name in fields}
+        by_path = calibrate(lm, windows)
+        arrays = {
+            f"{path}/{name}": np.asarray(getattr(linear, name)) for path, linear in by_path.items() for name in fields
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as temporary, open(temporary, "wb") as out:
             np.savez(out, allow_pickle=False, **arrays)

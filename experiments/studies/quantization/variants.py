@@ -28,7 +28,7 @@ from dsv32_jax.model.params import is_linear, named_parameters, replace_paramete
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What every measurement begins with: the shipped model, its base, and the text."""
+    """The shipped model, its base, and the texts of every measurement."""
 
     name: str
     lm: LanguageModel
@@ -36,7 +36,7 @@ class Setting:
 
     @staticmethod
     def of(name: str = "demo") -> "Setting":
-        """A checkpoint as `load` takes it."""
+        """The setting of a checkpoint, named as for `load`."""
         lm = load(name)
         assert lm.tokenizer is not None
         return Setting(name, lm, Texts.of(lm.tokenizer))
@@ -53,7 +53,7 @@ class Setting:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """Of the inputs over the calibration text."""
+        """Statistics of the linears' inputs over the calibration text."""
         return statistics(self.lm, self.texts.calibration)
 
     @cached_property
@@ -62,7 +62,7 @@ class Setting:
         return quantize_model(self.base, uniform(self.base, "int4"), self.statistics)
 
     def mixed(self, schemes: Mapping[str, str]) -> DeepseekV32:
-        """By a plan; its four bits are those of `calibrated_int4`, its eight bits the nearest."""
+        """The model of a plan; its four-bit weights are those of `calibrated_int4`, the others are rounded plainly."""
         four = named_parameters(self.calibrated_int4)
         rest = quantize_model(self.base, {path: scheme for path, scheme in schemes.items() if scheme != "int4"})
         return replace_parameters(
@@ -71,7 +71,7 @@ class Setting:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of how it was made; a result with another description is not gone on with."""
+        """A description of the setting; a result with another description is not resumed."""
         parts = {"evaluation": EVALUATION, "calibration": CALIBRATION, "planning": PLANNING}
         return {
             "model": self.name,
@@ -84,13 +84,13 @@ class Setting:
 
 
 def migrated_int8(setting: Setting) -> DeepseekV32:
-    """Outliers moved into the weights, and the range of each row searched for."""
-    model, found = migrate(setting.base, setting.statistics)
-    return quantize_model(model, uniform(model, "int8"), found)
+    """The model in int8 with outliers moved into the weights, and the range of each row searched for."""
+    model, migrated_statistics = migrate(setting.base, setting.statistics)
+    return quantize_model(model, uniform(model, "int8"), migrated_statistics)
 
 
 def indexer_int4(setting: Setting) -> DeepseekV32:
-    """The indexer's linears calibrated in four bits, all else the base: it decides where attention looks."""
+    """The base with the indexer's linears calibrated in four bits: the indexer decides where attention looks."""
     base, four = named_parameters(setting.base), named_parameters(setting.calibrated_int4)
     return replace_parameters(
         setting.base, {path: four[path] if ".indexer." in path and is_linear(path) else base[path] for path in base}
@@ -98,12 +98,12 @@ def indexer_int4(setting: Setting) -> DeepseekV32:
 
 
 def alone(scheme: str, ranges: str | None = None) -> Callable[[Setting], DeepseekV32]:
-    """Every linear in a scheme, each weight rounded by itself, in ranges of a kind."""
+    """Makes models with every linear in a scheme, each weight rounded by itself, in ranges of one method."""
     return lambda setting: quantize_model(setting.base, uniform(setting.base, scheme), ranges=ranges)
 
 
 def calibrated(scheme: str, ranges: str) -> Callable[[Setting], DeepseekV32]:
-    """Every linear in a scheme, rounded for its inputs, in ranges of a kind."""
+    """Makes models with every linear in a scheme, rounded with regard to its inputs, in ranges of one method."""
     return lambda setting: quantize_model(setting.base, uniform(setting.base, scheme), setting.statistics, ranges)
 
 
