@@ -115,7 +115,7 @@ def slots_of_table(table: BlockTable, start: int, stop: int) -> np.ndarray:
     return slots_of(np.arange(start, stop), np.zeros(stop - start, np.int32), np.array([table.blocks], np.int32))
 
 
-LAYER_TAPS = Taps.of(dict.fromkeys(OF_LAYER))
+LAYER_TAPS = Taps.of(dict.fromkeys(f"layers.*.{name}" for name in OF_LAYER))
 
 
 def fresh_jit(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[Any, KVCache, dict]:

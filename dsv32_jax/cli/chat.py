@@ -18,6 +18,7 @@ from dsv32_jax.cli.interruption import Interrupt
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    CheckFlag,
     ComputeDtype,
     IgnoreEos,
     IndexTopk,
@@ -64,6 +65,7 @@ def chat(
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
     part: PartFlag = None,
+    check: CheckFlag = False,
     as_json: Json = False,
 ) -> None:
     """Talk to the model: one line is one message; /help lists commands, /exit or the end of input leaves.
@@ -73,7 +75,7 @@ def chat(
     Example: dsv32 chat --model DIR --system "Answer in one sentence."
     """
     check_sampling(temperature, top_p, seed)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part, check)
     from dsv32_jax.cli.conversation import Conversation
 
     sampling = sampling_of(m, temperature, top_p, seed, ignore_eos)

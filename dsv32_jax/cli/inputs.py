@@ -31,6 +31,7 @@ def loaded(
     backend: str,
     no_mtp: bool = False,
     part: list[str] | None = None,
+    check: bool = False,
 ) -> "LanguageModel":
     """Loads the model that the flags name, with their options and parts."""
     from dsv32_jax.generate.loading import load
@@ -49,7 +50,7 @@ def loaded(
         backend=backend,
         mtp=not no_mtp,
     )
-    return m.with_parts(**functions) if functions else m
+    return m.with_parts(check=check, **functions) if functions or check else m
 
 
 def name_of(model: str) -> str:

@@ -11,6 +11,7 @@ from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, 
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    CheckFlag,
     ComputeDtype,
     IndexTopk,
     Json,
@@ -44,6 +45,7 @@ def fidelity(
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
     part: PartFlag = None,
+    check: CheckFlag = False,
     as_json: Json = False,
 ) -> None:
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
@@ -63,7 +65,7 @@ def fidelity(
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
         parts = part if traces else None  # of B
-        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, parts)
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, parts, check)
         if not traces:
             _check_comparable(first, m.config, second)
         if text is not None and not traces:

@@ -44,5 +44,8 @@ PartFlag = Annotated[
         help="Replace a part of each step: index_select=recent, or index_select=package.module:function; repeat it.",
     ),
 ]
+CheckFlag = Annotated[
+    bool, typer.Option("--check", help="Check in each step the values that replaced parts give; slow.")
+]
 NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out the multi-token prediction (MTP) layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

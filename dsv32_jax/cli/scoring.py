@@ -11,6 +11,7 @@ from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, 
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    CheckFlag,
     ComputeDtype,
     IndexTopk,
     Json,
@@ -45,6 +46,7 @@ def score(
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
     part: PartFlag = None,
+    check: CheckFlag = False,
     as_json: Json = False,
     save_logits: Annotated[
         Path | None, typer.Option("--save-logits", help="Write float32 [B, T, vocab] here (.npy); 0 where absent.")
@@ -70,7 +72,7 @@ def score(
     text = None if text_file is None else read_text(text_file, "--text-file")
     ids = None if token_ids is None else read_token_ids(token_ids)
     with replacing(save_logits, "--save-logits") as logits_file:
-        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
+        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part, check)
         if text is not None:
             row, windows, reading = _windows(m, text, window, stride)
             rows, width = [row], len(row)

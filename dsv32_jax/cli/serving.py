@@ -12,6 +12,7 @@ from dsv32_jax.cli.inputs import check_sampling, loaded, name_of
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    CheckFlag,
     ComputeDtype,
     IndexTopk,
     Model,
@@ -72,6 +73,7 @@ def serve(
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
     part: PartFlag = None,
+    check: CheckFlag = False,
 ) -> None:
     """Answer OpenAI's completions and chat completions over HTTP, with Prometheus metrics at /metrics.
 
@@ -112,7 +114,7 @@ def serve(
     bound = bind(host, port)
     if settings.api_key is None and not bound.getsockname()[0].startswith(("127.", "::1")):
         typer.echo(f"warning: --host {host}: others can reach it, and no key is asked for; see --api-key", err=True)
-    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
+    m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part, check)
     temperature, top_p = m.sampling(temperature, top_p, 0)
     settings = dataclasses.replace(settings, temperature=temperature, top_p=top_p)
     engine = Engine(

@@ -21,6 +21,7 @@ from dsv32_jax.cli.inputs import (
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    CheckFlag,
     ComputeDtype,
     IgnoreEos,
     IndexTopk,
@@ -60,6 +61,7 @@ def generate(
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
     part: PartFlag = None,
+    check: CheckFlag = False,
     as_json: Json = False,
     save_tokens: Annotated[
         Path | None, typer.Option("--save-tokens", help="Write int32 [B, N] here (.npy), -1 after a row's end.")
@@ -74,7 +76,7 @@ def generate(
     prompts: Any = prompts_of(prompt, prompt_file, token_ids)
     check_sampling(temperature, top_p, seed)
     with replacing(save_tokens, "--save-tokens") as tokens_file:
-        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part)
+        m = loaded(model, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, part, check)
         if isinstance(prompts, list) and (system is not None or thinking):
             tokenizer = tokenizer_of(m, "--system" if system is not None else "--thinking")
             prompts = [tokenizer.encode_chat(chat_of(system, text), thinking=thinking) for text in prompts]

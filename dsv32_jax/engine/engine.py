@@ -51,6 +51,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.memory import available_bytes
 from dsv32_jax.generate.sampling import NOT_FINITE, log_probabilities
 from dsv32_jax.model.cache import KVCache
+from dsv32_jax.model.checks import shown_as_user_errors
 
 __all__ = ["Engine"]
 
@@ -160,6 +161,10 @@ class Engine(RequestIntake):
             afterwards. `UserError` if the model was edited; nothing has changed then.
         """
         self.check_unedited()
+        with shown_as_user_errors():
+            return self._step()
+
+    def _step(self) -> list[Event]:
         silent = self._outbox.silent
         started = self.transact(self._start_next)
         if started is None:

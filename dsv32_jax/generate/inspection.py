@@ -20,7 +20,7 @@ from dsv32_jax.model.taps import Taps
 __all__ = ["run_layer", "tap_names", "tapped", "trace"]
 
 ALL = Taps.of({"*": None})
-OF_LAYER_TAPS = Taps.of(dict.fromkeys(OF_LAYER))
+OF_LAYER_TAPS = Taps.of(dict.fromkeys(f"layers.*.{name}" for name in OF_LAYER))
 
 
 def trace(flat: FlatModel, row: list[int]) -> Trace:

@@ -148,11 +148,13 @@ class LanguageModel:
         Args:
           weights: by path, as in `weights`: arrays of the parameter's shape in float32, bfloat16 or float16, or a
             `QTensor` in place of a linear. The MTP layer has its own embedding and head, `mtp.embed` and `mtp.head`.
-          check: check in each step the values that replaced parts return, not only their shapes and dtypes; slow, for
+          check: check in each step the values that replaced parts return, not only their shapes and dtypes: what a
+            selection, a routing and a plan point to, and that numbers are no NaN (`dsv32_jax.model.checks`); slow, for
             tests and notebooks. None keeps the present setting.
-          functions: by the name of the part, see `dsv32_jax.model.parts.Parts`: `with_parts(index_select=f)`. A
-            function is called with the positional arguments of the public op whose place it takes, and those of its
-            keyword arguments that the function names. The same function again compiles nothing anew.
+          functions: by the name of the part, see `dsv32_jax.model.parts.Parts`: `with_parts(index_select=f)`; None
+            puts the model's own back. A function is called with the positional arguments of the public op whose place
+            it takes, and those of its keyword arguments that the function names. It is read when a step is compiled,
+            so it must be made of jax.numpy and depend on its arguments alone; the same function again compiles nothing.
 
         Raises:
           UserError: a path or a part that does not exist; an array of another shape or dtype; a function that cannot be

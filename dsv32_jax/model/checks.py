@@ -6,6 +6,7 @@ device knows them, so each check of a step sends the host a few numbers, which c
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,10 @@ from jax.experimental import io_callback
 from dsv32_jax.errors import UserError
 from pallas_kernels.moe_dispatch import RoutingPlan
 
-__all__ = ["check_contract", "check_experts", "check_result", "check_selection", "shown_as_user_errors"]
+__all__ = ["check_contract", "check_range", "check_result", "check_selection", "shown_as_user_errors"]
 
+NUMBERS = ("indexer_logits", "sparse_mla", "dense_mla", "rms_norm", "rope", "index_rope", "matmul", "route", "combine")
+"""Parts whose results must not be NaN; those of others have rows that nobody reads, and which may hold anything."""
 ANY_WIDTH = ("index_select", "top_k")
 """Parts that may give any number of positions."""
 
@@ -77,7 +80,16 @@ def check_contract(label: str, part: str, result: Any, arrays: tuple[Any, ...], 
     elif part == "top_k":
         check_selection(label, result, keywords["lengths"] - 1)
     elif part == "route":
-        check_experts(label, result[0], arrays[0].shape[1])
+        check_range(label, "expert", result[0], 0, arrays[0].shape[1], distinct=True)
+    elif part == "make_plan":
+        check_range(label, "expert of a tile", result.tile_expert[:, None], 0, arrays[2])
+        check_range(label, "row of a token", result.token_row, -1, len(result.row_token))
+        check_range(label, "token of a row", result.row_token[:, None], -1, len(arrays[0]))
+    if part in NUMBERS:
+        for leaf in jax.tree.leaves(result):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                missing = jnp.isnan(leaf)
+                io_callback(functools.partial(_refuse_nan, label=label), None, missing.any(), jnp.argmax(missing))
 
 
 SELECTION = {
@@ -114,19 +126,34 @@ def _refuse_selection(wrong: np.ndarray, which: np.ndarray, positions: np.ndarra
             raise UserError(f"{label}: of the token at position {at}, the chosen {chosen} {rule}")
 
 
-def check_experts(label: str, experts: jax.Array, count: int) -> None:
-    """Checks that experts int32 [T, K] are among so many, and none twice for a token; raises as `check_selection`."""
-    outside = (experts < 0) | (experts >= count)
-    io_callback(
-        functools.partial(_refuse_experts, label=label, count=count), None, outside, _repeated(experts), experts
-    )
+def check_range(label: str, name: str, indices: jax.Array, low: int, high: int, distinct: bool = False) -> None:
+    """Checks that int32 [R, K] are from `low` to below `high`, and different within a row; raises as `check_selection`.
+
+    Args:
+      label: names the part and its place in errors.
+      name: of what they count.
+      indices: int32 [R, K].
+      low, high: the range.
+      distinct: none stands twice in a row.
+    """
+    outside = (indices < low) | (indices >= high)
+    again = _repeated(indices) if distinct else jnp.zeros_like(outside)
+    refuse = functools.partial(_refuse_index, label=label, name=name, rule=f"is not in {low}..{high - 1}")
+    io_callback(refuse, None, outside, again, indices)
 
 
-def _refuse_experts(outside: np.ndarray, again: np.ndarray, experts: np.ndarray, label: str, count: int) -> None:
-    for wrong, rule in ((outside, f"is not in 0..{count - 1}"), (again, "stands there twice")):
+def _refuse_index(
+    outside: np.ndarray, again: np.ndarray, indices: np.ndarray, label: str, name: str, rule: str
+) -> None:
+    for wrong, text in ((outside, rule), (again, "stands there twice")):
         if np.asarray(wrong).any():
-            token, choice = np.argwhere(np.asarray(wrong))[0]
-            raise UserError(f"{label}: of row {token}, the expert {np.asarray(experts)[token, choice]} {rule}")
+            row, column = np.argwhere(np.asarray(wrong))[0]
+            raise UserError(f"{label}: of row {row}, the {name} {np.asarray(indices)[row, column]} {text}")
+
+
+def _refuse_nan(missing: np.ndarray, first: np.ndarray, label: str) -> None:
+    if np.asarray(missing):
+        raise UserError(f"{label}: gave NaN, first at {int(first)} of its flat values")
 
 
 def _behind_none(chosen: jax.Array) -> jax.Array:
@@ -140,6 +167,17 @@ def _repeated(chosen: jax.Array) -> jax.Array:
     ordered = jnp.take_along_axis(chosen, order, axis=-1)
     again = jnp.pad(ordered[:, 1:] == ordered[:, :-1], ((0, 0), (1, 0)))
     return jnp.put_along_axis(jnp.zeros_like(again), order, again, axis=-1, inplace=False)
+
+
+class _OfChecks(logging.Filter):
+    """Drops what JAX logs of a check that failed: the error itself comes where the result is fetched."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record stays."""
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+logging.getLogger("jax._src.callback").addFilter(_OfChecks())
 
 
 @contextlib.contextmanager

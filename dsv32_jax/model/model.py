@@ -160,7 +160,8 @@ def tapped_step(
 def tapped_layer(
     model: DeepseekV32, layer: int, hidden: jax.Array, batch: Batch, cache: KVCache, options: Options, taps: Taps
 ) -> dict[str, Any]:
-    """What the taps ask for of one layer alone, on a residual stream [T, D]; names are within the layer."""
+    """What the taps ask for of one layer alone, on a residual stream [T, D]."""
     ctx = StepContext(model.config, options, batch, options.seams(taps))
-    model.layers[layer](hidden.astype(ctx.dtype), None, layer, cache, ctx)
+    with ctx.seams.scope(f"layers.{layer}"):
+        model.layers[layer](hidden.astype(ctx.dtype), None, layer, cache, ctx)
     return ctx.seams.values

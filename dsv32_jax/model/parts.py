@@ -17,6 +17,7 @@ from pallas_kernels import moe_dispatch, rowwise
 from pallas_kernels.cache_write import cache_write
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits
+from pallas_kernels.operators import Operator
 from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.top_k import top_k
 
@@ -74,7 +75,9 @@ class Parts:
     """The functions that are not the model's own, by part."""
 
     def __post_init__(self) -> None:
-        functions = {name: getattr(self, name) for name in NAMES}
+        functions = {name: unwrapped(getattr(self, name)) for name in NAMES}
+        for name, function in functions.items():
+            object.__setattr__(self, name, function)
         replaced = {name: f for name, f in functions.items() if f is not DEFAULTS[name]}
         for name, function in replaced.items():
             check_signature(name, function)
@@ -82,14 +85,16 @@ class Parts:
         object.__setattr__(self, "replaced", replaced)
         object.__setattr__(self, "_key", tuple((name, identity(f)) for name, f in replaced.items()))
 
-    def with_parts(self, functions: Mapping[str, Function]) -> "Parts":
-        """These parts with others in their place; raises UserError for a part that does not exist."""
+    def with_parts(self, functions: Mapping[str, Function | None]) -> "Parts":
+        """These parts with others in their place, None for the model's own.
+
+        Raises:
+          UserError: a part does not exist, or a function cannot take its place.
+        """
         for name in functions:
-            if name not in NAMES:
-                close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
-                hint = f"did you mean {', '.join(close)}?" if close else f"it is one of {', '.join(NAMES)}"
-                raise UserError(f"part {name!r} is unknown; {hint}")
-        return Parts(**{**self.replaced, **functions})
+            check_name(name)
+        merged = {**self.replaced, **functions}
+        return Parts(**{name: function for name, function in merged.items() if function is not None})
 
     def replace_any(self, names: Iterable[str]) -> bool:
         """Whether one of these parts is not the model's own."""
@@ -132,34 +137,81 @@ route: `x` [T, D], the normalised input of the experts; `positions` int32 [T], -
 """
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for a part that does not exist."""
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, (*NAMES, "weights", "check"), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else f"it is one of {', '.join(NAMES)}"
+        raise UserError(f"part {name!r} is unknown; {hint}")
+
+
+def unwrapped(function: Any) -> Any:
+    """The function of an op that is given as its package: `pallas_kernels.top_k` for `pallas_kernels.top_k.top_k`."""
+    if isinstance(function, Operator):
+        return vars(function).get(function.__name__.rpartition(".")[2], function)
+    return function
+
+
+def signature(function: Function) -> inspect.Signature:
+    """A function's signature without what a `functools.partial` binds, which nobody may give again.
+
+    Raises:
+      UserError: the function has none that Python can read.
+    """
+    bound: set[str] = set()
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        bound |= set(inner.keywords)
+        inner = inner.func
+    try:
+        whole = inspect.signature(function)
+    except ValueError as error:
+        raise UserError(
+            f"{title(function)}: its arguments cannot be read; give a Python function that calls it"
+        ) from error
+    return whole.replace(parameters=[one for name, one in whole.parameters.items() if name not in bound])
+
+
 def accepted(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments that a function takes; all of them where it takes any."""
-    parameters = inspect.signature(function).parameters
+    """The keyword arguments that a function takes: those that it names, or all where it takes any and binds none."""
+    parameters = signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(keywords)
+        bound = function.keywords if isinstance(function, functools.partial) else {}
+        return {name: value for name, value in keywords.items() if name not in bound}
     return {name: value for name, value in keywords.items() if name in parameters}
 
 
 def names(function: Function, keyword: str) -> bool:
     """Whether a function names a keyword argument, which one with **keywords does not."""
-    return keyword in inspect.signature(function).parameters
+    return keyword in signature(function).parameters
 
 
 def check_signature(part: str, function: Function) -> None:
     """Raises UserError for a function that cannot be called as the part is."""
     if not callable(function):
         raise UserError(f"part {part}: {function!r} is no function")
+    theirs = signature(function)
     identity(function)
     parameters = inspect.signature(DEFAULTS[part]).parameters.values()
     positional = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY and one.default is one.empty]
     keywords = [one.name for one in parameters if one.name not in positional] + list(EXTRAS.get(part, ()))
     try:
-        inspect.signature(function).bind(*positional, **accepted(function, dict.fromkeys(keywords)))
+        theirs.bind(*positional, **accepted(function, dict.fromkeys(keywords)))
     except TypeError as error:
         raise UserError(
-            f"part {part}: {title(function)}{inspect.signature(function)} cannot be called with "
+            f"part {part}: {title(function)}{theirs} cannot be called with "
             f"({', '.join(positional)}) and, by name, what it wants of {', '.join(keywords)}: {error}"
         ) from error
+
+    for name in [
+        name for name, one in theirs.parameters.items() if one.kind is one.KEYWORD_ONLY and name not in keywords
+    ]:
+        if close := difflib.get_close_matches(
+            name, [one for one in keywords if one not in theirs.parameters], cutoff=0.75
+        ):
+            raise UserError(
+                f"part {part}: {title(function)} names {name!r}, which nobody gives; did you mean {close[0]}?"
+            )
 
 
 def check_reached(replaced: Mapping[str, Function]) -> None:
@@ -174,13 +226,16 @@ def identity(function: Function) -> Any:
     """What two functions have in common that compute the same: the function, or what a `functools.partial` binds."""
     key: Any = function
     if isinstance(function, functools.partial):
-        key = (identity(function.func), function.args, tuple(sorted(function.keywords.items())))
+        values = (*function.args, *(value for _, value in sorted(function.keywords.items())))
+        # Values that are equal may compute differently: True, 1 and 1.0; 0.0 and -0.0.
+        kinds = tuple((type(value), repr(value)) for value in values)
+        key = (identity(function.func), function.args, tuple(sorted(function.keywords.items())), kinds)
     try:
         hash(key)
     except TypeError as error:
         raise UserError(
-            f"{title(function)}: a part must be hashable, and this binds a value that is not ({error}); "
-            "bind numbers and texts, or define a function"
+            f"{title(function)}: must be hashable, and binds a value that is not ({error}); bind numbers and texts, or "
+            "define a function"
         ) from error
     return key
 

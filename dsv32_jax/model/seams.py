@@ -90,8 +90,12 @@ class Seams:
                 return DEFAULTS[part](*arrays, **keywords)
             function = self.parts.replaced[part]
             computed = {name: compute() for name, compute in (extras or {}).items() if names(function, name)}
-            result = function(*arrays, **accepted(function, keywords), **computed)
             label = f"part {part} ({title(function)}), {'.'.join(self._path) or 'the step'}"
+            try:
+                result = function(*arrays, **accepted(function, keywords), **computed)
+            except Exception as error:
+                error.add_note(f"in {label}")
+                raise
             check_result(label, result, lambda: DEFAULTS[part](*arrays, **keywords), part)
             if self.check:
                 check_contract(label, part, result, arrays, keywords)

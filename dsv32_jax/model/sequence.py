@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.errors import UserError
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.context import Batch, Options, StepContext
 from dsv32_jax.model.mla import MLA
@@ -64,10 +65,10 @@ class Run:
 
     def __post_init__(self):
         if self.attention not in ("sparse", "dense"):
-            raise ValueError(f"attention {self.attention!r} is unknown; it is one of sparse, dense")
+            raise UserError(f"attention {self.attention!r} is unknown; it is one of sparse, dense")
         if self.index_loss and self.parts.replace_any(ATTENTION):
             names = " or ".join(ATTENTION)
-            raise ValueError(f"index_loss needs the attention's probabilities, which a replaced {names} does not give")
+            raise UserError(f"index_loss needs the attention's probabilities, which a replaced {names} does not give")
 
     @staticmethod
     def of(options: Options, **changes: Any) -> "Run":
@@ -112,6 +113,12 @@ class Sequences:
     def numerics(self) -> Numerics:
         """Of the pass."""
         return self.step(self.run.act_quant).numerics
+
+    @cached_property
+    def expanded_numerics(self) -> Numerics:
+        """For products that the step has in another form, so that no replaced `matmul` sees them: kv_b and experts."""
+        parts = {name: part for name, part in self.run.parts.replaced.items() if name != "matmul"}
+        return dataclasses.replace(self.numerics, seams=Seams(Parts(**parts)))
 
     @property
     def index_quant(self) -> bool:
@@ -276,7 +283,9 @@ def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax
         return attn(x, layer, seqs.cache(layer, run.act_quant), seqs.step(run.act_quant))[0], jnp.float32(0)
     q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a, "q_a"), seqs.angles, config, numerics)
     latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a, "kv_a"), seqs.angles, config, numerics)
-    expanded = numerics.matmul(latent, attn.kv_b, "kv_b").reshape(x.shape[0], config.num_attention_heads, -1)
+    expanded = seqs.expanded_numerics.matmul(latent, attn.kv_b, "kv_b").reshape(
+        x.shape[0], config.num_attention_heads, -1
+    )
     k_nope, values = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
     rope_key = jnp.broadcast_to(rope_key[:, None], (*k_nope.shape[:2], rope_key.shape[-1]))
     queries = seqs.split(jnp.concatenate([q_nope, q_rope], axis=-1))
@@ -298,6 +307,9 @@ def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax
         mask = replaced_selection(attn, *inputs, lambda: softmax(everything).mean(1), layer, seqs)
     mask = everything if mask is None else mask
     probabilities = softmax(mask)
+    if replaced:  # whoever chooses no key at all gets 0, as in the step, and a gradient without NaN
+        chosen = mask.any(-1)[:, None, :, None]
+        probabilities = jnp.where(chosen, softmax(mask | ~mask.any(-1, keepdims=True)), 0)
     out = product("bhts,bshd->bthd", probabilities.astype(values.dtype), values).astype(values.dtype)
     out = numerics.matmul(out.reshape(x.shape[0], -1), attn.o, "o")
     if not run.index_loss:
@@ -324,10 +336,11 @@ def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Arr
     picked = jax.nn.one_hot(chosen, config.n_routed_experts, dtype=jnp.float32)  # [N, K, E]
     per_expert = (picked * weights[..., None]).sum(1)
     gates, ups, downs = moe.experts.weights
+    one_expert = seqs.expanded_numerics
 
     def one(total, expert):
         gate, up, down, weight = expert
-        rows = numerics.matmul(numerics.swiglu(x, gate, up), down, "down")
+        rows = one_expert.matmul(one_expert.swiglu(x, gate, up), down, "down")
         return total + weight[:, None] * rows.astype(jnp.float32), None
 
     if seqs.run.parts.replace_any(DISPATCH):
@@ -353,6 +366,13 @@ def decoder_layer(
     layer: DecoderLayer, residual: jax.Array, update: jax.Array | None, number: int, seqs: Sequences
 ) -> tuple[jax.Array, jax.Array, LayerReport]:
     """`DecoderLayer.__call__` over whole sequences: residual and update [B * T, D], and the layer's report."""
+    with seqs.seams.scope(f"layers.{number}"):
+        return _decoder_layer(layer, residual, update, number, seqs)
+
+
+def _decoder_layer(
+    layer: DecoderLayer, residual: jax.Array, update: jax.Array | None, number: int, seqs: Sequences
+) -> tuple[jax.Array, jax.Array, LayerReport]:
     eps, numerics = seqs.config.rms_norm_eps, seqs.numerics
     residual, x = numerics.add_rms_norm(residual, update, layer.attn_norm, eps)
     update, index_kl = attention(layer.attn, x, number, seqs)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.parts import accepted, identity
+from dsv32_jax.model.parts import accepted, identity, signature, title
 
 __all__ = ["Reduction", "Taps"]
 
 Reduction = Callable[..., Any] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taps:
     """Names of values, and a reduction for each; hashable, a static argument of a jitted step.
 
@@ -26,6 +28,15 @@ class Taps:
 
     requests: tuple[tuple[str, Reduction], ...] = ()
 
+    def _key(self) -> Any:
+        return frozenset((pattern, None if f is None else identity(f)) for pattern, f in self.requests)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Taps) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
     @staticmethod
     def of(requests: Mapping[str, Reduction]) -> "Taps":
         """From a mapping; raises UserError for a pattern that is no text or a reduction that is no function."""
@@ -35,7 +46,11 @@ class Taps:
             if reduction is not None:
                 if not callable(reduction):
                     raise UserError(f"tap {pattern!r}: {reduction!r} is no function; give one, or None for the value")
-                identity(reduction)
+                try:
+                    identity(reduction)
+                    signature(reduction)
+                except UserError as error:
+                    raise UserError(f"tap {pattern!r}: {error}") from error
         return Taps(tuple(requests.items()))
 
     def asks(self, name: str) -> bool:
@@ -49,7 +64,27 @@ class Taps:
             patterns = [pattern for pattern, _ in self.requests if fnmatch.fnmatchcase(name, pattern)]
             raise UserError(f"tap {name!r}: {' and '.join(map(repr, patterns))} ask for different reductions of it")
         (reduction,) = reductions
-        return value if reduction is None else reduction(value, **accepted(reduction, details))
+        if reduction is None:
+            return value
+        missing = [
+            one
+            for one in list(signature(reduction).parameters.values())[1:]
+            if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        ]
+        for one in missing:
+            if one.name not in details:
+                raise UserError(
+                    f"tap {name!r}: {title(reduction)} wants {one.name}, which does not belong to this value"
+                )
+        try:
+            result = reduction(value, **accepted(reduction, details))
+        except Exception as error:
+            error.add_note(f"in the reduction of tap {name!r}")
+            raise
+        leaves = jax.tree.leaves(result, is_leaf=lambda leaf: leaf is None)
+        if not leaves or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+            raise UserError(f"tap {name!r}: {title(reduction)} gave {result!r}; must be arrays, made by jax.numpy")
+        return result
 
     def check_all_met(self, names: Iterable[str]) -> None:
         """Raises UserError for a pattern that none of the step's names meets."""

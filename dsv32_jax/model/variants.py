@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.parts import NAMES
+from dsv32_jax.model.parts import check_name
 from pallas_kernels import rowwise
 from pallas_kernels.cache_format import unpack_rows
 from pallas_kernels.matmul import Weight, dense
@@ -146,8 +146,7 @@ def named_part(text: str) -> tuple[str, Callable[..., Any]]:
     part, equals, name = text.partition("=")
     if not equals or not name:
         raise UserError(f"part {text!r}: must be PART=VARIANT or PART=package.module:function")
-    if part not in NAMES:
-        raise UserError(f"part {part!r} is unknown; it is one of {', '.join(NAMES)}")
+    check_name(part)
     if ":" in name:
         module, _, function = name.partition(":")
         return part, imported(module, function, part)
@@ -177,6 +176,9 @@ def imported(module: str, name: str, part: str) -> Callable[..., Any]:
         function: Any = importlib.import_module(module)
         for attribute in name.split("."):
             function = getattr(function, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"part {part}: {module}:{name} cannot be imported ({error})") from error
+    except Exception as error:  # whatever somebody's module raises
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise UserError(f"part {part}: {module}:{name} cannot be imported ({kind}{error})") from error
+    if not callable(function):
+        raise UserError(f"part {part}: {module}:{name} is {function!r}, no function")
     return function

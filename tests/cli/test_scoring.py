@@ -181,5 +181,13 @@ def test_a_part_is_replaced_by_a_variant_or_by_ones_own_function(dsv32, refused,
     monkeypatch.chdir(tmp_path)
     recent = perplexity("--part", "index_select=recent")
     assert recent == perplexity("--part", "index_select=own_selection:mine") != perplexity()
+    (tmp_path / "broken.py").write_text("def f(*arrays, k):\n    return arrays[6][:, None] + 1\n1 / 0\n")
+    message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=broken:f")
+    assert "--part index_select: broken:f cannot be imported (ZeroDivisionError: division by zero)" in message
+    (tmp_path / "future.py").write_text("def f(*arrays, k):\n    return arrays[6][:, None] + 1\n")
+    message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=future:f", "--check")
+    assert (
+        "part index_select (future:f), layers.0.attn: of the token at position 0, the chosen 1 comes after" in message
+    )
     message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=last")
     assert message.startswith("error: --part index_select: variant 'last' is unknown; it is one of dense, recent,")

@@ -37,6 +37,15 @@ def test_a_part_of_the_wrong_shape_fails_when_the_step_is_compiled(lm):  # noqa:
         engine.generate(PROMPTS[:1], SamplingParams(2))
 
 
+def test_a_broken_contract_ends_a_checked_engines_request_in_one_line(lm):  # noqa: F811
+    def future(*arrays, k):
+        return arrays[6][:, None] + 1
+
+    engine = Engine(lm.with_parts(index_select=future, check=True), **SMALL)
+    with pytest.raises(UserError, match=r"^part index_select .*comes after the token's own position$"):
+        engine.generate(PROMPTS[:1], SamplingParams(2))
+
+
 def test_an_engine_refuses_to_go_on_with_other_parts(lm):  # noqa: F811
     m = lm.with_parts(index_select=recent)
     engine = Engine(m, **SMALL)

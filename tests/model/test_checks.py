@@ -9,7 +9,7 @@ from flax import nnx
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
-from dsv32_jax.model.checks import check_experts, check_result, check_selection
+from dsv32_jax.model.checks import check_range, check_result, check_selection
 from dsv32_jax.model.model import DeepseekV32
 from pallas_kernels.index_select import index_select
 from tests.harness import EXACT, one_shape
@@ -71,7 +71,7 @@ def test_experts_that_do_not_exist_or_stand_twice_are_refused():
 
 
 def checked_experts(experts):
-    check_experts("part route", experts, 4)
+    check_range("part route", "expert", experts, 0, 4, distinct=True)
     return experts
 
 

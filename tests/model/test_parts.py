@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
@@ -189,7 +190,7 @@ def test_wrong_names_and_functions_are_refused(lm):
         ({"index_select": 3}, "part index_select: 3 is no function"),
         ({"index_select": lambda queries: queries}, "cannot be called with \\(queries, head_weights, index, layer"),
         ({"route": lambda logits, bias, *, temperature: logits}, "missing a required.* argument: 'temperature'"),
-        ({"top_k": functools.partial(smallest, least=np.zeros(2))}, "a part must be hashable"),
+        ({"top_k": functools.partial(smallest, least=np.zeros(2))}, "must be hashable, and binds"),
         ({"index_select": recent, "top_k": through("top_k")}, "part top_k: index_select is replaced as well"),
         ({"experts": through("experts"), "gather_rows": through("gather_rows")}, "part gather_rows: experts is"),
     ):
@@ -218,7 +219,7 @@ def test_parts_by_name():
     ("texts", "message"),
     [
         (["index_select"], "must be PART=VARIANT or PART=package.module:function"),
-        (["select=recent"], "part 'select' is unknown; it is one of"),
+        (["select=recent"], "part 'select' is unknown; did you mean index_select"),
         (["index_select=recnt"], "variant 'recnt' is unknown; it is one of dense, recent,"),
         (["top_k=recent"], "part top_k: variant 'recent' is unknown; it has none; give package.module:function"),
         (["top_k=no.such:function"], "part top_k: no.such:function cannot be imported"),
@@ -235,3 +236,77 @@ def test_recent_and_first_keeps_the_first():
     positions = jnp.array([0, 2, 3, 9, -1])
     chosen = VARIANTS["index_select"]["recent_and_first"](*[None] * 6, positions, k=3)
     np.testing.assert_array_equal(chosen, [[0, -1, -1], [2, 1, 0], [3, 2, 0], [9, 8, 0], [-1, -1, -1]])
+
+
+# ---- what a newcomer would try ----
+
+
+def test_what_a_partial_binds_is_kept(lm):
+    four = dataclasses.replace(EXACT, index_topk=4)
+    expected = score(LanguageModel(lm.model, lm.config, options=four).with_parts(index_select=recent))
+    np.testing.assert_array_equal(score(lm.with_parts(index_select=functools.partial(recent, k=4))), expected)
+    assert lm.with_parts(top_k=recent_first(1)).options != lm.with_parts(top_k=recent_first(True)).options
+    assert lm.with_parts(top_k=recent_first(0.0)).options != lm.with_parts(top_k=recent_first(-0.0)).options
+
+
+def test_a_package_of_kernels_is_its_function_and_none_the_models_own(lm):
+    assert lm.with_parts(index_select=pallas_kernels.index_select).options == lm.options
+    assert lm.with_parts(index_select=recent).with_parts(index_select=None).options == lm.options
+
+
+def test_another_matmul_is_called_for_the_same_products_in_both_forms(lm):
+    def larger(x, weight, *, backend, **rounding):
+        return DEFAULTS["matmul"](x, weight, backend=backend, **rounding) * 1.5
+
+    m = lm.with_parts(matmul=larger)
+    np.testing.assert_allclose(score_of_sequences(m), score(m), atol=1e-4)
+    assert np.abs(score(m) - score(lm)).max() > 1e-2
+
+
+def nothing_for_the_fourth(queries, head_weights, index, layer, block_tables, sequence, positions, *, k):
+    chosen = recent(queries, head_weights, index, layer, block_tables, sequence, positions, k=k)
+    return jnp.where(positions[:, None] == 3, -1, chosen)
+
+
+def test_a_token_that_attends_to_nothing_is_no_nan_in_either_form(lm):
+    m = lm.with_parts(index_select=nothing_for_the_fourth, check=True)
+    np.testing.assert_allclose(score_of_sequences(m), score(m), atol=2e-5)
+    run = Run.of(m.options)
+    gradient = jax.grad(lambda model: hidden_states(model, IDS, run)[0].sum())(m.model)
+    assert all(np.isfinite(np.float32(leaf)).all() for leaf in jax.tree.leaves(gradient))
+
+
+def shifted_plan(experts, valid, num_experts, *, tile, backend):
+    plan = DEFAULTS["make_plan"](experts, valid, num_experts, tile, backend=backend)
+    return dataclasses.replace(plan, token_row=plan.token_row + 1000)
+
+
+def test_check_looks_at_plans_and_for_nan(lm):
+    for part, function, message in (
+        ("make_plan", shifted_plan, r"layers.1.ffn: of row 0, the row of a token 1\d\d\d is not in -1.."),
+        ("rms_norm", lambda x, weight, eps: x * jnp.nan, "layers.0: gave NaN, first at 0"),
+        ("indexer_logits", lambda *arrays: DEFAULTS["indexer_logits"](*arrays) * jnp.nan, "layers.0.attn: gave NaN"),
+    ):
+        with pytest.raises(UserError, match=f"^part {part} .*{message}"):
+            lm.with_parts(**{part: function}, check=True).run_layer(
+                int(part == "make_plan"), np.ones((5, 128), "float32")
+            )
+
+
+def test_an_error_inside_a_part_says_where(lm):
+    with pytest.raises(ZeroDivisionError) as error:
+        score(lm.with_parts(rms_norm=lambda x, weight, eps: 1 / 0))
+    assert any(note.startswith("in part rms_norm (") and note.endswith(", layers.0") for note in error.value.__notes__)
+
+
+def test_misspelt_keywords_and_functions_without_a_signature_are_refused(lm):
+    def misspelt(queries, head_weights, index, layer, block_tables, sequence, positions, *, k, attenton=None):
+        raise AssertionError
+
+    for parts, message in (
+        ({"index_select": misspelt}, "names 'attenton', which nobody gives; did you mean attention"),
+        ({"swiglu": max}, "its arguments cannot be read"),
+        ({"weight": recent}, "did you mean weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm.with_parts(**parts)

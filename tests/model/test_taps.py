@@ -64,6 +64,9 @@ def test_what_no_value_is_called_or_two_ask_for_is_refused(lm):  # noqa: F811
         ({"*.hidden": None, "layers.0.hidden": largest}, "ask for different reductions"),
         ({"*.hidden": 3}, "3 is no function"),
         ({3: None}, "tap 3: must be a text"),
+        ({"layers.0.ffn.input": rows_of_experts}, "wants row_token, which does not belong to this value"),
+        ({"states": lambda x: 3}, r"tap 'states': .* gave 3; must be arrays"),
+        ({"states": lambda x: None}, r"gave None; must be arrays"),
     ):
         with pytest.raises(UserError, match=message):
             lm.probe(IDS[0], taps)
