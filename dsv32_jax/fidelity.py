@@ -133,10 +133,10 @@ def compare(reference: Trace, other: Trace) -> dict[str, Any]:
     num_experts = int(max(reference.experts.max(initial=-1), other.experts.max(initial=-1))) + 1
     rows = []
     for layer in range(layers):
-        found = recall(reference.topk[layer], other.topk[layer], tokens)
+        shares = recall(reference.topk[layer], other.topk[layer], tokens)
         row: dict[str, Any] = {
             "layer": layer,
-            "topk_recall": float(found.mean()),
+            "topk_recall": float(shares.mean()),
             "topk_sets_equal": float(same_sets(reference.topk[layer], other.topk[layer], tokens).mean()),
             "attention_mass": mass(reference.attention[layer], other.topk[layer]),
             "attention_mass_reference": mass(reference.attention[layer], reference.topk[layer]),

@@ -80,10 +80,10 @@ class KVCache:
           sources: int32 [C], blocks to be read.
           targets: int32 [C], different blocks to be written, none of them a source; -1 where there is none.
         """
-        where = jnp.where(targets < 0, self.num_blocks, targets)  # past the end: dropped
+        written = jnp.where(targets < 0, self.num_blocks, targets)  # past the end: dropped
 
         def copy(array: jax.Array) -> jax.Array:
-            return array.at[:, where].set(array[:, jnp.maximum(sources, 0)], mode="drop")
+            return array.at[:, written].set(array[:, jnp.maximum(sources, 0)], mode="drop")
 
         return jax.tree.map(copy, self)
 

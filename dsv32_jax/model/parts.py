@@ -190,24 +190,26 @@ def check_signature(part: str, function: Function) -> None:
     """Raises UserError for a function that cannot be called as the part is."""
     if not callable(function):
         raise UserError(f"part {part}: {function!r} is no function")
-    theirs = signature(function)
+    function_signature = signature(function)
     identity(function)
     parameters = inspect.signature(DEFAULTS[part]).parameters.values()
     positional = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY and one.default is one.empty]
     keywords = [one.name for one in parameters if one.name not in positional] + list(EXTRAS.get(part, ()))
     try:
-        theirs.bind(*positional, **accepted(function, dict.fromkeys(keywords)))
+        function_signature.bind(*positional, **accepted(function, dict.fromkeys(keywords)))
     except TypeError as error:
         raise UserError(
-            f"part {part}: {title(function)}{theirs} cannot be called with "
+            f"part {part}: {title(function)}{function_signature} cannot be called with "
             f"({', '.join(positional)}) and, by name, what it wants of {', '.join(keywords)}: {error}"
         ) from error
 
     for name in [
-        name for name, one in theirs.parameters.items() if one.kind is one.KEYWORD_ONLY and name not in keywords
+        name
+        for name, one in function_signature.parameters.items()
+        if one.kind is one.KEYWORD_ONLY and name not in keywords
     ]:
         if close := difflib.get_close_matches(
-            name, [one for one in keywords if one not in theirs.parameters], cutoff=0.75
+            name, [one for one in keywords if one not in function_signature.parameters], cutoff=0.75
         ):
             raise UserError(
                 f"part {part}: {title(function)} names {name!r}, which nobody gives; did you mean {close[0]}?"

@@ -434,5 +434,5 @@ def log_likelihoods(states: jax.Array, head: jax.Array, targets: jax.Array) -> j
     """float32 [B, T]: log softmax(states head^T) at `targets` int32 [B, T]; states [B, T, D], head [V, D]."""
     dtype = jnp.promote_types(states.dtype, head.dtype)
     logits = product("btd,vd->btv", states.astype(dtype), head.astype(dtype))
-    found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return found - jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
