@@ -185,6 +185,7 @@ def test_a_part_is_replaced_by_a_variant_or_by_ones_own_function(dsv32, refused,
     message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=broken:f")
     assert "--part index_select: broken:f cannot be imported (ZeroDivisionError: division by zero)" in message
     (tmp_path / "future.py").write_text("def f(*arrays, k):\n    return arrays[6][:, None] + 1\n")
+    text.write_text(TEXT[:60])  # one window, of which nothing needs to be said
     message = refused("score", "--model", tiny, "--text-file", text, "--part", "index_select=future:f", "--check")
     assert (
         "part index_select (future:f), layers.0.attn: of the token at position 0, the chosen 1 comes after" in message

@@ -14,6 +14,7 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.model import indexer, moe, variants
 from dsv32_jax.model.parts import Parts
 from pallas_kernels import moe_dispatch, rowwise
+from pallas_kernels.cache_write import reference as cache_reference
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import reference as indexer_reference
 from pallas_kernels.matmul import reference as matmul_reference
@@ -91,7 +92,7 @@ def index_key_norm_as_rms_norm(patch):
     def norm(x, weight, bias, eps):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight + bias
 
-    patch.setattr(rowwise, "layer_norm", norm)
+    patch.setattr(cache_reference, "index_keys", functools.partial(cache_reference.index_keys, norm=norm))
 
 
 def scaled_shared_expert(patch):

@@ -132,7 +132,7 @@ def held_out_file(tmp_path, monkeypatch):
         file.writelines(json.dumps(document) + "\n" for document in documents)
     packages = [{"name": name, "version": "1", "license": "MIT"} for name in "ab"]
     (tmp_path / "manifest.json").write_text(json.dumps({"packages": packages}))
-    monkeypatch.setattr(held_out, "LEAST", 100)
+    monkeypatch.setattr(held_out, "SHORTEST", 100)
     held_out.choose(tmp_path, tmp_path / "chosen.xz")
     return tmp_path / "chosen.xz"
 
