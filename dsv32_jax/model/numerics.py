@@ -1,14 +1,15 @@
 """How a step computes: its products and norms, through the parts that the step was given."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.model import products
 from dsv32_jax.model.products import all_fp8
 from dsv32_jax.model.seams import Seams
 from pallas_kernels.matmul import Weight
+from pallas_kernels.matmul import swiglu as fused_swiglu
 from pallas_kernels.moe_dispatch import RoutingPlan
 
 SWIGLU = ("matmul", "swiglu")
@@ -33,7 +34,7 @@ class Numerics:
     seams: Seams = dataclasses.field(default_factory=Seams, compare=False)
 
     def matmul(self, x: jax.Array, weight: Weight, *names: str) -> jax.Array:
-        """x [M, K] times a linear's weight [N, K] transposed: [M, N] in x's dtype; see `products.matmul`.
+        """x [M, K] times a linear's weight [N, K] transposed: [M, N] in x's dtype; see `pallas_kernels.matmul`.
 
         Args:
           x: [M, K].
@@ -58,7 +59,8 @@ class Numerics:
             for name in ("gate", "up"):
                 self.seams.tap(f"{name}.input", x)
             with self.seams.scope("gate+up"):
-                return products.matmul_swiglu(x, gate, up, scale_fmt=self.scale_fmt, backend=self.backend)
+                hidden: Any = fused_swiglu(x, gate, up, scale_fmt=self.scale_fmt, backend=self.backend)
+                return hidden
         return self.seams.call("swiglu", self.matmul(x, gate, "gate"), self.matmul(x, up, "up"))
 
     def experts(self, x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
@@ -68,8 +70,7 @@ class Numerics:
         """
         seams = self.seams
         inputs = [f"{name}.input" for name in ("gate", "up", "down")]
-        looked_at = "experts" not in seams.parts.replaced and seams.taps_any(*inputs)
-        if not (seams.composes("experts") or looked_at):
+        if not seams.composes("experts", *inputs):
             return seams.call(
                 "experts",
                 x,

@@ -17,6 +17,7 @@ from pallas_kernels import moe_dispatch, rowwise
 from pallas_kernels.cache_write import cache_write
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_logits import indexer_logits
+from pallas_kernels.matmul import grouped_matmul, matmul, silu_product
 from pallas_kernels.operators import Operator
 from pallas_kernels.sparse_mla import dense_mla, sparse_mla
 from pallas_kernels.top_k import top_k
@@ -63,12 +64,12 @@ class Parts:
     rms_norm: Function = rowwise.rms_norm
     rope: Function = rowwise.rope_interleaved
     index_rope: Function = rowwise.rope_half_split
-    matmul: Function = products.matmul
-    swiglu: Function = products.swiglu
+    matmul: Function = matmul
+    swiglu: Function = silu_product
     route: Function = moe_dispatch.route
     make_plan: Function = moe_dispatch.make_plan
     gather_rows: Function = moe_dispatch.gather_rows
-    grouped_matmul: Function = products.grouped_matmul
+    grouped_matmul: Function = grouped_matmul
     experts: Function = products.experts
     combine: Function = moe_dispatch.combine
     replaced: Mapping[str, Function] = field(init=False)
@@ -120,7 +121,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "experts": ("gather_rows", "grouped_matmul", "swiglu"),
 }
 """Parts that lie inside a fused op: where one of them is replaced, that op runs in its composed form, from parts. The
-fused product of a feed-forward block in FP8 (`products.matmul_swiglu`) has `matmul` and `swiglu` inside."""
+fused product of a feed-forward block in FP8 (`pallas_kernels.matmul.swiglu`) has `matmul` and `swiglu` inside."""
 
 ONLY_INSIDE = {"index_select": ("indexer_logits", "top_k"), "experts": ("gather_rows", "grouped_matmul")}
 """Those that nothing else calls."""
@@ -158,11 +159,7 @@ def signature(function: Function) -> inspect.Signature:
     Raises:
       UserError: the function has none that Python can read.
     """
-    bound: set[str] = set()
-    inner: Any = function
-    while isinstance(inner, functools.partial):
-        bound |= set(inner.keywords)
-        inner = inner.func
+    bound = bound_keywords(function)
     try:
         whole = inspect.signature(function)
     except ValueError as error:
@@ -172,11 +169,16 @@ def signature(function: Function) -> inspect.Signature:
     return whole.replace(parameters=[one for name, one in whole.parameters.items() if name not in bound])
 
 
+def bound_keywords(function: Function) -> Mapping[str, Any]:
+    """The keyword arguments that a `functools.partial` binds; partials of partials are one."""
+    return function.keywords if isinstance(function, functools.partial) else {}
+
+
 def accepted(function: Function, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments that a function takes: those that it names, or all where it takes any and binds none."""
     parameters = signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        bound = function.keywords if isinstance(function, functools.partial) else {}
+        bound = bound_keywords(function)
         return {name: value for name, value in keywords.items() if name not in bound}
     return {name: value for name, value in keywords.items() if name in parameters}
 

@@ -8,20 +8,19 @@ import jax.numpy as jnp
 from pallas_kernels import matmul as kernels
 from pallas_kernels import moe_dispatch
 from pallas_kernels.backend import KERNEL, resolve
-from pallas_kernels.matmul import BLOCK, FP8_BLOCK, Weight, grouped_matmul, grouped_swiglu, is_qtensor, scheme_of
+from pallas_kernels.matmul import (
+    BLOCK,
+    FP8_BLOCK,
+    Weight,
+    grouped_matmul,
+    grouped_swiglu,
+    is_qtensor,
+    scheme_of,
+    silu_product,
+)
 from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, gather_rows_fp8
 
-__all__ = ["all_fp8", "experts", "float32_matmul", "grouped_matmul", "matmul", "matmul_swiglu", "swiglu", "tile_rows"]
-
-matmul, swiglu = kernels.matmul, kernels.silu_product
-
-
-def matmul_swiglu(
-    x: jax.Array, gate: Weight, up: Weight, *, scale_fmt: str | None = "ue8m0", backend: str = "auto"
-) -> jax.Array:
-    """`swiglu` of two products of x [M, K] with weights [W, K] in FP8, and of x in FP8, as one: [M, W] in x's dtype."""
-    hidden: Any = kernels.swiglu(x, gate, up, scale_fmt=scale_fmt, backend=backend)
-    return hidden
+__all__ = ["all_fp8", "experts", "float32_matmul", "tile_rows"]
 
 
 def experts(
@@ -41,7 +40,7 @@ def experts(
       x: float [T, D].
       gate, up, down: [E, W, D], [E, W, D] and [E, D, W], arrays or `QTensor`s.
       plan: of the tokens.
-      quantize_input, scale_fmt, backend: see `matmul`.
+      quantize_input, scale_fmt, backend: see `pallas_kernels.matmul`.
     """
     used_tiles = plan.used_tiles
 
@@ -83,7 +82,7 @@ def experts(
     if all_fp8(gate, up, down) or not any(map(is_qtensor, (gate, up, down))):
         hidden = activations(rows)
     else:
-        hidden = swiglu(product(rows, gate), product(rows, up))
+        hidden = silu_product(product(rows, gate), product(rows, up))
     return product(hidden, down)
 
 

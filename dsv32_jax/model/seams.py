@@ -8,7 +8,7 @@ import jax
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.checks import check_contract, check_result
-from dsv32_jax.model.parts import DEFAULTS, INSIDE, Parts, accepted, names, title
+from dsv32_jax.model.parts import DEFAULTS, INSIDE, MODEL_PARTS, Parts, accepted, names, title
 from dsv32_jax.model.taps import Taps
 
 __all__ = ["Seams"]
@@ -27,7 +27,7 @@ class Seams:
     """
 
     def __init__(self, parts: Parts | None = None, taps: Taps | None = None, check: bool = False):
-        self.parts = parts or Parts()
+        self.parts = parts or MODEL_PARTS
         self.taps = taps or Taps()
         self.check = check
         self.values: dict[str, Any] = {}
@@ -62,13 +62,19 @@ class Seams:
         if self.taps.asks(name):
             self.values[name] = self.taps.reduced(name, value() if callable(value) else value, details)
 
-    def taps_any(self, *names: str) -> bool:
-        """Whether somebody wants to see one of these values of the scope."""
-        return any(self.taps.asks(self.path(name)) for name in names)
+    def composes(self, fused: str, *values: str) -> bool:
+        """Whether a fused op runs in its composed form, from parts; never where it is replaced as a whole.
 
-    def composes(self, fused: str) -> bool:
-        """Whether a fused op runs in its composed form, since a part inside it is replaced and it itself is not."""
-        return fused not in self.parts.replaced and self.parts.replace_any(INSIDE[fused])
+        Args:
+          fused: its name.
+          values: names, within the scope, that exist in the composed form alone.
+
+        Returns:
+          True where a part inside it is replaced, or somebody wants to see one of the values.
+        """
+        if fused in self.parts.replaced:
+            return False
+        return self.parts.replace_any(INSIDE[fused]) or any(self.taps.asks(self.path(value)) for value in values)
 
     def call(
         self, part: str, *arrays: Any, extras: Mapping[str, Callable[[], Any]] | None = None, **keywords: Any

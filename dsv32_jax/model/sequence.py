@@ -117,8 +117,7 @@ class Sequences:
     @cached_property
     def expanded_numerics(self) -> Numerics:
         """For products that the step has in another form, so that no replaced `matmul` sees them: kv_b and experts."""
-        parts = {name: part for name, part in self.run.parts.replaced.items() if name != "matmul"}
-        return dataclasses.replace(self.numerics, seams=Seams(Parts(**parts)))
+        return dataclasses.replace(self.numerics, seams=Seams(self.run.parts.with_parts({"matmul": None})))
 
     @property
     def index_quant(self) -> bool:
@@ -130,7 +129,7 @@ class Sequences:
         numbers = jnp.arange(self.batch, dtype=jnp.int32)
         blocks = -(-self.length // BLOCK_SIZE)
         tables = numbers[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)
-        positions = jnp.tile(jnp.arange(self.length, dtype=jnp.int32), self.batch)
+        positions = self.positions
         sequence = jnp.repeat(numbers, self.length)
         slots = sequence * (blocks * BLOCK_SIZE) + positions
         batch = Batch(jnp.zeros_like(positions), positions, slots, sequence, tables, numbers)
@@ -138,15 +137,19 @@ class Sequences:
         options = Options(run.compute_dtype, act_quant, run.attention, run.index_topk, "reference", parts=run.parts)
         return StepContext(self.config, options, batch, self.seams)
 
-    def cache(self, layer: int, act_quant: bool) -> KVCache:
-        """An empty cache for them, which has no layer after this one."""
-        ctx = self.step(act_quant)
+    def cache(self, layer: int, ctx: StepContext) -> KVCache:
+        """An empty cache for their step, which has no layer after this one."""
         return KVCache.create(self.config, ctx.batch.block_tables.size, ctx.options, layers=layer + 1)
+
+    @property
+    def positions(self) -> jax.Array:
+        """int32 [B * T], of every token."""
+        return jnp.tile(jnp.arange(self.length, dtype=jnp.int32), self.batch)
 
     @property
     def angles(self) -> tuple[jax.Array, jax.Array]:
         """RoPE's, of every token."""
-        return rope_angles(self.config, jnp.tile(jnp.arange(self.length), self.batch))
+        return rope_angles(self.config, self.positions)
 
     @property
     def visible(self) -> jax.Array:
@@ -258,7 +261,7 @@ def replaced_selection(
         return jnp.pad(weights().reshape(-1, seqs.length), ((0, 0), (0, width - seqs.length)))
 
     kv_a, index_key = ctx.numerics.matmul(x, attn.kv_a), ctx.numerics.matmul(x, attn.indexer.k)
-    cache = attn.write(kv_a, index_key, layer, seqs.cache(layer, seqs.index_quant), ctx)
+    cache = attn.write(kv_a, index_key, layer, seqs.cache(layer, ctx), ctx)
     chosen = attn.select(x, q_latent, padded, layer, cache, ctx)
     rows = jnp.arange(len(chosen))[:, None]
     mask = jnp.zeros((len(chosen), width), bool).at[rows, jnp.where(chosen < 0, width, chosen)].set(True, mode="drop")
@@ -280,7 +283,8 @@ def attention(attn: MLA, x: jax.Array, layer: int, seqs: Sequences) -> tuple[jax
     """
     config, numerics, run = seqs.config, seqs.numerics, seqs.run
     if run.parts.replace_any(ATTENTION):
-        return attn(x, layer, seqs.cache(layer, run.act_quant), seqs.step(run.act_quant))[0], jnp.float32(0)
+        ctx = seqs.step(run.act_quant)
+        return attn(x, layer, seqs.cache(layer, ctx), ctx)[0], jnp.float32(0)
     q_latent, q_nope, q_rope = attn.queries(numerics.matmul(x, attn.q_a, "q_a"), seqs.angles, config, numerics)
     latent, rope_key = attn.latents(numerics.matmul(x, attn.kv_a, "kv_a"), seqs.angles, config, numerics)
     expanded = seqs.expanded_numerics.matmul(latent, attn.kv_b, "kv_b").reshape(
@@ -331,7 +335,7 @@ def experts(moe: MoE, x: jax.Array, seqs: Sequences) -> tuple[jax.Array, jax.Arr
       [B * T, D]; load [E]; the balance loss sum_e f_e P_e (V3 report, equations 17 to 20), mean over sequences.
     """
     config, numerics = seqs.config, seqs.numerics
-    positions = seqs.step(seqs.run.act_quant).batch.positions
+    positions = seqs.positions
     chosen, weights = moe.route(x, positions, config, numerics)
     picked = jax.nn.one_hot(chosen, config.n_routed_experts, dtype=jnp.float32)  # [N, K, E]
     per_expert = (picked * weights[..., None]).sum(1)

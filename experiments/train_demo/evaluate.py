@@ -22,7 +22,6 @@ from dsv32_jax.model import variants
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.parts import Parts
 from dsv32_jax.model.sequence import Run, hidden_states, log_likelihoods
-from pallas_kernels import rowwise
 
 MODES: dict[str, dict[str, Callable[..., Any]]] = {
     "dense": {},
@@ -31,7 +30,7 @@ MODES: dict[str, dict[str, Callable[..., Any]]] = {
     "recent and first": {"index_select": variants.recent_and_first},
     "recent": {"index_select": variants.recent},
     "random": {"index_select": variants.random},
-    "interleaved rope": {"index_rope": rowwise.rope_interleaved},
+    "interleaved rope": {"index_rope": variants.VARIANTS["index_rope"]["interleaved"]},
 }
 """The parts that each mode replaces; the last is a bug: the first official demo's RoPE in the indexer."""
 NEEDLE_MODES = ("dense", "indexer", "recent and first", "recent", "interleaved rope")
