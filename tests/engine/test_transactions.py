@@ -38,7 +38,10 @@ class Interrupt:
         return self
 
     def __exit__(self, *_) -> None:
+        self.points = []
         sys.monitoring.set_events(self.TOOL, 0)
+        # Neither the events nor a freed tool take the callback away, and code that still has its instructions calls it.
+        sys.monitoring.register_callback(self.TOOL, sys.monitoring.events.INSTRUCTION, None)
         sys.monitoring.free_tool_id(self.TOOL)
 
     def _instruction(self, code, _):
