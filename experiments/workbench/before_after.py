@@ -74,14 +74,14 @@ class Plan:
     def default(lm: LanguageModel) -> "Plan":
         """For the machine: small where references run."""
         if lm.options.runs_kernels:
-            loads = {"conversation": Sizes((64, 2048), (64, 256)), "code": Sizes((1024, 8128), (16, 64))}
+            loads = {"conversation": Sizes((64, 2048), (64, 256)), "code": Sizes((512, 4032), (16, 64))}
             return Plan(
                 loads=loads,
                 single=(2048, 64),
                 repeats=20,
                 at_a_time=16,
                 rounds=2,
-                contexts=(2048, 4096, 8192, 16384, 32768, 65536, 131072),
+                contexts=(4096, 8192, 16384, 32768, 131072),
                 piece=2048,
             )
         loads = {"conversation": Sizes((16, 64), (8, 16)), "code": Sizes((64, 192), (4, 8))}
