@@ -29,13 +29,14 @@ from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
-from dsv32_jax.experiments.bench.cases import LAYERS, Program, block_tables, compile_, index_cache, latent_cache
+from dsv32_jax.experiments.bench.cases import Program, compile_
 from dsv32_jax.experiments.bench.cases import normal as standard_normal
 from dsv32_jax.experiments.bench.layer_profile import by_name, profiled
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.run import REST_SECONDS
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
-from dsv32_jax.experiments.studies.random_model import in_schemes, random_parameters, stored_bytes
+from dsv32_jax.experiments.workbench.random_model import in_schemes, random_parameters, stored_bytes
+from dsv32_jax.experiments.workbench.steps import StepShape, random_cache
 from dsv32_jax.generate.memory import USABLE, available_bytes
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, DeepseekV32, Options, abstract_model
@@ -220,26 +221,6 @@ def layer_call(structure: Any, config: ModelConfig, backend: str) -> Callable[..
     return layer
 
 
-def decode_batch(config: ModelConfig, sequences: int, context: int) -> Batch:
-    """The last token of each sequence, whose blocks lie in the cache in random order."""
-    ids_key, key = jax.random.split(jax.random.key(1))
-    ids = jax.random.randint(ids_key, (sequences,), 0, config.vocab_size, jnp.int32)
-    tables = block_tables(key, sequences, context)
-    rows = jnp.arange(sequences, dtype=jnp.int32)
-    slots = tables[:, -1] * BLOCK_SIZE + BLOCK_SIZE - 1
-    return Batch(ids, jnp.full_like(rows, context - 1), slots, rows, tables, rows)
-
-
-def random_cache(sizes: Sizes) -> KVCache:
-    """A cache of random keys: equal keys would change the work of the selection."""
-    config, layers = sizes.config, sizes.config.num_hidden_layers
-    blocks = layers * sizes.blocks // LAYERS
-    kv_key, key = jax.random.split(jax.random.key(2))
-    kv = latent_cache(kv_key, blocks, config.kv_lora_rank, config.qk_rope_head_dim, "fp8")
-    index = index_cache(key, blocks, config.index_head_dim)
-    return KVCache(kv.reshape(layers, sizes.blocks, *kv.shape[2:]), index.reshape(layers, sizes.blocks, -1))
-
-
 # ---- the measurement -------------------------------------------------------------------------------------------
 
 
@@ -332,8 +313,8 @@ def measure_steps(run: Run) -> None:
     sizes, config, options = run.sizes, run.sizes.config, options_of(run.backend)
     prepare = functools.partial(prepared, options=options)
     models = {name: jax.eval_shape(prepare, model_in(config, form)) for name, form in run.forms.items()}
-    batches = {count: decode_batch(config, count, sizes.context) for count in sizes.sequences}
-    cache_shape = jax.eval_shape(functools.partial(random_cache, sizes))
+    batches = {count: StepShape(sequences=count, context=sizes.context).batch(config) for count in sizes.sequences}
+    cache_shape = KVCache.shapes(config, sizes.blocks, options.cache_form, options.act_quant)
 
     def program(name: str, sequences: int) -> Program:
         leaves, structure = jax.tree.flatten(models[name])
@@ -350,7 +331,7 @@ def measure_steps(run: Run) -> None:
                 ready = programs[name, sequences].result()
                 if not operands:
                     model = random_parameters(abstract, config.initializer_range)
-                    operands = [jax.tree.leaves(model), random_cache(sizes)]
+                    operands = [jax.tree.leaves(model), random_cache(config, sizes.blocks, options)]
                     del model
 
                 def call(ready=ready, sequences=sequences, operands=operands) -> Any:

@@ -46,8 +46,8 @@ from dsv32_jax.engine.request import SamplingParams
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
 from dsv32_jax.experiments.studies import held_out
-from dsv32_jax.experiments.studies.random_model import layers_that_fit, random_model
 from dsv32_jax.experiments.studies.serving_report import OF_ALL, RUNS
+from dsv32_jax.experiments.workbench.random_model import layers_that_fit, random_model
 from dsv32_jax.generate import batching
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.language_model import LanguageModel

@@ -7,7 +7,7 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.experiments.studies.quantization_speed import FORMS, layer_in, numerics_of
-from dsv32_jax.experiments.studies.random_model import random_parameters
+from dsv32_jax.experiments.workbench.random_model import random_parameters
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

@@ -20,7 +20,7 @@ from dsv32_jax.experiments.studies.quantization_speed import (
     step_bytes,
     weight_bytes,
 )
-from dsv32_jax.experiments.studies.random_model import random_model, random_parameters, random_weight, stored
+from dsv32_jax.experiments.workbench.random_model import random_model, random_parameters, random_weight, stored
 from dsv32_jax.model.model import abstract_model
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import named_parameters

@@ -8,7 +8,7 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.experiments.studies import serving
-from dsv32_jax.experiments.studies.random_model import random_model
+from dsv32_jax.experiments.workbench.random_model import random_model
 
 SIZES = serving.Sizes((100, 128), (2, 6))
 

@@ -6,7 +6,7 @@ import pytest
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.experiments.studies import step_profile
-from dsv32_jax.experiments.studies.random_model import random_model
+from dsv32_jax.experiments.workbench.random_model import random_model
 
 
 @pytest.fixture(scope="module")

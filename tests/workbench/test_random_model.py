@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments.studies.random_model import layers_that_fit, random_model
+from dsv32_jax.experiments.workbench.random_model import layers_that_fit, random_model
 from dsv32_jax.model.model import abstract_model
 
 
@@ -24,7 +24,7 @@ def test_leaves_are_those_of_the_model_and_of_its_size():
 @pytest.mark.parametrize(("free", "layers"), [(2 * 25 - 1, 4), (2 * 25, 5), (2 * 28 - 1, 5), (1, 4), (1e9, 61)])
 def test_as_many_layers_as_fit(monkeypatch, free, layers):
     """Of 10 bytes and 3 a layer, in half of the free memory."""
-    module = "dsv32_jax.experiments.studies.random_model"
+    module = "dsv32_jax.experiments.workbench.random_model"
     monkeypatch.setattr(f"{module}.stored_bytes", lambda config: 10 + 3 * config.num_hidden_layers)
     monkeypatch.setattr(f"{module}.available_bytes", lambda: (free, "here"))
     assert layers_that_fit(0.5) == layers
