@@ -3,8 +3,7 @@
 python -m experiments.generate_jitted --prompt "To install a package on Debian, you" --prompt "What does tar do?"
 
 A script to copy and to change. The cache is donated: the program writes into it and gives it back for the next call.
-Tokens are those of `m.generate`, whose speed is printed beside. --part index_select=my_module:my_function replaces a
-part of the model.
+Tokens are those of `m.generate`, whose speed is printed beside. --part index_select=module:function replaces a part.
 """
 
 import functools
@@ -89,8 +88,9 @@ def main() -> None:
     tokens = jitted()
     for row, n in np.argwhere(tokens == NOT_FINITE):
         raise not_finite(row, len(rows[row]) + n - 1)
-    print(*map(m.tokenizer.decode, tokens), sep="\n")
-    for name, call in {"one program": jitted, "m.generate": stepwise}.items():
+    print(*map(m.tokenizer.decode, tokens), sep="\n")  # type: ignore[union-attr]
+    calls: dict = {"one program": jitted, "m.generate": stepwise}
+    for name, call in calls.items():
         seconds = min(timeit.repeat(call, number=1, repeat=3))  # the first of m.generate compiles
         print(f"{name}: {(tokens >= 0).sum() / seconds:.1f} tokens/s")
     print(f"tokens that differ: {(tokens != stepwise().tokens).sum()} of {tokens.size}")

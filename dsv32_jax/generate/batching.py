@@ -11,6 +11,7 @@ With these a loop of steps of one's own is short; `experiments/generate_jitted.p
 The last line belongs into a jitted function, to which the cache is donated.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,8 +108,9 @@ def prompt_pieces(rows: list[list[int]], tables: np.ndarray, options: Options) -
         tables,
         np.where(np.arange(pieces)[:, None] == (ends - 1) // size, (ends - 1) % size, -1),
     )
-    of_tokens = (array.reshape(pieces, size) for array in (batch.ids, batch.positions, batch.slots, batch.sequence))
-    return Batch(*of_tokens, np.broadcast_to(batch.block_tables, (pieces, *tables.shape)), batch.logit_rows)
+    of_tokens = {name: getattr(batch, name).reshape(pieces, size) for name in ("ids", "positions", "slots", "sequence")}
+    of_pieces: Any = np.broadcast_to(batch.block_tables, (pieces, *tables.shape))
+    return dataclasses.replace(batch, **of_tokens, block_tables=of_pieces)
 
 
 def batch_of(
@@ -130,13 +132,10 @@ def batch_of(
     """
     on_host = not any(isinstance(array, Array) for array in (positions, sequence, tables))
     xp: Any = np if on_host else jnp
-    positions, tables = xp.asarray(positions), xp.asarray(tables)
-    sequence = xp.where(positions >= 0, sequence, 0)
-    if on_host:
-        slots = slots_of(positions, sequence, tables)
-    else:
-        slots = physical_slots(positions[:, None], sequence, tables)[:, 0]
-    return Batch(*map(_int32, (ids, positions, slots, sequence, tables, logit_rows)))
+    at, table_rows = xp.asarray(positions), xp.asarray(tables)
+    of = xp.where(at >= 0, sequence, 0)
+    slots = slots_of(at, of, table_rows) if on_host else physical_slots(at[:, None], of, table_rows)[:, 0]
+    return Batch(*map(_int32, (ids, at, slots, of, table_rows, logit_rows)))
 
 
 def _int32(array: np.ndarray | Array) -> Any:
