@@ -89,6 +89,28 @@ def unpacked(kv: jax.Array, layer: Any, rope_dim: int, dtype: jax.typing.DTypeLi
     return rows.reshape(-1, rows.shape[-1])
 
 
+# ---- attention over all keys: dense_mla ----
+
+
+def materialised(queries, context, sequence, positions, *, scale, rope_dim, mean_probabilities=False):
+    """All scores of the step at once and a causal mask: what a port of the official demo does before any optimisation.
+
+    Its memory grows with tokens times context; the model's own dense attention works in chunks of tokens.
+    """
+    if len(context) == 1:
+        rows, formula = context[0], ("thd,ld->thl", "thl,ld->thd")
+    else:
+        rows, formula = context[sequence], ("thd,tld->thl", "thl,tld->thd")
+    scores = jnp.einsum(formula[0], queries, rows, precision="highest", preferred_element_type=jnp.float32) * scale
+    seen = jnp.arange(context.shape[1]) <= positions[:, None]
+    # Padding, of position -1, sees nothing: softmax over nothing would be NaN.
+    probabilities = jnp.where(seen[:, None], jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1), 0)
+    if mean_probabilities:
+        return probabilities.mean(1)
+    values = rows[..., : queries.shape[2] - rope_dim]
+    return jnp.einsum(formula[1], probabilities.astype(queries.dtype), values, precision="highest")
+
+
 # ---- the experts' products: experts ----
 
 
@@ -130,6 +152,7 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "oracle": oracle,
     },
     "sparse_mla": {"masked": masked},
+    "dense_mla": {"materialised": materialised},
     "index_rope": {"interleaved": rowwise.rope_interleaved},
     "experts": {"one_by_one": one_by_one, "ragged": ragged},
 }

@@ -93,6 +93,8 @@ class StepShape:
 class Step:
     """A compiled step of a model, greedy sampling included, that can be called again and again on its own cache.
 
+    The cache is made when the step is first called, so that the memory of a step that does not fit can be told too.
+
     Args:
       lm: the model, with its options and parts.
       shape: the step's tokens.
@@ -136,10 +138,13 @@ class Step:
             "temporary": analysis.temp_size_in_bytes,
         }
         self.values: dict[str, Any] = {}
-        self._cache = random_cache(lm.config, shape.blocks, lm.options)
+        self._new_cache = functools.partial(random_cache, lm.config, shape.blocks, lm.options)
+        self._cache: KVCache | None = None
 
     def __call__(self) -> jax.Array:
         """Starts the step and returns the sampled tokens, int32 [sequences], which may not be computed yet."""
+        if self._cache is None:
+            self._cache = self._new_cache()
         tokens, self.values, self._cache = self.compiled(self._leaves, self._batch, self._cache)
         return tokens
 

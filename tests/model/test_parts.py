@@ -72,6 +72,8 @@ def test_dense_attention_is_a_part_too(lm):
 
 @pytest.mark.parametrize(("part", "name"), [(part, name) for part, by_name in VARIANTS.items() for name in by_name])
 def test_step_and_sequence_form_agree_under_every_variant(lm, part, name):
+    if part == "dense_mla":
+        lm = LanguageModel(lm.model, lm.config, options=DENSE)
     m = lm.with_parts(**{part: VARIANTS[part][name]}, check=True)
     np.testing.assert_allclose(score_of_sequences(m), score(m), atol=2e-5)
     changes = part == "index_rope" or (part == "index_select")
