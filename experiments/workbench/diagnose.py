@@ -8,7 +8,7 @@ Parts, the time in which nothing ran, and what the parts take more or less withi
 import dataclasses
 import gc
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,8 +20,8 @@ from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.results import environment
-from dsv32_jax.experiments.workbench.profile import Profile, record, times_by
-from dsv32_jax.experiments.workbench.scopes import Scopes, part_of
+from dsv32_jax.experiments.workbench.profile import Event, Profile, record, times_by
+from dsv32_jax.experiments.workbench.scopes import Scopes, part_of_event
 from dsv32_jax.experiments.workbench.steps import Step, StepShape
 from dsv32_jax.experiments.workbench.work import Work, work_of
 from dsv32_jax.generate.language_model import LanguageModel
@@ -37,6 +37,8 @@ CHOSEN = Taps.of({"*ffn.experts": None})
 """The experts that the tokens of each layer chose: of those the weights are read."""
 BURSTS, BURST_SECONDS, LONGEST_BURST = 10, 0.1, 16
 """How often a burst of steps is timed, how long one should be, and its most steps."""
+LONGEST = 40
+"""Kernels of a step that the result names."""
 CPU_SIDE, CPU_BYTES = 1024, 128 * 2**20
 """Of the products and copies that measure a CPU's ceilings."""
 Say = Callable[[str], None]
@@ -109,12 +111,12 @@ def described(m: LanguageModel) -> dict[str, Any]:
 def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Measures one step; `ceilings` are `roofline.measure`'s."""
     label = title_of(dataclasses.asdict(shape))
-    gpu = jax.default_backend() == "gpu"
+    graphs = runs_graphs()
     say(f"{label}: compiling")
     step = Step(m, shape, taps=CHOSEN)
     say(f"{label}: timing")
     seconds, burst = timed(step)
-    normal = record(step, burst) if gpu else None
+    normal = record(step, burst) if graphs else None
     used = [int(np.unique(np.asarray(chosen)).size) for chosen in step.values.values()]
     row: dict[str, Any] = {
         "shape": dataclasses.asdict(shape),
@@ -123,7 +125,7 @@ def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any
         "memory": memory_of(step),
         "kernels": step.kernels,
     }
-    if gpu:
+    if graphs:
         del step
         gc.collect()
         say(f"{label}: compiling without CUDA graphs")
@@ -136,10 +138,38 @@ def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any
     replaced = m.options.parts.replaced
     if "index_select" in replaced:
         work["index selection"] = merged(work.pop("indexer scores", Work()), work.pop("top-k", Work()))
-    took, _ = times_by(
-        profile.events, lambda event: part_of(scopes.of(event), replaced), scopes.waits, (profile.start, profile.end)
-    )
-    return row | rows_of_parts(took, profile, work, ceilings, (normal, seconds["median"]) if normal else None)
+    took, longest = by_part_and_kernel(profile, scopes, replaced)
+    in_graphs = (normal, seconds["median"]) if normal else None
+    return row | rows_of_parts(took, profile, work, ceilings, in_graphs) | {"longest": longest}
+
+
+def runs_graphs() -> bool:
+    """Whether the device replays CUDA graphs, whose kernels have no scopes in a profile."""
+    return jax.default_backend() == "gpu"
+
+
+def by_part_and_kernel(
+    profile: Profile, scopes: Scopes, replaced: Mapping[str, Any]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Nanoseconds by part; and of what took longest `name`, `part`, and `times` and `seconds` a call."""
+
+    def key(event: Event) -> tuple[str, str]:
+        return part_of_event(event, scopes, replaced), event.kernel
+
+    took, _ = times_by(profile.events, key, scopes.waits, (profile.start, profile.end))
+    times, by_part = Counter(map(key, profile.events)), defaultdict[str, float](float)
+    for (part, _), nanoseconds in took.items():
+        by_part[part] += nanoseconds
+    longest = [
+        {
+            "name": each[1],
+            "part": each[0],
+            "times": times[each] / profile.calls,
+            "seconds": took[each] * 1e-9 / profile.calls,
+        }
+        for each in sorted(took, key=lambda each: -took[each])[:LONGEST]
+    ]
+    return dict(by_part), longest
 
 
 def merged(*works: Work) -> Work:
@@ -299,8 +329,13 @@ def is_plural(part: str) -> bool:
     return part.endswith("s") or part.startswith("norms")
 
 
+def percent(share: float) -> str:
+    """A share for people."""
+    return f"{share:.0%}" if share >= 0.01 or share == 0 else "less than 1%"
+
+
 def reached(row: Mapping[str, Any]) -> str:
     """How near a part is to its bound, for a sentence."""
     if not row["bound"]:
         return ""
-    return f" at {row['bound']['of_time']:.0%} of {'their' if is_plural(row['part']) else 'its'} bound"
+    return f" at {percent(row['bound']['of_time'])} of {'their' if is_plural(row['part']) else 'its'} bound"

@@ -46,9 +46,13 @@ def lines_of(row: Mapping[str, Any]) -> list[str]:
     lines += [
         f"  {label:<20}{1e3 * row[name]['seconds']:>10.3f}{row[name]['share']:>8.1%}" for name, label in rest.items()
     ]
+    if any(part["bound"] and part["bound"]["of_time"] > 1 for part in row["parts"]):
+        lines.append("  above 100%: its data was still in the caches, and the bound counts the device's memory")
     memory = row["memory"]
     purposes = ", ".join(f"{name} {human(size)}" for name, size in memory["purposes"].items())
-    lines.append(f"  memory: {human(memory['needed'])}: {purposes}")
+    most = memory["device_peak"]
+    peak = f"; most in this process {human(most)} of {human(memory['device_limit'])}" if most else ""
+    lines.append(f"  memory: {human(memory['needed'])}: {purposes}{peak}")
     return [*lines, f"  {row['verdict']['text']}"]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from dsv32_jax.experiments.workbench.profile import Event
 
-__all__ = ["OTHER", "PARTS", "UNKNOWN", "Scopes", "part_of"]
+__all__ = ["OTHER", "PARTS", "UNKNOWN", "Scopes", "part_of", "part_of_event"]
 
-OTHER, UNKNOWN = "norms and other", "unattributed"
+OTHER, TRANSFERS, UNKNOWN = "norms and other", "transfers", "unattributed"
 PARTS = (
     "embedding",
     "projections",
@@ -27,10 +27,11 @@ PARTS = (
     "head",
     "sampling",
     OTHER,
+    TRANSFERS,
     UNKNOWN,
 )
 """The parts of a step, in its order. "index selection" is a replaced `index_select`, which may do anything; the model's
-own is "indexer scores" and "top-k"."""
+own is "indexer scores" and "top-k". "transfers" are copies between the host and the device."""
 
 STEP = {"embedding": "embedding", "head": "head", "sampling": "sampling"}
 """Parts by a scope outside the layers."""
@@ -86,6 +87,12 @@ def part_of(scope: str, replaced: Mapping[str, object] | None = None) -> str:
     return OTHER
 
 
+def part_of_event(event: Event, scopes: "Scopes", replaced: Mapping[str, object] | None = None) -> str:
+    """The part of `PARTS` that an operation belongs to; see `part_of`."""
+    part = part_of(scopes.of(event), replaced)
+    return TRANSFERS if part == UNKNOWN and event.kernel.startswith(("MemcpyH2D", "MemcpyD2H")) else part
+
+
 # ---- scopes of operations --------------------------------------------------------------------------------------
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
@@ -125,6 +132,7 @@ class Scopes:
         self._kernels = {re.sub(r"\W", "_", name): name for name in self._own}
 
     def _add(self, name: str, rest: str, computation: str) -> None:
+        rest = rest.partition(", backend_config=")[0]  # of a Mosaic kernel its whole code
         op_name = OP_NAME.search(rest)
         self._own[name] = op_name[1] if op_name else ""
         self._computation[name] = computation
@@ -144,7 +152,7 @@ class Scopes:
     def of(self, event: Event) -> str:
         """The scope of an event, "jit(f)/layers.3/attn/q_a/dot_general"; "" where nothing says it."""
         name = event.name if event.name in self._own else self._kernels.get(event.name, "")
-        return self._resolve(name) if name else event.scope
+        return (self._resolve(name) if name else "") or event.scope
 
     def waits(self, event: Event) -> bool:
         """Whether the operation only waits for others that it runs."""

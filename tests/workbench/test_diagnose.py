@@ -117,19 +117,24 @@ def slow_top_k(scores, k, *, lengths, backend):
     return top_k(scores + 0 * x[0, 0], k, lengths=lengths, backend=backend)
 
 
-def test_a_planted_slowdown_is_the_verdict(small_ceilings, tmp_path):
+@pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_planted_slowdown_is_the_verdict(small_ceilings, monkeypatch, tmp_path, graphs):
+    monkeypatch.setattr(module, "runs_graphs", lambda: graphs)
     m = random_model(CONFIG).with_parts(top_k=slow_top_k)
     content = diagnose(m, [StepShape(sequences=2, context=128)], name="tiny")
     (row,) = content["rows"]
     assert (row["verdict"]["bottleneck"], row["verdict"]["largest_gain"]) == ("top-k", "top-k")
     assert content["options"]["parts"] == {"top_k": f"{__name__}:slow_top_k"}
     # What ran and what did not is the profiled time, and none of it without a part.
-    accounted = sum(part["seconds"] for part in row["parts"]) + row["waiting"]["seconds"]
+    accounted = sum(part["seconds"] for part in row["parts"])
+    accounted += row["waiting"]["seconds"] + row["difference"]["seconds"]
+    assert (row["profiled"]["without_graphs"] is not None) == graphs
     assert accounted == pytest.approx(row["profiled"]["by_the_hosts_clock"], rel=0.05)
     names = {part["part"] for part in row["parts"]}
     assert {"experts", "projections", "head", "sparse MLA", "indexer scores"} <= names <= set(PARTS) - {"unattributed"}
     assert row["memory"]["needed"] == sum(row["memory"]["purposes"].values())
     assert len(row["experts_used"]) == 1
+    assert row["longest"][0]["part"] == "top-k" and row["longest"][0]["times"] >= 1
     json.dumps(content)
     assert any(line.strip().startswith("top-k") for line in lines_of(row))
     pytest.importorskip("matplotlib")

@@ -3,7 +3,7 @@
 import pytest
 
 from dsv32_jax.experiments.workbench.profile import Event
-from dsv32_jax.experiments.workbench.scopes import PARTS, Scopes, part_of
+from dsv32_jax.experiments.workbench.scopes import PARTS, Scopes, part_of, part_of_event
 
 PROGRAM = """\
 HloModule jit_f, is_scheduled=true
@@ -124,3 +124,10 @@ def test_scopes_outside_the_layers(scope, part):
 def test_a_replaced_selection_is_one_part():
     scope = "jit(step)/layers.0/attn/index_select/jit(top_k)/sort"
     assert part_of(scope, {"index_select": print}) == "index selection"
+
+
+def test_copies_from_the_host_are_transfers_unless_a_scope_says_more():
+    scopes = Scopes(PROGRAM)
+    assert part_of_event(Event("MemcpyH2D", "", "s", 0, 1, "MemcpyH2D"), scopes) == "transfers"
+    assert part_of_event(Event("while.7", "", "s", 0, 1, "MemcpyH2D"), scopes) == "projections"
+    assert part_of_event(Event("gemm", "", "s", 0, 1, "gemm"), scopes) == "unattributed"
