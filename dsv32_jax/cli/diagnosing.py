@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import name_of, print_json, say
+from dsv32_jax.cli.inputs import name_of, print_json, replacing, say
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
@@ -55,6 +55,13 @@ def diagnose(
     """Show where the time and the memory of a step go, part by part, beside what the device could do.
 
     A decode step continues --batch sequences by one token each; a prefill step reads the last --tokens of one prompt.
+    Weights are the model's, keys in the cache random.
+
+    bound: the least time that the part's bytes and operations take at the rates measured in the same run; reached: the
+    bound over the part's time. "nothing runs": the device waits for the host. "within graphs", on a GPU: what the parts
+    take more (or less, below 0) where CUDA graphs start their kernels, as a normal step does; a profile shows parts
+    only without graphs. The shares are those of the normal step under the profiler, which on a CPU takes some time for
+    each operation: parts with many small ones look longer than they are.
 
     Example: dsv32 diagnose --model demo --context 1k,4k --batch 1,32 --figure step.png
     """
@@ -67,19 +74,18 @@ def diagnose(
     shapes = _shapes(phase, _sizes(context, "--context"), _sizes(batch, "--batch"), tokens)
     if figure is not None:
         check_figure(figure)
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out}: cannot be written: it is a directory")
     try:
         functions = parts_of(part or [])
     except UserError as error:
         raise UserError(f"--{error}") from error
     options = {"attention": attention, "index_topk": index_topk, "backend": backend, "compute_dtype": compute_dtype}
-    m = model_named(model, mtp=False, act_quant=False if no_act_quant else None, **options)
-    if functions or check:
-        m = m.with_parts(check=check, **functions)
-    content = workbench.diagnose(m, shapes, name=name_of(model), say=say)
-    if out is not None:
-        write_json(out, content)
+    with replacing(out, "--out") as result:
+        m = model_named(model, mtp=False, act_quant=False if no_act_quant else None, **options)
+        if functions or check:
+            m = m.with_parts(check=check, **functions)
+        content = workbench.diagnose(m, shapes, name=name_of(model), say=say)
+        if result is not None:
+            write_json(result, content)
     if figure is not None and not all("error" in row for row in content["rows"]):
         draw(content, figure)
     if as_json:

@@ -132,13 +132,21 @@ def cpu_events(plane: Any) -> Iterator[Event]:
 
 
 def window_of(data: Any, events: list[Event]) -> tuple[float, float]:
-    """Start and end of the calls: of the annotation around them, or of the first and the last event."""
-    for plane in data.planes:
-        for line in plane.lines:
-            for event in line.events:
-                if event.name == WINDOW:
-                    return event.start_ns, event.start_ns + event.duration_ns
-    return min((event.start for event in events), default=0.0), max((event.end for event in events), default=0.0)
+    """Start and end of the calls: of the annotation around them and of all events.
+
+    A GPU's clock can be off the host's by some microseconds. Where the two have nothing in common, the events count.
+    """
+    first = min((event.start for event in events), default=0.0)
+    last = max((event.end for event in events), default=0.0)
+    annotations = (
+        (event.start_ns, event.start_ns + event.duration_ns)
+        for plane in data.planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == WINDOW
+    )
+    start, end = next(annotations, (first, last))
+    return (min(start, first), max(end, last)) if start < last and first < end else (first, last)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------

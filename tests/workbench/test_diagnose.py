@@ -174,6 +174,7 @@ def test_a_figure_must_be_a_png_in_a_folder(tmp_path):
         (("--model", "full-width"), "must be full-width:N"),
         (("--part", "topk=recent"), "part 'topk' is unknown"),
         (("--figure", "a.svg"), r"must end in \.png"),
+        (("--out", "no/such/folder.json"), "--out no/such/folder.json: cannot be written"),
     ],
 )
 def test_wrong_flags_are_named(capsys, flags, message):

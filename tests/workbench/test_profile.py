@@ -84,6 +84,16 @@ def test_kernels_of_a_gpu_have_the_names_of_their_operations():
     assert [kernel["start_us"] for kernel in profile.kernels_of([second, first])] == [0, 0.015]
 
 
+@pytest.mark.parametrize(
+    ("start", "duration", "window"),
+    [(0, 100, (0, 100)), (12, 83, (10, 95)), (12, 20, (10, 90)), (5000, 100, (10, 90)), (None, 0, (10, 90))],
+)
+def test_the_calls_last_as_their_annotation_and_all_that_ran(start, duration, window):
+    host = [] if start is None else [FakeEvent(profile.WINDOW, start, duration)]
+    data = Named("data", [Named("/host:CPU", [Named("python", host)])])
+    assert profile.window_of(data, [event("a", 10, 20), event("b", 15, 90)]) == window
+
+
 def test_an_operation_that_ends_in_another_thread_of_a_cpu_lasts_until_then():
     stats = {"hlo_op": "sort.1", "hlo_module": "jit_f"}
     lines = [
