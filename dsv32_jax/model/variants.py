@@ -132,6 +132,21 @@ def one_by_one(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: Routi
     return jax.lax.scan(add, jnp.zeros((len(rows), x.shape[1]), x.dtype), (numbers, gate, up, down))[0]
 
 
+def tile_by_tile(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+    """The rows of one expert after another, weights dequantised for each tile: the official demo's loop, in the shapes
+    that a compiled program needs; activations are not quantised.
+    """
+    tiles = gather_rows(x, plan, backend="reference").reshape(-1, plan.tile, x.shape[1])
+
+    def one_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, number = tile
+        expert = jax.tree.map(lambda leaf: leaf[number], (gate, up, down))
+        g, u, d = (dense(weight, x.dtype) for weight in expert)
+        return (jax.nn.silu(rows @ g.T) * (rows @ u.T)) @ d.T
+
+    return jax.lax.map(one_tile, (tiles, plan.tile_expert)).reshape(-1, x.shape[1])
+
+
 def ragged(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
     """`jax.lax.ragged_dot`, what stock JAX has for it; weights dequantised, activations not quantised."""
     rows = gather_rows(x, plan, backend="reference")
@@ -154,7 +169,7 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
     "sparse_mla": {"masked": masked},
     "dense_mla": {"materialised": materialised},
     "index_rope": {"interleaved": rowwise.rope_interleaved},
-    "experts": {"one_by_one": one_by_one, "ragged": ragged},
+    "experts": {"one_by_one": one_by_one, "tile_by_tile": tile_by_tile, "ragged": ragged},
 }
 """By part. index_rope=interleaved is the bug of the first official demo: neighbouring features in pairs, where the
 weights were trained for the two halves."""
