@@ -15,7 +15,11 @@ ROOMS = ("errors", "fidelity", "common", "config", "model", "generate", "engine"
 # Folders of the repository that are imported as parts of `dsv32_jax`.
 MAPPED = {"dsv32_jax.convert": "convert", "dsv32_jax.experiments": "experiments"}
 # These may reach up, inside functions.
-REACH_UP = {Path("dsv32_jax") / name for name in ("generate/loading.py", "cli/checkpoints.py", "cli/measuring.py")}
+UPWARD = (
+    "generate/loading.py",
+    *(f"cli/{name}.py" for name in ("before_after", "checkpoints", "diagnosing", "measuring")),
+)
+REACH_UP = {Path("dsv32_jax") / name for name in UPWARD}
 
 
 def imports(tree: ast.AST, inside: bool = False) -> list[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from dsv32_jax import __version__
-from dsv32_jax.cli import before_after, chat, checkpoints, measuring, scoring, serving, text, tokens
+from dsv32_jax.cli import before_after, chat, checkpoints, diagnosing, measuring, scoring, serving, text, tokens
 from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 
@@ -80,6 +80,7 @@ for verb in (
     checkpoints.convert,
     checkpoints.quantize,
     measuring.fidelity,
+    diagnosing.diagnose,
     serving.serve,
     measuring.bench,
     before_after.before_after,
