@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from dsv32_jax import __version__
-from dsv32_jax.cli import chat, checkpoints, measuring, scoring, serving, text, tokens
+from dsv32_jax.cli import chat, checkpoints, measuring, scoring, serving, text, tokens, workbench
 from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 
@@ -82,6 +82,7 @@ for verb in (
     measuring.fidelity,
     serving.serve,
     measuring.bench,
+    workbench.compare,
 ):
     app.command(cls=Verb)(verb)
 
