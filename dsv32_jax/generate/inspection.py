@@ -48,6 +48,12 @@ def tap_names(flat: FlatModel) -> dict[str, str]:
 def run_layer(flat: FlatModel, layer: int, hidden: np.ndarray | Array) -> dict[str, np.ndarray]:
     """What one layer alone makes of a residual stream [T, hidden_size]; see `LanguageModel.run_layer`."""
     layer = integer("layer", layer, 0, flat.config.num_hidden_layers - 1)
+    every = flat.options.index_topk_freq
+    if layer % every:
+        raise UserError(
+            f"layer {layer}: attends to what layer {layer - layer % every} chose (index_topk_freq = {every}), so it "
+            "does not run alone; give a layer that chooses, or set index_topk_freq to 1"
+        )
     width, longest = flat.config.hidden_size, flat.config.max_position_embeddings
     instance("hidden", hidden, (np.ndarray, Array), f"an array of floats [T, {width}]")
     if hidden.ndim != 2 or hidden.shape[1] != width or not 1 <= len(hidden) <= longest:

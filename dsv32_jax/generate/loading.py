@@ -32,6 +32,7 @@ def load(
     act_quant: bool | None = None,
     attention: str = "sparse",
     index_topk: int | None = None,
+    index_topk_freq: int = 1,
     backend: str = "auto",
     dequantize: str | None = None,
     check: bool = False,
@@ -48,6 +49,7 @@ def load(
         checkpoint is FP8.
       attention: "sparse", or "dense" (every token attends to all before it).
       index_topk: tokens that each query attends to; default: the config's.
+      index_topk_freq: the indexer chooses in every n-th layer, and the layers between attend to what it chose there.
       backend: of the kernels: "auto", "mosaic_gpu", "reference" or "interpret".
       dequantize: "float32" or "bfloat16": quantised weights become plain arrays, each as it is read, and activations
         are not quantised unless `act_quant` says so. Gradients need it. "bfloat16" is exact for FP8 whose scales are
@@ -74,6 +76,7 @@ def load(
         act_quant=act_quant,
         attention=attention,
         index_topk=index_topk,
+        index_topk_freq=index_topk_freq,
         backend=backend,
         check=check,
     )

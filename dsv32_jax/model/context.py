@@ -29,6 +29,9 @@ class Options:
       act_quant: quantise activations, index keys and latents to FP8 as the official code does.
       attention: "sparse" (DSA) or "dense".
       index_topk: keys a token attends to; the config's where None.
+      index_topk_freq: the indexer chooses in every n-th layer, from layer 0 on, and the layers between attend to what
+        the last one chose (IndexCache, arXiv 2603.12201; the schedule is that of transformers' `glm_moe_dsa`). The MTP
+        layer always chooses for itself.
       backend: of every op, see `pallas_kernels`.
       absorb: attention in the latent space; False expands every head's keys and values (slow: the specification).
       prepare: rearrange some weights once as kernels take them, see `model.prepared`; False runs them as stored.
@@ -41,6 +44,7 @@ class Options:
     act_quant: bool = False
     attention: str = "sparse"
     index_topk: int | None = None
+    index_topk_freq: int = 1
     backend: str = "auto"
     absorb: bool = True
     prepare: bool = True
@@ -64,6 +68,8 @@ class Options:
         instance("parts", self.parts, Parts, "a Parts")
         if self.index_topk is not None:
             integer("index_topk", self.index_topk, 1)
+        if integer("index_topk_freq", self.index_topk_freq, 1) > 1 and self.attention == "dense":
+            raise UserError("index_topk_freq: attention is dense, so that no layer chooses; leave one of the two out")
 
     @property
     def runs_kernels(self) -> bool:
@@ -142,6 +148,10 @@ class StepContext:
         quantization = self.config.quantization_config
         scale_fmt = quantization.scale_fmt if quantization else "ue8m0"
         return Numerics(self.options.act_quant, scale_fmt, self.options.backend, self.seams)
+
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer's own indexer chooses what it attends to, see `Options.index_topk_freq`."""
+        return layer >= self.config.num_hidden_layers or layer % self.options.index_topk_freq == 0
 
     @property
     def dtype(self) -> jnp.dtype:

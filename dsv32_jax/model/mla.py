@@ -1,7 +1,7 @@
 """Multi-head latent attention over the keys that the indexer chose (DSA), or over all of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,9 @@ class MLA(nnx.Module):
         self.o = init.linear(config.hidden_size, heads * config.v_head_dim)
         self.indexer = Indexer(config, init)
 
-    def __call__(self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, x: jax.Array, layer: int, cache: KVCache, ctx: StepContext, chosen: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache, jax.Array | None]:
         """Attention of the step's tokens, whose own keys enter the cache first.
 
         Args:
@@ -60,9 +62,10 @@ class MLA(nnx.Module):
           layer: index into the cache.
           cache: the block cache.
           ctx: batch, angles and options of the step.
+          chosen: int32 [T, K], what the layer before attended to, for a layer that does not choose (`ctx.chooses`).
 
         Returns:
-          [T, D] and the cache.
+          [T, D], the cache, and what this layer attended to; None where that is everything.
         """
         q_a, kv_a, index_key = self.project(x, ctx)
         q_latent, q_nope, q_rope = self.queries(q_a, ctx.angles, ctx.config, ctx.numerics)
@@ -75,12 +78,17 @@ class MLA(nnx.Module):
         def select() -> jax.Array:
             return self.select(x, q_latent, weights, layer, cache, ctx)
 
-        chosen = select() if ctx.options.attention == "sparse" else None
+        if ctx.options.attention == "dense":
+            chosen = None
+        elif ctx.chooses(layer):
+            chosen = select()
+        else:
+            ctx.seams.tap("index_scores", lambda: self.index_scores(x, q_latent, layer, cache, ctx))
         ctx.seams.tap("topk", lambda: select() if chosen is None else chosen)
         ctx.seams.tap("attention", weights)
         attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx)
-        return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o, "o"), cache
+        return ctx.numerics.matmul(out.reshape(x.shape[0], -1), self.o, "o"), cache, chosen
 
     def project(self, x: jax.Array, ctx: StepContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [T, D], normalised, by q_a [T, q_lora_rank], by kv_a [T, latent + rope], by the indexer's k [T, dim]."""
@@ -160,9 +168,7 @@ class MLA(nnx.Module):
         first -1 ends a row. `Options(check=True)` checks that of a replaced part, see `checks.check_selection`.
         """
         batch, seams, backend = ctx.batch, ctx.seams, ctx.numerics.backend
-        with seams.scope("indexer"):
-            queries, head_weights = self.indexer.queries(x, q_latent, ctx.angles, ctx.config, ctx.numerics)
-        arrays = (queries, head_weights, cache.index, layer, batch.block_tables, batch.sequence, batch.positions)
+        arrays = self.index_arrays(x, q_latent, layer, cache, ctx)
         k = min(ctx.options.index_topk or ctx.config.index_topk, ctx.context_length)
 
         def scores() -> jax.Array:
@@ -173,6 +179,22 @@ class MLA(nnx.Module):
             return seams.call("top_k", scores(), k, lengths=batch.positions + 1, backend=backend)
         extras = {"x": lambda: x, "attention": weights}
         return seams.call("index_select", *arrays, k=k, backend=backend, extras=extras)
+
+    def index_arrays(
+        self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: StepContext
+    ) -> tuple[Any, ...]:
+        """The positional arguments of `indexer_logits` and `index_select`."""
+        batch = ctx.batch
+        with ctx.seams.scope("indexer"):
+            queries, head_weights = self.indexer.queries(x, q_latent, ctx.angles, ctx.config, ctx.numerics)
+        return queries, head_weights, cache.index, layer, batch.block_tables, batch.sequence, batch.positions
+
+    def index_scores(
+        self, x: jax.Array, q_latent: jax.Array, layer: int, cache: KVCache, ctx: StepContext
+    ) -> jax.Array:
+        """The indexer's scores, float32 [T, L]."""
+        arrays = self.index_arrays(x, q_latent, layer, cache, ctx)
+        return ctx.seams.call("indexer_logits", *arrays, backend=ctx.numerics.backend)
 
     def absorbed_queries(self, q_nope: jax.Array, q_rope: jax.Array, ctx: StepContext) -> jax.Array:
         """Queries in the latent space, [T, H, latent + rope], for which the cache's rows are keys and values."""

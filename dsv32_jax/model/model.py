@@ -46,8 +46,14 @@ class DecoderLayer(nnx.Module):
         self.ffn = MoE(config, init) if moe else MLP(config.hidden_size, config.intermediate_size, init)
 
     def __call__(
-        self, residual: jax.Array, update: jax.Array | None, layer: int, cache: KVCache, ctx: StepContext
-    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        self,
+        residual: jax.Array,
+        update: jax.Array | None,
+        layer: int,
+        cache: KVCache,
+        ctx: StepContext,
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array | None]:
         """One layer over the residual stream.
 
         Args:
@@ -56,15 +62,16 @@ class DecoderLayer(nnx.Module):
           layer: index into the cache.
           cache: the block cache.
           ctx: of the step.
+          chosen: int32 [T, K], what the layer before attended to, see `MLA.__call__`.
 
         Returns:
-          residual [T, D], this layer's own update [T, D], and the cache.
+          residual [T, D], this layer's own update [T, D], the cache, and what this layer attended to.
         """
         numerics, seams, eps = ctx.numerics, ctx.seams, ctx.config.rms_norm_eps
         residual, x = numerics.add_rms_norm(residual, update, self.attn_norm, eps)
         seams.tap("attn.input", x)
         with seams.scope("attn"):
-            update, cache = self.attn(x, layer, cache, ctx)
+            update, cache, chosen = self.attn(x, layer, cache, ctx, chosen)
         residual, x = numerics.add_rms_norm(residual, update, self.ffn_norm, eps)
         seams.tap("ffn.input", x)
         with seams.scope("ffn"):
@@ -73,7 +80,7 @@ class DecoderLayer(nnx.Module):
             else:
                 update = self.ffn(x, numerics)
         seams.tap("hidden", lambda: residual + update)
-        return residual, update, cache
+        return residual, update, cache, chosen
 
 
 class DeepseekV32(nnx.Module):
@@ -115,11 +122,11 @@ class DeepseekV32(nnx.Module):
           UserError: a replaced part gives what it must not, or is not called.
         """
         ctx = StepContext(self.config, options, batch, seams or options.seams())
-        residual, update = self.embed[batch.ids].astype(ctx.dtype), None
+        residual, update, chosen = self.embed[batch.ids].astype(ctx.dtype), None, None
         ctx.seams.tap("embedded", residual)
         for index, layer in enumerate(self.layers):
             with ctx.seams.scope(f"layers.{index}"):
-                residual, update, cache = layer(residual, update, index, cache, ctx)
+                residual, update, cache, chosen = layer(residual, update, index, cache, ctx, chosen)
         _, states = ctx.numerics.add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
         ctx.seams.tap("states", states)
         ctx.seams.check_all_called()

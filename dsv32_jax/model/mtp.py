@@ -55,6 +55,6 @@ class MTP(nnx.Module):
             # The embedding's half comes first in the released eh_proj, whatever the report's formula says.
             joined = numerics.matmul(jnp.concatenate([embedded, state], axis=-1), self.eh_proj, "eh_proj")
             with ctx.seams.scope("layer"):
-                residual, update, cache = self.layer(joined, None, ctx.config.num_hidden_layers, cache, ctx)
+                residual, update, cache, _ = self.layer(joined, None, ctx.config.num_hidden_layers, cache, ctx)
             _, x = numerics.add_rms_norm(residual, update, self.norm, eps)
             return float32_matmul(x if rows is None else x[rows], self.head), cache

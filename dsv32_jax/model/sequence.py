@@ -72,7 +72,13 @@ class Run:
 
     @staticmethod
     def of(options: Options, **changes: Any) -> "Run":
-        """What computes as a step with these options does; `changes` are other fields."""
+        """What computes as a step with these options does; `changes` are other fields.
+
+        Raises:
+          UserError: layers share their selection, which this form has not.
+        """
+        if options.index_topk_freq > 1:
+            raise UserError("index_topk_freq: the form for whole sequences has an indexer in every layer; set it to 1")
         shared = {field.name for field in dataclasses.fields(Run)} & {
             field.name for field in dataclasses.fields(Options)
         }
@@ -134,7 +140,9 @@ class Sequences:
         slots = sequence * (blocks * BLOCK_SIZE) + positions
         batch = Batch(jnp.zeros_like(positions), positions, slots, sequence, tables, numbers)
         run = self.run
-        options = Options(run.compute_dtype, act_quant, run.attention, run.index_topk, "reference", parts=run.parts)
+        options = Options(
+            run.compute_dtype, act_quant, run.attention, run.index_topk, backend="reference", parts=run.parts
+        )
         return StepContext(self.config, options, batch, self.seams)
 
     def cache(self, layer: int, ctx: StepContext) -> KVCache:

@@ -96,6 +96,25 @@ def unpacked(kv: jax.Array, layer: Any, rope_dim: int, dtype: jax.typing.DTypeLi
 # ---- attention over all keys: dense_mla ----
 
 
+def materialised(queries, context, sequence, positions, *, scale, rope_dim, mean_probabilities=False):
+    """All scores of the step at once and a causal mask: what a port of the official demo does before any optimisation.
+
+    Its memory grows with tokens times context; the model's own dense attention works in chunks of tokens.
+    """
+    if len(context) == 1:
+        rows, formula = context[0], ("thd,ld->thl", "thl,ld->thd")
+    else:
+        rows, formula = context[sequence], ("thd,tld->thl", "thl,tld->thd")
+    scores = jnp.einsum(formula[0], queries, rows, precision="highest", preferred_element_type=jnp.float32) * scale
+    seen = jnp.arange(context.shape[1]) <= positions[:, None]
+    # Padding, of position -1, sees nothing: softmax over nothing would be NaN.
+    probabilities = jnp.where(seen[:, None], jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1), 0)
+    if mean_probabilities:
+        return probabilities.mean(1)
+    values = rows[..., : queries.shape[2] - rope_dim]
+    return jnp.einsum(formula[1], probabilities.astype(queries.dtype), values, precision="highest")
+
+
 def flash(
     queries, context, sequence, positions, *, scale, rope_dim, chunk_bytes, mean_probabilities=False
 ) -> jax.Array:
@@ -170,6 +189,21 @@ def one_by_one(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: Routi
     return jax.lax.scan(add, jnp.zeros((len(rows), x.shape[1]), x.dtype), (numbers, gate, up, down))[0]
 
 
+def tile_by_tile(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+    """The rows of one expert after another, weights dequantised for each tile: the official demo's loop, in the shapes
+    that a compiled program needs; activations are not quantised.
+    """
+    tiles = gather_rows(x, plan, backend="reference").reshape(-1, plan.tile, x.shape[1])
+
+    def one_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, number = tile
+        expert = jax.tree.map(lambda leaf: leaf[number], (gate, up, down))
+        g, u, d = (dense(weight, x.dtype) for weight in expert)
+        return (jax.nn.silu(rows @ g.T) * (rows @ u.T)) @ d.T
+
+    return jax.lax.map(one_tile, (tiles, plan.tile_expert)).reshape(-1, x.shape[1])
+
+
 def ragged(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
     """`jax.lax.ragged_dot`, what stock JAX has for it; weights dequantised, activations not quantised."""
     rows = gather_rows(x, plan, backend="reference")
@@ -234,10 +268,11 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "oracle": oracle,
     },
     "sparse_mla": {"masked": masked},
-    "dense_mla": {"flash": flash},
+    "dense_mla": {"materialised": materialised, "flash": flash},
     "index_rope": {"interleaved": rowwise.rope_interleaved},
     "experts": {
         "one_by_one": one_by_one,
+        "tile_by_tile": tile_by_tile,
         "ragged": ragged,
         "apart": products_apart,
         "apart_replanned": functools.partial(products_apart, replan=True),

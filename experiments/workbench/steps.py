@@ -92,6 +92,8 @@ class StepShape:
 class Step:
     """A compiled step of a model, greedy sampling included, that can be called again and again on its own cache.
 
+    The cache is made when the step is first called, so that the memory of a step that does not fit can be told too.
+
     Args:
       lm: the model, with its options and parts.
       shape: the step's tokens.
@@ -126,10 +128,13 @@ class Step:
             "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)),
             "temporary": analysis.temp_size_in_bytes,
         }
-        self._cache = random_cache(lm.config, shape.blocks, lm.options)
+        self._new_cache = functools.partial(random_cache, lm.config, shape.blocks, lm.options)
+        self._cache: KVCache | None = None
 
     def __call__(self) -> jax.Array:
         """Starts the step and returns the sampled tokens, int32 [sequences], which may not be computed yet."""
+        if self._cache is None:
+            self._cache = self._new_cache()
         tokens, self._cache = self.compiled(self._leaves, self._batch, self._cache)
         return tokens
 

@@ -165,7 +165,7 @@ def attention(name: str, options: Options) -> SimpleNamespace:
     @jax.jit
     def run(mla, x, cache):
         seams = options.seams(Taps.of(dict.fromkeys(("topk", "index_scores", "attention"))))
-        out, _ = mla(x, 1, cache, StepContext(model.config, options, batch, seams))
+        out, *_ = mla(x, 1, cache, StepContext(model.config, options, batch, seams))
         return out, seams.values
 
     cache = KVCache.create(model.config, 2, options)
