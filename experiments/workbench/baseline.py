@@ -89,7 +89,8 @@ class StaticBatches:
         return prompt_batch(row, 0, len(row), size, self.tables[number], np.array([len(row) - 1]))
 
     def _next(self, ids: Any, positions: np.ndarray) -> Batch:
-        return batch_of(ids, positions, self.tables, np.arange(len(self.tables)))
+        rows = np.arange(len(self.tables))
+        return batch_of(ids, positions, rows, self.tables, rows)
 
     def run(self, work: Sequence[Work]) -> BatchResult:
         """Serves a batch of requests, which all come at its start."""
