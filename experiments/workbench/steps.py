@@ -17,14 +17,13 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import LAYERS, index_cache, latent_cache, normal
-from dsv32_jax.generate.batching import host_batch
+from dsv32_jax.generate.batching import batch_of
 from dsv32_jax.generate.flat_model import user_errors
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.sampling import sample
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, Options
 from dsv32_jax.model.taps import Taps
-from pallas_kernels.paging import slots_of
 
 __all__ = ["PHASES", "Step", "StepShape", "random_cache"]
 
@@ -80,14 +79,8 @@ class StepShape:
         tables = blocks.reshape(self.sequences, -1)
         sequence = np.repeat(np.arange(self.sequences), self.tokens)
         positions = np.tile(np.arange(self.context - self.tokens, self.context), self.sequences)
-        return host_batch(
-            ids=rng.integers(0, config.vocab_size, self.rows),
-            positions=positions,
-            slots=slots_of(positions, sequence, tables),
-            sequence=sequence,
-            block_tables=tables,
-            logit_rows=np.arange(self.tokens - 1, self.rows, self.tokens),
-        )
+        ids = rng.integers(0, config.vocab_size, self.rows)
+        return batch_of(ids, positions, sequence, tables, np.arange(self.tokens - 1, self.rows, self.tokens))
 
 
 class Step:
