@@ -52,7 +52,7 @@ def measure_ceilings(compute_dtype: str) -> dict[str, Any]:
         kinds: tuple[str, ...] = tuple(dict.fromkeys(("copy", plain, "bf16", "fp8")))
         measured = roofline.measure(timer, Peers(), kinds=kinds)
     else:
-        measured = roofline.measure(timer, Peers(), kinds=("copy", plain), side=CPU_SIDE, size=CPU_BYTES)
+        measured = roofline.measure(timer, Peers(), kinds=("copy", plain), side=CPU_SIDE, size=CPU_BYTES, reads=True)
     return {"timer": timer.name, "timer_trouble": trouble, **measured}
 
 
