@@ -31,7 +31,7 @@ from dsv32_jax.generate.weights import check_edited, dequantized, shapes_of, wit
 from dsv32_jax.model.model import DeepseekV32, Options
 from dsv32_jax.model.params import named_parameters
 from dsv32_jax.model.prepared import prepared
-from dsv32_jax.model.taps import Reduction, Taps
+from dsv32_jax.model.taps import Patches, Reduction, Taps
 
 CONFIG_OF_TEXT = frozenset({"bos_token_id", "eos_token_id", "max_position_embeddings"})
 """Fields in which the config of a `LanguageModel` may differ from its model's: no step reads them."""
@@ -177,6 +177,29 @@ class LanguageModel:
             changes["check"] = boolean("check", check)
         options = dataclasses.replace(self.options, **changes)
         return LanguageModel(model, self.config, self.tokenizer, options, self.generation_config)
+
+    def with_patches(self, patches: Mapping[str, Reduction]) -> "LanguageModel":
+        """Returns a model whose steps go on with other values than they compute; this one is not changed.
+
+        For activation patching, steering and ablation of single values: in `probe`, `trace`, `score`, `logits`,
+        `generate` and an `Engine` alike.
+
+        Args:
+          patches: by name ("layers.3.hidden"; see `tap_names`) or pattern ("layers.*.ffn.input"): a function of the
+            value that gives an array of its shape and dtype and is made of jax.numpy. It may have parameters for the
+            details of a value (`dsv32_jax.model.taps.DETAILS`), such as `positions`, since a step may have any of a
+            sequence's tokens. It is read when a step is compiled; another function compiles another program. None takes
+            away a patch that this model has. A tap shows a patched value as the step goes on with it.
+
+        Raises:
+          UserError: what is no function. When a step is compiled: a name that no value has, or that of a value which
+            the step looks at alone (`attention`, `logits`, with dense attention `topk`).
+        """
+        instance("patches", patches, Mapping, "a mapping from names to functions or None")
+        requests = {**dict(self.options.patches.requests), **dict(Patches.of(patches).requests)}
+        changed = Patches.of({pattern: function for pattern, function in requests.items() if function is not None})
+        options = dataclasses.replace(self.options, patches=changed)
+        return LanguageModel(self.model, self.config, self.tokenizer, options, self.generation_config)
 
     def dequantized(self, dtype: str = "float32", *, memory_check: bool = True) -> "LanguageModel":
         """Returns this model with plain weights and unquantised activations, which has gradients.
