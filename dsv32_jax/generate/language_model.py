@@ -15,13 +15,12 @@ from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.config.generation_config import checked_generation_config
 from dsv32_jax.errors import UserError
-from dsv32_jax.fidelity import Trace
 from dsv32_jax.generate import decoding, forward, inspection
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.flat_model import FlatModel, user_errors
 from dsv32_jax.generate.memory import describe
 from dsv32_jax.generate.messages import checked_messages
-from dsv32_jax.generate.prompts import Prompts, rows_of
+from dsv32_jax.generate.prompts import Prompts, is_one, rows_of
 from dsv32_jax.generate.reasoning import ReasoningSplit
 from dsv32_jax.generate.results import Answer, Generation, Piece, Score
 from dsv32_jax.generate.sampling import check_sampling
@@ -266,12 +265,19 @@ class LanguageModel:
             out = forward.output(rows, self.config, out)
         return forward.score(self._flat(), rows, out)
 
-    def trace(self, ids: Prompts) -> Trace:
-        """Records what every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
+    def trace(self, ids: Prompts) -> Any:
+        """Records what every layer chose and computed; see `dsv32_jax.fidelity.Trace`.
 
-        The whole sequence is one step: memory grows with its square.
+        Each sequence is one step by itself: memory grows with the square of its length.
+
+        Args:
+          ids: [T] integers or a text; or [B, T] (-1 absent at the right), or a list of texts or id lists.
+
+        Returns:
+          A `Trace`; or of a list or [B, T] a list of them, each as long as its sequence.
         """
-        return inspection.trace(self._flat(), self._sequence("trace", ids))
+        traces = inspection.traces(self._flat(), self.rows(ids))
+        return traces[0] if is_one(ids) else traces
 
     def probe(self, ids: Prompts, taps: Mapping[str, Reduction]) -> dict[str, Any]:
         """Reads values inside a step, for one sequence; the whole sequence is one step.
