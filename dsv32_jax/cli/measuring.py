@@ -22,7 +22,6 @@ from dsv32_jax.cli.options import (
     TextFile,
     TokenIds,
 )
-from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,12 +72,7 @@ def fidelity(
             _check_comparable(first, m.config, second)
         if text is not None and not traces:
             rows = _pieces(m, text, window, windows)
-        with progress_bar(f"tracing {Path(name).name}", len(rows), "sequences") as advance:
-            traced = []
-            for row in rows:
-                traced.append(m.trace(row))
-                advance(1)
-        traces.append(traced)
+        traces.append(m.trace(rows))
         chosen = max(chosen, m.options.index_topk or m.config.index_topk)
         del m
     try:

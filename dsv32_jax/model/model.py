@@ -53,7 +53,7 @@ class DecoderLayer(nnx.Module):
         cache: KVCache,
         ctx: StepContext,
         chosen: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | None, KVCache, jax.Array | None]:
         """One layer over the residual stream.
 
         Args:
@@ -65,21 +65,24 @@ class DecoderLayer(nnx.Module):
           chosen: int32 [T, K], what the layer before attended to, see `MLA.__call__`.
 
         Returns:
-          residual [T, D], this layer's own update [T, D], the cache, and what this layer attended to.
+          residual [T, D], this layer's own update [T, D] (None where their sum is patched), the cache, and what this
+          layer attended to.
         """
         numerics, seams, eps = ctx.numerics, ctx.seams, ctx.config.rms_norm_eps
         residual, x = numerics.add_rms_norm(residual, update, self.attn_norm, eps)
-        seams.tap("attn.input", x)
+        x = seams.value("attn.input", x)
         with seams.scope("attn"):
             update, cache, chosen = self.attn(x, layer, cache, ctx, chosen)
         residual, x = numerics.add_rms_norm(residual, update, self.ffn_norm, eps)
-        seams.tap("ffn.input", x)
+        x = seams.value("ffn.input", x)
         with seams.scope("ffn"):
             if isinstance(self.ffn, MoE):
                 update = self.ffn(x, ctx.batch.positions, ctx.config, numerics)
             else:
                 update = self.ffn(x, numerics)
-        seams.tap("hidden", lambda: residual + update)
+        hidden = seams.value("hidden", lambda: residual + update)
+        if seams.is_patched("hidden"):
+            residual, update = hidden, None
         return residual, update, cache, chosen
 
 
@@ -104,8 +107,11 @@ class DeepseekV32(nnx.Module):
         self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Logits float32 [R, V] of `batch.logit_rows`, and the cache; arguments are those of `states`."""
+        seams = seams or options.seams()
         states, cache = self.states(batch, cache, options, seams)
-        return self.logits(states, batch.logit_rows), cache
+        logits = self.logits(states, batch.logit_rows)
+        seams.tap("logits", logits)
+        return logits, cache
 
     def states(
         self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
@@ -119,17 +125,17 @@ class DeepseekV32(nnx.Module):
           seams: parts of the options, and taps; without taps where None.
 
         Raises:
-          UserError: a replaced part gives what it must not, or is not called.
+          UserError: a replaced part or a patch gives what it must not, or is not called.
         """
         ctx = StepContext(self.config, options, batch, seams or options.seams())
         with jax.named_scope("embedding"):
             residual, update, chosen = self.embed[batch.ids].astype(ctx.dtype), None, None
-        ctx.seams.tap("embedded", residual)
+        residual = ctx.seams.value("embedded", residual)
         for index, layer in enumerate(self.layers):
             with ctx.seams.scope(f"layers.{index}"):
                 residual, update, cache, chosen = layer(residual, update, index, cache, ctx, chosen)
         _, states = ctx.numerics.add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
-        ctx.seams.tap("states", states)
+        states = ctx.seams.value("states", states)
         ctx.seams.check_all_called()
         return states, cache
 
