@@ -138,11 +138,13 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     engine.pool.forget()
     start = time.monotonic()
     requests = [engine.add(item.prompt, SamplingParams(item.new, temperature=0.0, ignore_eos=True)) for item in work]
-    utilisations, steady = [], {}
+    utilisations, steady, peak_blocks = [], {}, 0
     while engine.busy:
         engine.step()
+        pool = engine.pool.statistics()
+        peak_blocks = max(peak_blocks, pool.in_use)
         if engine.scheduler.waiting:
-            utilisations.append(1 - engine.pool.statistics().internal_fragmentation)
+            utilisations.append(1 - pool.internal_fragmentation)
             steady = {"seconds": time.monotonic() - start, "generated_tokens": engine.metrics.generated_tokens}
     seconds = time.monotonic() - start
     if steady:
@@ -153,6 +155,9 @@ def served(engine: Engine, work: list[Work]) -> dict[str, Any]:
     return {
         **rates(work, seconds),
         "lost": incomplete,
+        "peak_blocks": peak_blocks,
+        "latency_seconds": percentiles([item[-1] for item in times]),
+        "first_token_seconds": percentiles([item[0] for item in times]),
         "between_tokens_seconds": percentiles(np.concatenate([np.diff(item) for item in times])),
         "per_output_token_seconds": percentiles(
             [(item[-1] - item[0]) / (len(item) - 1) for item in times if len(item) > 1]

@@ -228,7 +228,8 @@ def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+    "verb",
+    ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "diagnose", "serve", "bench"],
 )
 def test_help_has_an_example(dsv32, verb):
     code, out, _ = dsv32(verb, "--help")
