@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 import zipfile
@@ -148,7 +147,8 @@ def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
     venv.create(environment)
     (site,) = environment.glob("lib/python*/site-packages")
     # A line of a .pth file adds a folder, but does not obey the .pth files in it, by which a clone is installed.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    folders = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "dependencies.pth").write_text("\n".join(folders))
     python = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps"]
     subprocess.run([*pip, wheel], check=True)
