@@ -168,11 +168,19 @@ def bench(
         tiny=tiny,
     )
     if list_:
-        for each in run.chosen_shapes(settings):
+        shapes = run.chosen_shapes(settings)
+        if as_json:
+            print_json(shapes=[{"op": each.op, "shape": each.name, **each.dims()} for each in shapes])
+            return
+        for each in shapes:
             typer.echo(f"{each.op:<15} {each.name:<22} {' '.join(f'{k}={v}' for k, v in each.dims().items())}")
         return
     if report:
-        for path in reports.write_pages():
+        pages = reports.write_pages()
+        if as_json:
+            print_json(pages=list(map(str, pages)))
+            return
+        for path in pages:
             typer.echo(f"wrote {path}")
         return
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
