@@ -20,12 +20,12 @@ from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.results import environment
+from dsv32_jax.experiments.workbench.least_work import LeastWork, least_work
 from dsv32_jax.experiments.workbench.profile import Event, Profile, record, times_by
 from dsv32_jax.experiments.workbench.scopes import Scopes, part_of_event
+from dsv32_jax.experiments.workbench.settings import description
 from dsv32_jax.experiments.workbench.steps import Step, StepShape
-from dsv32_jax.experiments.workbench.work import Work, work_of
 from dsv32_jax.generate.language_model import LanguageModel
-from dsv32_jax.model.parts import title
 from dsv32_jax.model.taps import Taps
 
 __all__ = ["diagnose", "measure_ceilings", "rows_of_parts", "verdict_of"]
@@ -85,7 +85,7 @@ def diagnose(
         **environment(),
         "model": name,
         "layers": m.config.num_hidden_layers,
-        "options": described(m),
+        "runs": description(m),
         "roofline": ceilings,
         "rows": [],
     }
@@ -100,12 +100,6 @@ def diagnose(
         content["rows"].append(row)
         gc.collect()  # the step's cache makes room for the next
     return content
-
-
-def described(m: LanguageModel) -> dict[str, Any]:
-    """The model's options as JSON, with the replaced parts by their functions' names."""
-    fields = {field.name: getattr(m.options, field.name) for field in dataclasses.fields(m.options)}
-    return fields | {"parts": {part: title(function) for part, function in m.options.parts.replaced.items()}}
 
 
 def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any], say: Say) -> dict[str, Any]:
@@ -134,10 +128,10 @@ def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any
     say(f"{label}: profiling")
     profile, scopes = record(step, burst), Scopes(step.compiled.as_text() or "")
     model = jax.tree.unflatten(*reversed(m.flat_model()))
-    work = work_of(model, m.options, shape, step.kernels, used)
+    work = least_work(model, m.options, shape, step.kernels, used)
     replaced = m.options.parts.replaced
     if "index_select" in replaced:
-        work["index selection"] = merged(work.pop("indexer scores", Work()), work.pop("top-k", Work()))
+        work["index selection"] = merged(work.pop("indexer scores", LeastWork()), work.pop("top-k", LeastWork()))
     took, longest = by_part_and_kernel(profile, scopes, replaced)
     in_graphs = (normal, seconds["median"]) if normal else None
     return row | rows_of_parts(took, profile, work, ceilings, in_graphs) | {"longest": longest}
@@ -172,9 +166,9 @@ def by_part_and_kernel(
     return dict(by_part), longest
 
 
-def merged(*works: Work) -> Work:
+def merged(*works: LeastWork) -> LeastWork:
     """The work of several parts as that of one."""
-    return Work(sum(work.bytes for work in works), sum((work.operations for work in works), Counter()))
+    return LeastWork(sum(work.bytes for work in works), sum((work.operations for work in works), Counter()))
 
 
 def timed(step: Step) -> tuple[dict[str, Any], int]:
@@ -227,7 +221,7 @@ def title_of(shape: Mapping[str, Any]) -> str:
 def rows_of_parts(
     took: Mapping[str, float],
     profile: Profile,
-    work: Mapping[str, Work],
+    work: Mapping[str, LeastWork],
     ceilings: Mapping[str, float | None],
     normal: tuple[Profile, float] | None = None,
 ) -> dict[str, Any]:
@@ -274,7 +268,7 @@ def rows_of_parts(
 
 
 def row_of_part(
-    name: str, seconds: float, whole: float, work: Work | None, ceilings: Mapping[str, float | None]
+    name: str, seconds: float, whole: float, work: LeastWork | None, ceilings: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """A row of `parts`, see `rows_of_parts`; `whole` is the step's time."""
     row: dict[str, Any] = {"part": name, "seconds": seconds, "share": seconds / whole, "bound": None}
