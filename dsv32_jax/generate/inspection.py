@@ -1,6 +1,7 @@
 """Values inside a step: traces, taps, and one layer alone. Each runs a whole sequence as one step."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,12 @@ def traces(flat: FlatModel, rows: list[list[int]]) -> list[Trace]:
 
 
 def tapped(
-    flat: FlatModel, row: list[int], taps: Taps, size: int, longest: int | None = None
+    flat: FlatModel,
+    row: list[int],
+    taps: Taps,
+    size: int,
+    longest: int | None = None,
+    operands: Mapping[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """Logits [size, V] of a sequence, padded to `size` tokens, and what the taps ask for.
 
@@ -51,8 +57,9 @@ def tapped(
       taps: what is asked for.
       size: tokens of the step.
       longest: tokens that the cache has room for; those of the sequence where None.
+      operands: further details of every value, by name.
     """
-    return flat.tapped_step(*_one_step(flat, row, size, longest), taps)
+    return flat.tapped_step(*_one_step(flat, row, size, longest), taps, operands)
 
 
 def tap_names(flat: FlatModel) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from dsv32_jax.common.arguments import boolean, instance, integer, shown
 from dsv32_jax.common.progress import progress_bar
@@ -30,7 +31,7 @@ from dsv32_jax.generate.weights import check_edited, dequantized, shapes_of, wit
 from dsv32_jax.model.model import DeepseekV32, Options
 from dsv32_jax.model.params import named_parameters
 from dsv32_jax.model.prepared import prepared
-from dsv32_jax.model.taps import Patches, Reduction, Taps
+from dsv32_jax.model.taps import Patches, Reduction, Taps, operands_of
 
 CONFIG_OF_TEXT = frozenset({"bos_token_id", "eos_token_id", "max_position_embeddings"})
 """Fields in which the config of a `LanguageModel` may differ from its model's: no step reads them."""
@@ -279,7 +280,9 @@ class LanguageModel:
         traces = inspection.traces(self._flat(), self.rows(ids))
         return traces[0] if is_one(ids) else traces
 
-    def probe(self, ids: Prompts, taps: Mapping[str, Reduction]) -> dict[str, Any]:
+    def probe(
+        self, ids: Prompts, taps: Mapping[str, Reduction], operands: Mapping[str, ArrayLike] | None = None
+    ) -> dict[str, Any]:
         """Reads values inside a step, for one sequence; the whole sequence is one step.
 
         Args:
@@ -287,17 +290,23 @@ class LanguageModel:
           taps: by name ("layers.3.attn.topk"; see `tap_names`) or pattern ("layers.*.ffn.input"): None for the value
             itself, or a function of it that runs on the device and returns arrays. A function may have parameters for
             the details of a value (`dsv32_jax.model.taps.DETAILS`). The same function again compiles nothing anew.
+          operands: arrays and numbers that these functions, and those of patches, get if they name them. Other values
+            of the same shapes compile nothing anew: what differs from call to call, such as a position.
 
         Returns:
           NumPy arrays by name: the results of the functions, or the values, whose first axis is the tokens'; axes of
           positions are as long as the cache, a multiple of 64.
 
         Raises:
-          UserError: a name or pattern that no value has, or two that give one value different functions.
+          UserError: a name or pattern that no value has, or two that give one value different functions; an operand
+            that has the name of a detail or that no function names.
         """
         row = self._sequence("probe", ids)
         instance("taps", taps, Mapping, "a mapping from names to functions or None")
-        return jax.tree.map(np.asarray, inspection.tapped(self._flat(), row, Taps.of(taps), len(row))[1])
+        arrays = operands_of(operands or {}, (Taps.of(taps), self.options.patches))
+        return jax.tree.map(
+            np.asarray, inspection.tapped(self._flat(), row, Taps.of(taps), len(row), operands=arrays)[1]
+        )
 
     def tap_names(self) -> dict[str, str]:
         """The names that `probe` takes, each with the dtype and shape of its value for 8 tokens."""

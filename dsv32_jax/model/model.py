@@ -4,6 +4,7 @@ The step takes a flat batch of tokens, each with its position, its slot in the b
 one new token of many sequences, and any mixture of the two are shapes of one function.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -162,10 +163,16 @@ def step(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> 
 
 @partial(jax.jit, static_argnames=("options", "taps"), donate_argnames="cache")
 def tapped_step(
-    model: DeepseekV32, batch: Batch, cache: KVCache, options: Options, taps: Taps
+    model: DeepseekV32,
+    batch: Batch,
+    cache: KVCache,
+    options: Options,
+    taps: Taps,
+    operands: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache, dict[str, Any]]:
-    """`step` that also returns what the taps ask for, by the values' names."""
+    """`step` that also returns what the taps ask for, by the values' names; operands are details of every value."""
     seams = options.seams(taps)
+    seams.details.update(operands or {})
     logits, cache = model(batch, cache, options, seams)
     taps.check_all_met(seams.names)
     return logits, cache, seams.values

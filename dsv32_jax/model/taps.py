@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.parts import accepted, identity, signature, title
 
-__all__ = ["NO_PATCHES", "Patches", "Reduction", "Taps"]
+__all__ = ["NO_PATCHES", "Patches", "Reduction", "Taps", "operands_of"]
 
 Reduction = Callable[..., Any] | None
 
@@ -86,7 +87,8 @@ class Taps:
         for one in missing:
             if one.name not in details:
                 raise UserError(
-                    f"{self.KIND} {name!r}: {title(reduction)} wants {one.name}, which does not belong to this value"
+                    f"{self.KIND} {name!r}: {title(reduction)} wants {one.name}, which does not belong to this value "
+                    "and is no operand"
                 )
         try:
             result = reduction(value, **accepted(reduction, details))
@@ -137,3 +139,24 @@ DETAILS = {
     "num_experts": "int, how many experts there are; likewise",
 }
 """What a function gets beside the value if it names it."""
+
+
+def operands_of(operands: Mapping[str, Any], requests: Iterable[Taps]) -> dict[str, jax.Array]:
+    """The arrays that a caller has for the functions of these requests.
+
+    Raises:
+      UserError: one is no array or number, has the name of a detail, or is named by no function.
+    """
+    functions = [function for taps in requests for _, function in taps.requests if function is not None]
+    named = {name for function in functions for name in list(signature(function).parameters)[1:]}
+    arrays = {}
+    for name, value in operands.items():
+        if name in DETAILS:
+            raise UserError(f"operand {name!r}: has the name of what belongs to a value; choose another")
+        if name not in named:
+            raise UserError(f"operand {name!r}: no function of a tap or patch has a parameter of that name")
+        try:
+            arrays[name] = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"operand {name!r}: {type(value).__name__}; must be an array or a number") from error
+    return arrays

@@ -10,7 +10,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.model.model import Options
 from dsv32_jax.model.sequence import Run
 from dsv32_jax.model.variants import recent
-from tests.harness import EXACT, one_shape
+from tests.harness import EXACT, one_shape, times_compiled
 from tests.model.test_parts import IDS, lm  # noqa: F401  (a fixture)
 
 FIRST, SECOND = (row[:16] for row in IDS)
@@ -43,6 +43,40 @@ def test_a_run_goes_on_with_the_stream_of_another(lm):  # noqa: F811
     np.testing.assert_allclose(values["logits"], streams["logits"], atol=1e-5)
     np.testing.assert_array_equal(values["layers.0.hidden"], stream)  # a tap shows what the step goes on with
     assert np.abs(lm.probe(SECOND, LOGITS)["logits"] - streams["logits"]).max() > 0.1
+
+
+def test_operands_change_from_call_to_call_without_another_program(lm, caplog):  # noqa: F811
+    """Which position brings the other run's logits back: one program for all."""
+    clean = lm.probe(FIRST, {"layers.0.hidden": None} | LOGITS)
+
+    def put(value, positions, stream, position):
+        return jnp.where(positions[:, None] == position, stream, value)
+
+    def last(logits, token):
+        return logits[-1, token]
+
+    patched, values = lm.with_patches({"layers.0.hidden": put}), {}
+    stream = clean["layers.0.hidden"]
+
+    def sweep():
+        for position in (3, 15, 16):
+            operands = {"stream": stream, "position": position, "token": 7}
+            values[position] = patched.probe(SECOND, {"logits": last, "states": None}, operands)
+
+    assert times_compiled("flat_tapped_step", sweep, caplog) == 1
+    np.testing.assert_allclose(values[16]["logits"], lm.probe(SECOND, LOGITS)["logits"][-1, 7], atol=1e-5)  # no token
+    changed = {position: np.abs(values[position]["states"] - values[16]["states"]).max(axis=1) for position in (3, 15)}
+    assert not changed[3][:3].any() and changed[3][3] > 0.1 and not changed[15][:15].any() and changed[15][15] > 0.1
+    for operands, message in (
+        ({"positions": 3}, "operand 'positions': has the name of what belongs to a value"),
+        ({"strem": stream}, "operand 'strem': no function of a tap or patch has a parameter of that name"),
+        ({"stream": "x", "position": 3}, "operand 'stream': str; must be an array or a number"),
+        ({"stream": stream}, "wants position, which does not belong to this value and is no operand"),
+    ):
+        with pytest.raises(UserError, match=message):
+            patched.probe(SECOND, {"states": None}, operands)
+    with pytest.raises(UserError, match="wants stream, which does not belong"):
+        patched.score(SECOND)
 
 
 def test_a_patch_of_one_position_is_the_same_in_every_call(lm):  # noqa: F811
