@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv32_jax.convert.quantization import UNQUANTISED, mixed, quantize_model, uniform
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.workbench.random_model import random_model
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.context import Options
 from dsv32_jax.model.params import is_linear
@@ -16,7 +17,17 @@ from dsv32_jax.model.parts import title
 from dsv32_jax.model.variants import backends_of, parts_of
 from pallas_kernels.matmul import SCHEMES, scheme_name
 
-__all__ = ["MIXED", "SCHEME", "SETTABLE", "STORED", "Setting", "description", "differences", "in_scheme"]
+__all__ = [
+    "MIXED",
+    "SCHEME",
+    "SETTABLE",
+    "STORED",
+    "Setting",
+    "description",
+    "differences",
+    "in_scheme",
+    "random_in_scheme",
+]
 
 SCHEME = "scheme"
 """The field that is not one of `Options`: the scheme of the linears' weights."""
@@ -174,6 +185,15 @@ def in_scheme(m: LanguageModel, scheme: str) -> LanguageModel:
     model = quantize_model(m.model, schemes)
     config = m.config.replace(quantization_config=model.config.quantization_config, unknown=model.config.unknown)
     return LanguageModel(model, config, m.tokenizer, m.options, m.generation_config)
+
+
+def random_in_scheme(m: LanguageModel, scheme: str) -> LanguageModel:
+    """As `in_scheme`, for a model of random weights: others are made in the scheme, which takes less memory."""
+    if scheme == STORED:
+        return m
+    schemes = mixed(m.model) if scheme == MIXED else uniform(m.model, scheme)
+    other = random_model(m.config, schemes=schemes)
+    return LanguageModel(other.model, m.config, m.tokenizer, m.options, m.generation_config)
 
 
 def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
