@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.setup-done
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo notebooks test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup
 	$(PYTHON) -m dsv32_jax.experiments.demo
+
+# Runs experiments/notebooks/*.py and writes the .ipynb beside each.
+notebooks: setup
+	$(PYTHON) -m dsv32_jax.experiments.notebooks
 
 test: setup
 	$(PYTHON) -m pytest -n 2

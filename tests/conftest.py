@@ -46,6 +46,7 @@ LONGEST = (
     "bench/test_moe.py",
     "engine/test_engine.py",
     "engine/test_speculation.py",
+    "test_notebooks.py",
     "model/test_step.py",
     "cli/test_cli.py",
     "gpu/test_model.py",

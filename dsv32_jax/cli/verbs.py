@@ -9,7 +9,18 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from dsv32_jax import __version__
-from dsv32_jax.cli import before_after, chat, checkpoints, measuring, scoring, serving, text, tokens, workbench
+from dsv32_jax.cli import (
+    before_after,
+    chat,
+    checkpoints,
+    diagnosing,
+    measuring,
+    scoring,
+    serving,
+    text,
+    tokens,
+    workbench,
+)
 from dsv32_jax.common import progress
 from dsv32_jax.errors import UserError
 
@@ -18,6 +29,10 @@ __all__ = ["run"]
 CHECKPOINTS = ("source", "target")
 """Paths of checkpoint directories. The libraries that read and write tensors take only names that are UTF-8; files
 that Python itself opens may have any name."""
+
+
+COMPLETION = "_DSV32_COMPLETE"
+"""The variable by which shells ask for completions; Click makes its name of the command's."""
 
 
 class Verb(TyperCommand):
@@ -66,7 +81,6 @@ def check_platform() -> None:
 app = typer.Typer(
     help="DeepSeek-V3.2-Exp in JAX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -80,6 +94,7 @@ for verb in (
     checkpoints.convert,
     checkpoints.quantize,
     measuring.fidelity,
+    diagnosing.diagnose,
     serving.serve,
     measuring.bench,
     workbench.compare,
@@ -100,7 +115,9 @@ def root(
 
 def run(argv: Sequence[str]) -> None:
     """Runs a command; passes on all exceptions unchanged."""
-    # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
     command = get_command(app)
+    if COMPLETION in os.environ:  # a shell asks what could come next
+        command.main(list(argv), prog_name="dsv32", complete_var=COMPLETION)
+    # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
     with progress.shown(), command.make_context("dsv32", list(argv)) as context:
         command.invoke(context)

@@ -46,9 +46,11 @@ class MoE(nnx.Module):
         self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
         """Chosen experts int32 [T, K] and their weights float32 [T, K] of x [T, D] at int32 positions [T]."""
+        with jax.named_scope("router"):
+            logits = float32_matmul(x, self.router)
         return numerics.seams.call(
             "route",
-            float32_matmul(x, self.router),
+            logits,
             self.router_bias.astype(jnp.float32),
             num_groups=config.n_group,
             groups_kept=config.topk_group,
@@ -63,8 +65,8 @@ class MoE(nnx.Module):
         """[T, D] -> [T, D]; padding, whose position (int32 [T]) is -1, reaches no routed expert."""
         seams, backend = numerics.seams, numerics.backend
         experts, weights = self.route(x, positions, config, numerics)
-        seams.tap("experts", experts)
-        seams.tap("expert_weights", weights)
+        experts = seams.value("experts", experts)
+        weights = seams.value("expert_weights", weights)
         tile = tile_rows(experts.size, *self.experts.weights, backend=backend)
         plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile=tile, backend=backend)
         rows = self.experts(x, plan, numerics)

@@ -89,7 +89,8 @@ class Bench:
         lm = self.model(row.setting)
         runs = description(lm, row.setting.contiguous)
         jobs: list[Callable[[], Any]] = [*Steps.jobs(lm, self.work, row.setting.contiguous)]
-        decode, prompt, quality = all_at_once([*jobs, partial(self.quality, lm, runs)])
+        jobs.append(partial(self.quality, lm, runs))
+        decode, prompt, quality = all_at_once(jobs)
         steps = Steps.of(lm, decode, prompt)
         content: dict[str, Any] = {
             "number": number,

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.experiments.studies.serving import Work
-from dsv32_jax.generate.batching import host_batch, padded, prompt_batch
+from dsv32_jax.generate.batching import batch_of, padded, prompt_batch
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.flat_model import FlatModel, flat_step
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model import variants
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch
-from pallas_kernels.paging import slots_of
 
 __all__ = ["StaticBatches", "baseline"]
 
@@ -90,15 +89,8 @@ class StaticBatches:
         return prompt_batch(row, 0, len(row), size, self.tables[number], np.array([len(row) - 1]))
 
     def _next(self, ids: Any, positions: np.ndarray) -> Batch:
-        rows = np.arange(len(self.tables), dtype=np.int32)
-        return host_batch(
-            ids=ids,
-            positions=positions,
-            slots=slots_of(positions, rows, self.tables),
-            sequence=rows,
-            block_tables=self.tables,
-            logit_rows=rows,
-        )
+        rows = np.arange(len(self.tables))
+        return batch_of(ids, positions, rows, self.tables, rows)
 
     def run(self, work: Sequence[Work]) -> BatchResult:
         """Serves a batch of requests, which all come at its start."""
