@@ -27,7 +27,7 @@ Batch = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option("--context", min=64, help="Tokens of a sequence, a multiple of 64. Default: 512, on a GPU 32768."),
+    typer.Option("--context", min=64, help="Tokens of a sequence, a multiple of 64. Default: 512, on a GPU 8192."),
 ]
 PromptTokens = Annotated[
     int | None, typer.Option("--prompt-tokens", min=1, help="Of a prompt's step. Default: 128, on a GPU 2048.")
@@ -139,8 +139,8 @@ def ablate(
 ) -> None:
     """What each change is worth, in time, memory and quality: from a baseline to the model as it is, one at a time.
 
-    Groups that are named come with what stands beside them (INT8, another top-k). Without any it prices those that a
-    CPU measures in five minutes, or on a GPU all. What --set, --part and --backend name are rows like any other.
+    Groups that are named come with what stands beside them (INT8, another top-k); without any, it is the way from the
+    baseline to the model as it is. What --set, --part and --backend name are rows like any other.
 
     Example: dsv32 ablate selection --part index_select=my_module:my_function
     """
@@ -167,13 +167,12 @@ def ablate(
     mine = ablations.yours(sets or (), part or (), backend or ())
     check_writable(out)
     check_writable(figure, "--figure")
-    on_cpu = jax.default_backend() == "cpu"
     named = tuple(groups or ())
     if not named and not mine.others:
-        named = ablations.ON_CPU if on_cpu else tuple(ablations.GROUPS)
+        named = ablations.ON_CPU if jax.default_backend() == "cpu" else ablations.ON_GPU
     ablations.check_groups(named)
     m = model_named(model, mtp=not no_mtp)
-    axes, left_out = ablations.axes_of(m, named, others=bool(groups) or not on_cpu)
+    axes, left_out = ablations.axes_of(m, named, others=bool(groups))
     rows = ablations.plan([*axes, mine], mode)
     if len(rows) == 1:
         raise UserError(f"{', '.join(named)}: nothing to compare ({'; '.join(left_out.values()) or 'no such change'})")

@@ -136,7 +136,7 @@ def ablate(
     """Measures every row.
 
     A row that does not go with the model, or has no room in memory, is left out, with the reason; those that were to be
-    compared with it are compared with the one before it. What the user named is refused instead.
+    compared with it are compared with the one before it, if there is one. What the user named is refused instead.
 
     Args:
       m: the model as it was loaded.
@@ -184,7 +184,8 @@ def ablate(
                 content["rows"].append(kept[number].content)
             except (UserError, jax.errors.JaxRuntimeError) as error:
                 reason = reason_of(error)
-                if reason is None or row.group == YOURS or row.against is None:
+                baseline = row.against is None and isinstance(error, UserError)
+                if reason is None or row.group == YOURS or baseline:
                     raise
                 failed.add(number)
                 content["left_out"][row.name] = reason

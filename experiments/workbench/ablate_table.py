@@ -1,5 +1,6 @@
 """The results of `ablate` as two tables of a terminal, and in one sentence."""
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +11,20 @@ from dsv32_jax.experiments.workbench.tables import WIDEST, aligned, answered, nu
 __all__ = ["finding", "lines"]
 
 
+PHASES = ("decode", "prompt")
+TIME = ["row", "vs", "decode ms", "+-", "faster", "prompt ms", "+-", "faster"]
+MEMORY = ["row", "weights, MB", "token in the cache, kB", "decode workspace, MB", "prompt workspace, MB"]
+QUALITY = ["row", "perplexity", "bits/byte", "KL, nats", "same best", "recall", "attention", "needles"]
+
+
 def lines(content: Mapping[str, Any]) -> list[str]:
     """The tables, and what they are of, as lines of text."""
     rows, texts, work = content["rows"], content["texts"], content["work"]
-    result = ["time of a step; MB of weights, of a token in the cache (kB), of each step's workspace"]
-    result += fitting(
-        ["row", "vs", "decode ms", "+-", "faster", "prompt ms", "+-", "faster", "weights", "token", "decode", "prompt"],
-        [[label(row), *cost(row)] for row in rows],
-    )
+    result = ["time of a step", *fitting(TIME, [[label(row), *time_cells(row)] for row in rows])]
+    result += ["", "memory", *fitting(MEMORY, [[label(row), *memory_cells(row["memory"])] for row in rows])]
     if texts is not None:
         quality = [[label(row), *quality_cells(row["quality"])] for row in rows]
-        head = ["row", "perplexity", "bits/byte", "KL, nats", "same best", "recall", "attention", "needles"]
-        result += ["", "quality, beside the model as loaded", *fitting(head, quality)]
+        result += ["", "quality, beside the model as loaded", *fitting(QUALITY, quality)]
     for name, reason in content["left_out"].items():
         result += textwrap.wrap(f"left out: {name}: {reason}", WIDEST)
     read = "quality is left out" if texts is None else f"{texts['windows']} windows of {texts['tokens']} tokens"
@@ -31,7 +34,7 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         *textwrap.wrap(finding(content, "prompt"), WIDEST),
         f"{content['device']}, {content['date']}; {content['model']}; {read}",
         f"decode: {work['sequences']} x 1 token at context {work['context']}; prompt: {work['prompt_tokens']} tokens",
-        "+-: half the width of the middle half of the times; faster: than row vs, in brackets where not in every round",
+        "+-: half the width of the middle half of the times; faster: than row vs, in brackets: not beyond the spread",
     ]
     return result
 
@@ -49,25 +52,24 @@ def fitting(head: list[str], rows: list[list[str]]) -> list[str]:
     return aligned(head, cut)
 
 
-def cost(row: Mapping[str, Any]) -> list[str]:
-    """The cells of the first table."""
+def time_cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells of `TIME`."""
     cells = ["" if row["against"] is None else str(row["against"])]
-    for phase in ("decode", "prompt"):
+    for phase in PHASES:
         seconds = row["seconds"][phase]
         low, high = seconds["quartiles"]
         cells += [number(1e3 * seconds["median"]), number(1e3 * (high - low) / 2, 2), times(row["speedup"].get(phase))]
-    memory = row["memory"]
-    return [
-        *cells,
-        megabytes(memory["weights"]),
-        f"{memory['cache_per_token'] / 1e3:.1f}",
-        megabytes(memory["decode_workspace"]),
-        megabytes(memory["prompt_workspace"]),
-    ]
+    return cells
+
+
+def memory_cells(memory: Mapping[str, int]) -> list[str]:
+    """The cells of `MEMORY`."""
+    of_token = f"{memory['cache_per_token'] / 1e3:.1f}"
+    return [megabytes(memory["weights"]), of_token, *(megabytes(memory[f"{phase}_workspace"]) for phase in PHASES)]
 
 
 def quality_cells(quality: Mapping[str, Any]) -> list[str]:
-    """The cells of the second table."""
+    """The cells of `QUALITY`."""
     return [
         number(quality["perplexity"], 4),
         number(quality["bits_per_byte"], 4),
@@ -86,8 +88,9 @@ def finding(content: Mapping[str, Any], phase: str) -> str:
     real = [row for row in compared if row["speedup"][phase]["differs"]]
     if not real:
         return f"A {phase} step: no change is beyond the spread of the repeats"
-    if steps := [row for row in compared if row["step"]]:
-        whole = rows[0]["seconds"][phase]["median"] / steps[-1]["seconds"][phase]["median"]
+    if (steps := [row for row in compared if row["step"]]) and any(row in real for row in steps):
+        # Each is measured beside the row before it; times of rows far apart may be those of another clock rate.
+        whole = math.prod(row["speedup"][phase]["median"] for row in steps)
         best = (max if whole > 1 else min)(steps, key=lambda row: row["speedup"][phase]["median"])
         return (
             f"A {phase} step is {as_fast(whole)} as the baseline's; the largest share: {best['name']} "

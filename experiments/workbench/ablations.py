@@ -10,7 +10,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.variants import VARIANTS, pinned
 from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8
 
-__all__ = ["GROUPS", "MODES", "NOT_OFFERED", "ON_CPU", "Axis", "Row", "axes_of", "plan", "yours"]
+__all__ = ["GROUPS", "MODES", "NOT_OFFERED", "ON_CPU", "ON_GPU", "Axis", "Row", "axes_of", "plan", "yours"]
 
 MODES = ("cumulative", "one-at-a-time", "leave-one-out")
 SHARES_OF_K = (1 / 8, 1 / 4, 1 / 2, 2)
@@ -79,6 +79,12 @@ def every_axis(m: LanguageModel) -> list[Axis]:
     schemes = {FP8_BLOCK.name: "FP8", INT8.name: "INT8", INT4.name: "INT4", MIXED: "experts INT4, others INT8"}
     axes = [
         Axis(
+            "activations",
+            [Level("not quantised", changed(act_quant=False)), Level("FP8", own)]
+            if m.options.act_quant
+            else [Level("-", own)],
+        ),
+        Axis(
             "attention",
             [
                 Level("masked dense", dense_by("materialised")),
@@ -100,12 +106,6 @@ def every_axis(m: LanguageModel) -> list[Axis]:
             "quantisation",
             [Level("bf16", Setting(scheme="bf16")), Level(as_stored, own)][not stored :],
             [Level(name, Setting(scheme=scheme)) for scheme, name in schemes.items() if [scheme] != stored],
-        ),
-        Axis(
-            "activations",
-            [Level("not quantised", changed(act_quant=False)), Level("FP8", own)]
-            if m.options.act_quant
-            else [Level("-", own)],
         ),
         Axis(
             "layouts",
@@ -157,7 +157,7 @@ GROUPS = {
     "experts": "a loop -> ragged_dot -> ours",
     "plan": "of the experts: a routing plan for each product -> one plan",
     "quantisation": "bf16 -> as stored; INT8, INT4, mixed beside it",
-    "activations": "not quantised -> FP8",
+    "activations": "not quantised -> FP8; the first step, since the indexer's kernels take FP8 alone",
     "layouts": "weights as stored -> as kernels take them (needs kernels)",
     "cache": "each sequence's blocks one after the other -> anywhere",
     "selection": "dense, recent, random, oracle and others in the indexer's place",
@@ -171,8 +171,9 @@ NOT_OFFERED = {
     "prefixes": "no step: what requests share is a matter of the engine; see `dsv32 before-after`",
 }
 """What one might look for here."""
-ON_CPU = ("attention", "experts", "quantisation", "activations")
-"""Groups where the command line names none and there is no GPU; without what stands beside, five minutes hold them."""
+ON_CPU = ("attention", "experts", "quantisation")
+ON_GPU = ("attention", "experts", "plan", "quantisation", "layouts", "cache")
+"""Groups where the command line names none, without what stands beside: on a CPU five minutes hold them."""
 
 
 def axes_of(m: LanguageModel, groups: Sequence[str], others: bool = True) -> tuple[list[Axis], dict[str, str]]:

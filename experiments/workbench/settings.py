@@ -206,6 +206,7 @@ def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
         options: every field of `Options` but parts and attention, with the number where `index_topk` is the config's.
         attention: the keys that a token attends to, and the function that attends to them.
         parts: the names of the other functions that are not the model's own, by part.
+        patches: the functions that change a value within the step, by the value's name.
         schemes: how many linears of each group ("experts", "indexer") are in which scheme.
         kernels: whether ops run kernels where these take the arguments.
         blocks: of a sequence in the cache of timed steps, "anywhere" or "one after the other".
@@ -221,6 +222,7 @@ def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
         "options": fields,
         "attention": f"{function} over {keys}" if options.absorb else f"unabsorbed, over {keys}",
         "parts": {name: title(part) for name, part in options.parts.replaced.items() if name != attends},
+        "patches": {name: title(patch) for name, patch in options.patches.requests if patch is not None},
         "schemes": schemes_by_family(lm),
         "kernels": options.runs_kernels,
         "blocks": "one after the other" if contiguous else "anywhere",

@@ -51,13 +51,12 @@ def draw(content: Mapping[str, Any], path: Path) -> Path:
 
 def panel(axis: Any, content: Mapping[str, Any], phase: str) -> None:
     """The rows of one phase: each a bar from the time of the row that it is compared with to its own, a mark."""
-    by_number = {row["number"]: row for row in content["rows"]}
     for place, row in enumerate(content["rows"]):
         own = milliseconds(row, phase)
         low, high = (1e3 * time for time in row["seconds"][phase]["quartiles"])
         right = max(own, high)
         if row["against"] is not None:
-            other = milliseconds(by_number[row["against"]], phase)
+            other = own * row["speedup"][phase]["median"]  # as measured beside it
             colour = UNSURE
             if row["speedup"][phase]["differs"]:
                 colour = FASTER if own < other else SLOWER

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from dsv32_jax.errors import UserError
@@ -38,18 +39,18 @@ def test_a_part_of_ones_own_is_a_row_like_any_other(dsv32, small, monkeypatch, t
     assert mine["memory"]["weights"] == original["memory"]["weights"] > 0
     table = lines(content)
     assert max(map(len, table)) <= WIDEST
-    assert sum(line.startswith("1 yours: index_select=my_") for line in table) == 2
+    assert sum(line.startswith("1 yours: index_select=my_") for line in table) == 3
     assert any("quality is left out" in line for line in lines({**content, "texts": None}))
 
 
-def planted(number: int, before: Measured | None, seconds: float) -> Measured:
-    """A row without steps that took so long."""
+def planted(number: int, before: Measured | None, seconds: float, step: bool = False) -> Measured:
+    """A row without compiled steps that took so long."""
     times = {"median": seconds, "quartiles": [seconds, seconds]}
     content = {
         "number": number,
         "name": f"row {number}",
         "against": None if before is None else before.content["number"],
-        "step": before is not None,
+        "step": step,
         "seconds": {"decode": times, "prompt": times},
         "speedup": {},
     }
@@ -75,7 +76,7 @@ def test_a_row_that_fails_is_left_out_and_the_next_is_compared_with_the_one_befo
     assert alive == [None, 0, 0]
     assert content["left_out"] == {"broken": "does not fit"}
     assert [row["number"] for row in content["rows"]] == [0, 2, 3]
-    assert "row 3" in finding(content, "decode") and "4.00 times as fast" in finding(content, "decode")
+    assert finding(content, "decode") == "A decode step: the largest change is row 3, 4.00 times as fast"
     yours = [rows[0], Row("broken", Setting(), 0, "yours")]
     with pytest.raises(UserError, match="does not fit"):
         ablate(small, yours, None, Work(1, 64, 16))
@@ -83,10 +84,38 @@ def test_a_row_that_fails_is_left_out_and_the_next_is_compared_with_the_one_befo
         ablate(small, [Row("broken", Setting(), None), rows[3]], None, Work(1, 64, 16))
 
 
+def test_a_baseline_without_room_gives_its_place_to_the_next(small, monkeypatch):
+    def measure(self, row, number, before):
+        if number == 0:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return planted(number, before, 1.0)
+
+    monkeypatch.setattr(module.Bench, "measure", measure)
+    monkeypatch.setattr(module.Bench, "alone", lambda self, row: None)
+    rows = [Row("baseline", Setting(), None), Row("b", Setting(), 0), Row("c", Setting(), 1)]
+    content = ablate(small, rows, None, Work(1, 64, 16))
+    assert content["left_out"] == {"baseline": "no room in the device's memory"}
+    assert [row["against"] for row in content["rows"]] == [None, 1]
+
+
+def test_the_finding_multiplies_what_was_measured_side_by_side():
+    """Between the two comparisons the machine became half as fast."""
+    first = planted(0, None, 4.0)
+    second = planted(1, first, 2.0, step=True)
+    second.content["seconds"]["decode"] = {"median": 4.0}
+    third = planted(2, second, 1.0, step=True)
+    rows = [row.content for row in (first, second, third)]
+    assert finding({"rows": rows}, "decode") == (
+        "A decode step is 8.00 times as fast as the baseline's; the largest share: row 2 (4.00x)"
+    )
+    slower = [first.content, planted(1, first, 8.0, step=True).content]
+    assert "2.00 times as slow as the baseline's" in finding({"rows": slower}, "decode")
+
+
 def test_changes_within_the_spread_are_no_finding():
     first = planted(0, None, 1.0)
     rows = [first.content, planted(1, first, 1.05).content]
-    assert "no change is beyond the spread" in finding({"rows": rows, "mode": "cumulative"}, "decode")
+    assert "no change is beyond the spread" in finding({"rows": rows}, "decode")
 
 
 def test_an_error_that_is_not_the_rows_own_is_passed_on():
