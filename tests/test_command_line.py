@@ -13,7 +13,11 @@ from dsv32_jax.experiments import command_line, results
 
 STUDIES = ("plan_reuse", "serving", "step_profile", "quantization_speed")
 BENCH = ("layer_profile", "registers", "sweep", "time_peers")
-PROGRAMS = (*(f"dsv32_jax.experiments.studies.{name}" for name in STUDIES), "tests.soak.__main__")
+PROGRAMS = (
+    "dsv32_jax.experiments.generate_jitted",
+    *(f"dsv32_jax.experiments.studies.{name}" for name in STUDIES),
+    "tests.soak.__main__",
+)
 
 
 @pytest.mark.parametrize("name", [*PROGRAMS, *(f"dsv32_jax.experiments.bench.{name}" for name in BENCH)])

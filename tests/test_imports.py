@@ -15,7 +15,8 @@ ROOMS = ("errors", "fidelity", "common", "config", "model", "generate", "engine"
 # Folders of the repository that are imported as parts of `dsv32_jax`.
 MAPPED = {"dsv32_jax.convert": "convert", "dsv32_jax.experiments": "experiments"}
 # These may reach up, inside functions.
-REACH_UP = {Path("dsv32_jax") / name for name in ("generate/loading.py", "cli/checkpoints.py", "cli/measuring.py")}
+VERBS = ("before_after", "checkpoints", "diagnosing", "measuring", "workbench")
+REACH_UP = {Path("dsv32_jax") / name for name in ("generate/loading.py", *(f"cli/{verb}.py" for verb in VERBS))}
 
 
 def imports(tree: ast.AST, inside: bool = False) -> list[tuple[str, bool]]:

@@ -17,7 +17,7 @@ from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, print_json, sa
 from dsv32_jax.cli.interruption import Interrupt
 from dsv32_jax.cli.options import (
     Attention,
-    Backend,
+    Backends,
     CheckFlag,
     ComputeDtype,
     IgnoreEos,
@@ -60,7 +60,7 @@ def chat(
     system: System = None,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
-    backend: Backend = "auto",
+    backend: Backends = None,
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,

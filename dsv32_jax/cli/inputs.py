@@ -28,29 +28,39 @@ def loaded(
     no_act_quant: bool,
     attention: str,
     index_topk: int | None,
-    backend: str,
+    backend: list[str] | None,
     no_mtp: bool = False,
     part: list[str] | None = None,
     check: bool = False,
 ) -> "LanguageModel":
     """Loads the model that the flags name, with their options and parts."""
     from dsv32_jax.generate.loading import load
-    from dsv32_jax.model.variants import parts_of
 
-    try:
-        functions = parts_of(part or [])  # before a model is loaded, which can take minutes
-    except UserError as error:
-        raise UserError(f"--{error}") from error
+    everywhere, functions = functions_of(part, backend)  # before a model is loaded, which can take minutes
     m = load(
         model,
         compute_dtype=compute_dtype,
         act_quant=False if no_act_quant else None,
         attention=attention,
         index_topk=index_topk,
-        backend=backend,
+        backend=everywhere or "auto",
         mtp=not no_mtp,
     )
     return m.with_parts(check=check, **functions) if functions or check else m
+
+
+def functions_of(part: list[str] | None, backend: list[str] | None) -> tuple[str | None, dict[str, Any]]:
+    """The backend of all ops, None where no flag says, and the functions that `--part` and `--backend OP=NAME` name."""
+    from dsv32_jax.model.variants import backends_of, parts_of
+
+    try:
+        functions = parts_of(part or [])
+        everywhere, pinned = backends_of(backend or [])
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+    for name in functions.keys() & pinned.keys():
+        raise UserError(f"--backend {name}=...: --part replaces {name} as well; give one of the two")
+    return everywhere, functions | pinned
 
 
 def name_of(model: str) -> str:

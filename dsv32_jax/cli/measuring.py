@@ -11,6 +11,7 @@ from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, 
 from dsv32_jax.cli.options import (
     Attention,
     Backend,
+    Backends,
     CheckFlag,
     ComputeDtype,
     IndexTopk,
@@ -40,7 +41,7 @@ def fidelity(
     windows: Annotated[int, typer.Option("--windows", min=1, help="Pieces of the text, at most.")] = 4,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
-    backend: Backend = "auto",
+    backend: Backends = None,
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,
@@ -51,7 +52,7 @@ def fidelity(
     """What B changes against A: recall of the chosen tokens, attention mass kept, KL of the logits.
 
     A text is read in pieces, with the tokenizer of A. The memory that is needed grows with the square of a piece.
-    --part replaces parts of B alone.
+    --part and --backend OP=NAME change B alone.
 
     Example: dsv32 fidelity original quantised --text-file book.txt
     """
@@ -64,8 +65,10 @@ def fidelity(
     traces: list[list[Any]] = []
     chosen = 0
     for name in (first, second):  # one after the other: both need not fit at once
-        parts = part if traces else None  # of B
-        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backend, no_mtp, parts, check)
+        parts, backends = part, backend
+        if not traces:  # A has none of its parts replaced
+            parts, backends = None, [text for text in backend or [] if "=" not in text]
+        m = loaded(name, compute_dtype, no_act_quant, attention, index_topk, backends, no_mtp, parts, check)
         if not traces:
             _check_comparable(first, m.config, second)
         if text is not None and not traces:

@@ -30,6 +30,14 @@ IndexTopk = Annotated[
     int | None, typer.Option("--index-topk", help="Tokens that each query attends to. Default: of the config.")
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto | mosaic_gpu | reference | interpret")]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        metavar="[OP=]NAME",
+        help="auto (default) | mosaic_gpu | reference | interpret; of one op: top_k=reference; repeat it.",
+    ),
+]
 ComputeDtype = Annotated[
     str | None, typer.Option("--compute-dtype", help="bfloat16 | float32. Default: bfloat16 on a GPU, else float32.")
 ]

@@ -10,7 +10,7 @@ import typer
 from dsv32_jax.cli.inputs import loaded, print_json, read_text, read_token_ids, replacing, say, tokenizer_of
 from dsv32_jax.cli.options import (
     Attention,
-    Backend,
+    Backends,
     CheckFlag,
     ComputeDtype,
     IndexTopk,
@@ -41,7 +41,7 @@ def score(
     ] = None,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
-    backend: Backend = "auto",
+    backend: Backends = None,
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,

@@ -11,7 +11,7 @@ import typer
 from dsv32_jax.cli.inputs import check_sampling, loaded, name_of
 from dsv32_jax.cli.options import (
     Attention,
-    Backend,
+    Backends,
     CheckFlag,
     ComputeDtype,
     IndexTopk,
@@ -68,7 +68,7 @@ def serve(
     metrics_interval: Annotated[float, typer.Option("--metrics-interval", help="Seconds between two lines.")] = 10,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
-    backend: Backend = "auto",
+    backend: Backends = None,
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,

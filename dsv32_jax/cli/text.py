@@ -20,7 +20,7 @@ from dsv32_jax.cli.inputs import (
 )
 from dsv32_jax.cli.options import (
     Attention,
-    Backend,
+    Backends,
     CheckFlag,
     ComputeDtype,
     IgnoreEos,
@@ -56,7 +56,7 @@ def generate(
     system: System = None,
     attention: Attention = "sparse",
     index_topk: IndexTopk = None,
-    backend: Backend = "auto",
+    backend: Backends = None,
     compute_dtype: ComputeDtype = None,
     no_act_quant: NoActQuant = False,
     no_mtp: NoMtp = False,

@@ -15,7 +15,6 @@ from dsv32_jax.generate import batching
 from dsv32_jax.generate.flat_model import FlatModel, flat_step
 from dsv32_jax.generate.sampling import NOT_FINITE, not_finite, row_keys, sample
 from dsv32_jax.model.cache import KVCache
-from pallas_kernels.paging import slots_of
 
 __all__ = ["decode", "programs"]
 
@@ -60,15 +59,7 @@ def decode(
     for n in range(max_new_tokens):
         if n + 1 < max_new_tokens:
             positions = np.where(running, lengths + n, -1)
-            batch = batching.host_batch(
-                ids=ids,
-                positions=positions,
-                slots=slots_of(positions, numbers, tables),
-                sequence=np.where(running, numbers, 0),
-                block_tables=tables,
-                logit_rows=numbers,
-            )
-            logits, cache = flat.step(batch, cache)
+            logits, cache = flat.step(batching.batch_of(ids, positions, numbers, tables, numbers), cache)
             next_ids = draw(logits, n + 1)
         fetched = np.where(running, ids, -1).astype(np.int32)
         if (fetched == NOT_FINITE).any():
@@ -112,14 +103,7 @@ def programs(flat: FlatModel, lengths: Sequence[int], max_new_tokens: int) -> li
 
     def compile_step(tokens: int, table: np.ndarray) -> Any:
         zeros = np.zeros(tokens, np.int32)
-        batch = batching.host_batch(
-            ids=zeros,
-            positions=zeros,
-            slots=zeros,
-            sequence=zeros,
-            block_tables=table,
-            logit_rows=np.zeros(len(table), np.int32),
-        )
+        batch = batching.batch_of(zeros, zeros, zeros, table, np.zeros(len(table), np.int32))
         return flat_step.lower(flat.leaves, flat.structure, batch, cache, flat.options).compile()
 
     steps = [*((size, tables[:1]) for size in sizes), (len(lengths), tables)]

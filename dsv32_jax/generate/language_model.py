@@ -81,6 +81,16 @@ class LanguageModel:
             self._flattened = (Snapshot(self), *jax.tree.flatten(prepared(self.model, self.options)))
         return self._flattened[1:]
 
+    def prepared_model(self) -> DeepseekV32:
+        """The model as a step of these options takes it, to be an argument of a jitted function of one's own.
+
+        Inside that, `model(batch, cache, m.options)` is a step: logits float32 [R, V] and the cache. What makes a batch
+        is in `dsv32_jax.generate.batching`; `experiments/generate_jitted.py` is an example. Where kernels run, some
+        weights are rearranged (`dsv32_jax.model.prepared`) and kept for later calls.
+        """
+        leaves, structure = self.flat_model()
+        return jax.tree.unflatten(structure, leaves)
+
     def _flat(self) -> FlatModel:
         """The model, the config and the options as they are now."""
         return FlatModel(*self.flat_model(), self.config, self.options)

@@ -34,6 +34,7 @@ class Options:
         layer always chooses for itself.
       backend: of every op, see `pallas_kernels`.
       absorb: attention in the latent space; False expands every head's keys and values (slow: the specification).
+      prepare: rearrange some weights once as kernels take them, see `model.prepared`; False runs them as stored.
       cache_dtype: form of the cache's latent rows, "float32", "bfloat16" or "fp8"; the compute dtype where None.
       parts: the functions that a step calls, see `Parts`.
       check: check what replaced parts give (see `checks`); slow, for tests and notebooks.
@@ -46,6 +47,7 @@ class Options:
     index_topk_freq: int = 1
     backend: str = "auto"
     absorb: bool = True
+    prepare: bool = True
     cache_dtype: str | None = None
     parts: Parts = MODEL_PARTS
     check: bool = False
@@ -61,7 +63,7 @@ class Options:
                 raise UserError(
                     f"{field} {getattr(self, field)!r} is unknown; it is one of {', '.join(map(str, allowed))}"
                 )
-        for field in ("act_quant", "absorb", "check"):
+        for field in ("act_quant", "absorb", "prepare", "check"):
             boolean(field, getattr(self, field))
         instance("parts", self.parts, Parts, "a Parts")
         if self.index_topk is not None:

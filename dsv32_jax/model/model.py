@@ -122,7 +122,8 @@ class DeepseekV32(nnx.Module):
           UserError: a replaced part gives what it must not, or is not called.
         """
         ctx = StepContext(self.config, options, batch, seams or options.seams())
-        residual, update, chosen = self.embed[batch.ids].astype(ctx.dtype), None, None
+        with jax.named_scope("embedding"):
+            residual, update, chosen = self.embed[batch.ids].astype(ctx.dtype), None, None
         ctx.seams.tap("embedded", residual)
         for index, layer in enumerate(self.layers):
             with ctx.seams.scope(f"layers.{index}"):
@@ -134,7 +135,8 @@ class DeepseekV32(nnx.Module):
 
     def logits(self, states: jax.Array, rows: jax.Array) -> jax.Array:
         """Logits float32 [R, V] of rows int32 [R] of `states`; -1 gives a row of zeros."""
-        return float32_matmul(jnp.where(rows[:, None] >= 0, states[rows], 0), self.head)
+        with jax.named_scope("head"):
+            return float32_matmul(jnp.where(rows[:, None] >= 0, states[rows], 0), self.head)
 
 
 def abstract_model(config: ModelConfig) -> DeepseekV32:

@@ -46,9 +46,11 @@ class MoE(nnx.Module):
         self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics
     ) -> tuple[jax.Array, jax.Array]:
         """Chosen experts int32 [T, K] and their weights float32 [T, K] of x [T, D] at int32 positions [T]."""
+        with jax.named_scope("router"):
+            logits = float32_matmul(x, self.router)
         return numerics.seams.call(
             "route",
-            float32_matmul(x, self.router),
+            logits,
             self.router_bias.astype(jnp.float32),
             num_groups=config.n_group,
             groups_kept=config.topk_group,

@@ -20,7 +20,7 @@ def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
 
     The price is memory for what is rearranged: `kv_b` in the compute dtype, and another copy of three small weights.
     """
-    if not (options.absorb and options.runs_kernels):
+    if not (options.prepare and options.absorb and options.runs_kernels):
         return model
     model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # other modules, the same arrays
     layers: list[Any] = [*model.layers, *([model.mtp.layer] if model.mtp else [])]

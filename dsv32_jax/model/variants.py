@@ -3,7 +3,9 @@
 `--part index_select=recent` takes one of these; `--part index_select=package.module:function` takes anybody's own.
 """
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,16 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.errors import UserError
-from dsv32_jax.model.parts import check_name
+from dsv32_jax.model.parts import DEFAULTS, check_name
 from pallas_kernels import rowwise
+from pallas_kernels.backend import BACKENDS
 from pallas_kernels.cache_format import unpack_rows
-from pallas_kernels.matmul import Weight, dense
-from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows
+from pallas_kernels.matmul import Weight, dense, grouped_matmul, silu_product
+from pallas_kernels.moe_dispatch import RoutingPlan, gather_rows, make_plan
 from pallas_kernels.paging import BLOCK_SIZE
+from pallas_kernels.sparse_mla import dense_mla
 from pallas_kernels.sparse_mla.reference import attend
 from pallas_kernels.top_k import top_k
 
-__all__ = ["VARIANTS", "named_part", "parts_of"]
+__all__ = ["VARIANTS", "backends_of", "named_part", "parts_of", "pinned"]
 
 # ---- which keys a token attends to: index_select ----
 
@@ -111,6 +115,59 @@ def materialised(queries, context, sequence, positions, *, scale, rope_dim, mean
     return jnp.einsum(formula[1], probabilities.astype(queries.dtype), values, precision="highest")
 
 
+def flash(
+    queries, context, sequence, positions, *, scale, rope_dim, chunk_bytes, mean_probabilities=False
+) -> jax.Array:
+    """Softmax over blocks of keys with a running maximum and sum: the scores of a context never exist together.
+
+    Source: FlashAttention-2 (2307.08691), algorithm 1. A trace asks for the probabilities themselves; those are the
+    op's own.
+    """
+    if mean_probabilities:
+        return dense_mla(
+            queries,
+            context,
+            sequence,
+            positions,
+            scale=scale,
+            rope_dim=rope_dim,
+            chunk_bytes=chunk_bytes,
+            mean_probabilities=True,
+        )
+    count, heads, width = queries.shape
+    sequences, length, _ = context.shape
+    value_dim = width - rope_dim
+    bytes_per_key = 4 * count * max(heads, width if sequences > 1 else 0)
+    keys = min(length, max(BLOCK_SIZE, chunk_bytes // bytes_per_key // BLOCK_SIZE * BLOCK_SIZE))
+    blocks = -(-length // keys)
+    padded = jnp.pad(context, ((0, 0), (0, blocks * keys - length), (0, 0)))
+    by_block = padded.reshape(sequences, blocks, keys, width).swapaxes(0, 1)
+    products = ("thd,kd->thk", "thk,kc->thc") if sequences == 1 else ("thd,tkd->thk", "thk,tkc->thc")
+
+    def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(formula, x, y, precision="highest", preferred_element_type=jnp.float32)
+
+    def add(state: Any, block: Any) -> tuple[Any, None]:
+        out, top, total = state
+        start, rows = block
+        rows = rows[0] if sequences == 1 else rows[sequence]
+        seen = start + jnp.arange(keys) <= positions[:, None]
+        scores = jnp.where(seen[:, None], product(products[0], queries, rows) * scale, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1))
+        base = jnp.where(new_top == -jnp.inf, 0, new_top)  # of a token that has seen no key yet
+        weights, shrink = jnp.exp(scores - base[..., None]), jnp.exp(top - base)
+        added = product(products[1], weights.astype(queries.dtype), rows[..., :value_dim])
+        return (out * shrink[..., None] + added, new_top, total * shrink + weights.sum(-1)), None
+
+    start = (
+        jnp.zeros((count, heads, value_dim), jnp.float32),
+        jnp.full((count, heads), -jnp.inf),
+        jnp.zeros((count, heads), jnp.float32),
+    )
+    (out, _, total), _ = jax.lax.scan(add, start, (jnp.arange(blocks) * keys, by_block))
+    return (out / jnp.where(total == 0, 1, total)[..., None]).astype(queries.dtype)
+
+
 # ---- the experts' products: experts ----
 
 
@@ -132,6 +189,21 @@ def one_by_one(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: Routi
     return jax.lax.scan(add, jnp.zeros((len(rows), x.shape[1]), x.dtype), (numbers, gate, up, down))[0]
 
 
+def tile_by_tile(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
+    """The rows of one expert after another, weights dequantised for each tile: the official demo's loop, in the shapes
+    that a compiled program needs; activations are not quantised.
+    """
+    tiles = gather_rows(x, plan, backend="reference").reshape(-1, plan.tile, x.shape[1])
+
+    def one_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, number = tile
+        expert = jax.tree.map(lambda leaf: leaf[number], (gate, up, down))
+        g, u, d = (dense(weight, x.dtype) for weight in expert)
+        return (jax.nn.silu(rows @ g.T) * (rows @ u.T)) @ d.T
+
+    return jax.lax.map(one_tile, (tiles, plan.tile_expert)).reshape(-1, x.shape[1])
+
+
 def ragged(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPlan) -> jax.Array:
     """`jax.lax.ragged_dot`, what stock JAX has for it; weights dequantised, activations not quantised."""
     rows = gather_rows(x, plan, backend="reference")
@@ -143,6 +215,50 @@ def ragged(x: jax.Array, gate: Weight, up: Weight, down: Weight, plan: RoutingPl
     return product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
 
 
+def products_apart(
+    x: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    plan: RoutingPlan,
+    *,
+    quantize_input: bool,
+    scale_fmt: str | None = "ue8m0",
+    backend: str = "auto",
+    replan: bool = False,
+) -> jax.Array:
+    """The op's own grouped products, one after the other, with nothing between them fused.
+
+    Args:
+      x, gate, up, down, plan, quantize_input, scale_fmt, backend: see `dsv32_jax.model.products.experts`.
+      replan: make the plan again for each product. It is the same plan: only the work is repeated.
+    """
+
+    def plan_after(*values: jax.Array) -> RoutingPlan:
+        """The plan, or another that is made once `values` are there: the compiler merges equal work that is not."""
+        if not replan:
+            return plan
+        rows, tile_expert = jax.lax.optimization_barrier((plan.token_row, plan.tile_expert, values))[:2]
+        experts = jnp.where(rows >= 0, tile_expert[rows // plan.tile], 0)
+        return make_plan(experts, rows[:, 0] >= 0, gate.shape[0], tile=plan.tile, backend=backend)
+
+    def product(rows: jax.Array, weight: Weight, plan: RoutingPlan) -> jax.Array:
+        return grouped_matmul(
+            rows,
+            weight,
+            plan.tile_expert,
+            used_tiles=plan.used_tiles,
+            quantize_input=quantize_input,
+            scale_fmt=scale_fmt,
+            backend=backend,
+        )
+
+    rows = gather_rows(x, plan, backend=backend)
+    gated = product(rows, gate, plan_after(rows))
+    raised = product(rows, up, plan_after(gated))
+    return product(silu_product(gated, raised), down, plan_after(raised))
+
+
 VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
     "index_select": {
         "dense": every_key,
@@ -152,9 +268,15 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "oracle": oracle,
     },
     "sparse_mla": {"masked": masked},
-    "dense_mla": {"materialised": materialised},
+    "dense_mla": {"materialised": materialised, "flash": flash},
     "index_rope": {"interleaved": rowwise.rope_interleaved},
-    "experts": {"one_by_one": one_by_one, "ragged": ragged},
+    "experts": {
+        "one_by_one": one_by_one,
+        "tile_by_tile": tile_by_tile,
+        "ragged": ragged,
+        "apart": products_apart,
+        "apart_replanned": functools.partial(products_apart, replan=True),
+    },
 }
 """By part. index_rope=interleaved is the bug of the first official demo: neighbouring features in pairs, where the
 weights were trained for the two halves."""
@@ -188,6 +310,47 @@ def parts_of(texts: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"part {part}: is named twice")
         functions[part] = function
     return functions
+
+
+def pinned(part: str, backend: str) -> Callable[..., Any]:
+    """The op of a part, which runs on this backend or raises, whatever the others run on.
+
+    Raises:
+      UserError: there is no such part or backend, or the part has no kernel.
+    """
+    check_name(part)
+    with_kernels = [name for name, op in DEFAULTS.items() if "backend" in inspect.signature(op).parameters]
+    if part not in with_kernels:
+        raise UserError(
+            f"backend {part}={backend}: {part} has no kernel and no choice; those that have one are "
+            f"{', '.join(with_kernels)}"
+        )
+    if backend not in BACKENDS:
+        raise UserError(f"backend {part}={backend}: {backend!r} is unknown; it is one of {', '.join(BACKENDS)}")
+    return functools.partial(DEFAULTS[part], backend=backend)
+
+
+def backends_of(texts: Iterable[str]) -> tuple[str | None, dict[str, Callable[..., Any]]]:
+    """The backend of all ops, None where no text names it, and functions by part: of "reference", "top_k=reference".
+
+    Raises:
+      UserError: as `pinned`; or a part, or the backend of all, is named twice.
+    """
+    everywhere: str | None = None
+    functions: dict[str, Callable[..., Any]] = {}
+    for text in texts:
+        part, equals, backend = text.partition("=")
+        if not equals:
+            if everywhere is not None:
+                raise UserError(f"backend {text}: {everywhere} is named too; one of them can be that of all ops")
+            if text not in BACKENDS:
+                raise UserError(f"backend {text!r} is unknown; it is one of {', '.join(BACKENDS)}")
+            everywhere = text
+            continue
+        if part in functions:
+            raise UserError(f"backend {text}: {part} is named twice")
+        functions[part] = pinned(part, backend)
+    return everywhere, functions
 
 
 def imported(module: str, name: str, part: str) -> Callable[..., Any]:

@@ -9,8 +9,6 @@ hidden behind the routed experts.
 import dataclasses
 import functools
 import statistics
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from dsv32_jax.experiments.bench.dispatch import routed
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.shapes import MOE_LAYER, MoELayer
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.workbench.profile import overlap, profiled
 
 RESULT = RESULTS / "moe_layer_profile.json"
 LAYERS = {"kernels": moe_layer.build, "ragged_dot": lambda shape, _: moe_layer.build_reference(shape)}
@@ -32,64 +31,6 @@ LAYERS = {"kernels": moe_layer.build, "ragged_dot": lambda shape, _: moe_layer.b
 def layer_of(tokens: int) -> MoELayer:
     """The measured layer at full width, with another number of tokens."""
     return dataclasses.replace(MOE_LAYER[0], tokens=tokens)
-
-
-def profiled(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The kernels of a second call, in order: name, stream, start and duration in microseconds."""
-    jax.block_until_ready(run())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        return kernels_of(jax.profiler.ProfileData.from_file(str(file)))
-
-
-def kernels_of(profile: Any) -> list[dict[str, Any]]:
-    """Kernels on the first GPU's streams."""
-    planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
-    events = [
-        (event.start_ns, event.duration_ns, line.name, event.name)
-        for plane in planes
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
-    first = min((start for start, *_ in events), default=0)
-    return [
-        {"name": name, "stream": stream, "start_us": (start - first) / 1e3, "us": duration / 1e3}
-        for start, duration, stream, name in sorted(events)
-    ]
-
-
-def by_name(kernels: list[dict[str, Any]], calls: int = 1) -> list[dict[str, Any]]:
-    """What each name took of one of so many equal calls, most of the time first."""
-    took: dict[str, list[float]] = {}
-    for kernel in kernels:
-        took.setdefault(kernel["name"], []).append(kernel["us"])
-    return [
-        {"name": name, "times": len(us) / calls, "us": sum(us) / calls, "longest_us": max(us)}
-        for name, us in sorted(took.items(), key=lambda item: -sum(item[1]))
-    ]
-
-
-def overlap(kernels: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds from the first start to the last end, with any kernel at work, and with more than one."""
-    events = sorted((at, step) for k in kernels for at, step in ((k["start_us"], 1), (k["start_us"] + k["us"], -1)))
-    busy = several = 0.0
-    for (at, step), (following, _), running in zip(events, events[1:], running_after(events), strict=False):
-        del step
-        busy += following - at if running >= 1 else 0
-        several += following - at if running >= 2 else 0
-    whole = events[-1][0] - events[0][0] if events else 0.0
-    return {"whole_us": whole, "busy_us": busy, "overlapping_us": several}
-
-
-def running_after(events: list[tuple[float, int]]) -> list[int]:
-    """How many kernels run after each start (+1) or end (-1)."""
-    counts = [0]
-    for _, step in events:
-        counts.append(counts[-1] + step)
-    return counts[1:]
 
 
 def parts(shape: MoELayer, timer: timing.Timer) -> dict[str, float]:

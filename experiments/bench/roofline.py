@@ -1,7 +1,7 @@
 """What the device can do, measured in the same run, and how much of it a call reached."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,22 +21,40 @@ TORCH = {
 """The rows of a peers' file that measure the same."""
 
 
-def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, Any]:
+def measure(
+    timer: timing.Timer,
+    peers: Peers,
+    tiny: bool = False,
+    *,
+    kinds: Sequence[str] = CEILINGS,
+    side: int | None = None,
+    size: int | None = None,
+) -> dict[str, Any]:
     """Each ceiling by each method, and the largest.
 
+    Args:
+      timer: of the calls.
+      peers: what other libraries reached on this machine.
+      tiny: small products and copies, which say nothing of the device.
+      kinds: of `CEILINGS`, and "float32", FLOP/s of products in float32.
+      side: of the square matrices of a product; default: 8192.
+      size: bytes of a copy; default: 2 GiB.
+
     Returns:
-      `ceilings`: by `CEILINGS`, the largest rate; None where no method ran.
+      `ceilings`: by `kinds`, the largest rate; None where no method ran.
       `methods`: by ceiling and method, the rate or the error.
       `timer_check`: the methods that run the same library call as PyTorch's rows do: our seconds over theirs.
       `empty_call_seconds`: what the timer says of nothing; no time has it subtracted.
     """
-    side = 256 if tiny else 8192
-    size = (4 if tiny else 2048) * 2**20
+    side = side or (256 if tiny else 8192)
+    size = size or (4 if tiny else 2048) * 2**20
     operations = 2 * side**3
-    methods: dict[str, dict[str, Any]] = {name: {} for name in CEILINGS}
+    methods: dict[str, dict[str, Any]] = {name: {} for name in kinds}
     medians: dict[tuple[str, str], float] = {}
 
     def rate(ceiling: str, method: str, f: Callable[..., Any], arguments: Callable[[], tuple], work: int) -> None:
+        if ceiling not in kinds:
+            return
         try:
             ready = arguments()
             compiled = jax.jit(f).lower(*ready).compile()
@@ -60,17 +78,18 @@ def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, 
 
     rate("copy", "copy", jnp.copy, bytes_, 2 * size)
     rate("copy", "x + 1", lambda x: x + 1, half, 2 * size)
+    rate("float32", "matmul", float32_product, factors(jnp.float32), operations)
     rate("bf16", "matmul", jnp.matmul, factors(jnp.bfloat16), operations)
     rate("fp8", "dot_general", fp8_product, factors(jnp.float8_e4m3fn), operations)
     check = {}
     if not tiny:
         for (ceiling, method), mine in medians.items():
-            theirs = peers.seconds(TORCH[ceiling])
+            theirs = peers.seconds(TORCH[ceiling]) if ceiling in TORCH else None
             if theirs is not None and method != "x + 1":
                 check[f"{ceiling} ({method})"] = {"seconds": mine, "torch": theirs, "ratio": mine / theirs}
         for ceiling, row in TORCH.items():
             theirs = peers.seconds(row)
-            if theirs is not None:
+            if theirs is not None and ceiling in kinds:
                 work = 2 * size if ceiling == "copy" else operations
                 methods[ceiling]["torch"] = {"seconds": theirs, "rate": work / theirs}
     ceilings = {
@@ -79,6 +98,11 @@ def measure(timer: timing.Timer, peers: Peers, tiny: bool = False) -> dict[str, 
     }
     empty = statistics.median([timer.once(lambda: None, timing.LEAST_SPIN) for _ in range(5)])
     return {"ceilings": ceilings, "methods": methods, "timer_check": check, "empty_call_seconds": empty}
+
+
+def float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b as the model's products in float32 are."""
+    return jnp.matmul(a, b, precision="highest")
 
 
 def fp8_product(a: jax.Array, b: jax.Array) -> jax.Array:

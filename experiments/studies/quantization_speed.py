@@ -31,10 +31,10 @@ from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import Program, compile_
 from dsv32_jax.experiments.bench.cases import normal as standard_normal
-from dsv32_jax.experiments.bench.layer_profile import by_name, profiled
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.bench.run import REST_SECONDS
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.workbench.profile import by_name, profiled
 from dsv32_jax.experiments.workbench.random_model import in_schemes, random_parameters, stored_bytes
 from dsv32_jax.experiments.workbench.steps import StepShape, random_cache
 from dsv32_jax.generate.memory import USABLE, available_bytes

@@ -22,8 +22,8 @@ from dsv32_jax.engine.device_step import RowSampling, Shape
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.request import Request, SamplingParams
 from dsv32_jax.experiments import command_line
-from dsv32_jax.experiments.bench.layer_profile import by_name, overlap, profiled
 from dsv32_jax.experiments.results import RESULTS, environment, write_json
+from dsv32_jax.experiments.workbench.profile import by_name, overlap, profiled
 from dsv32_jax.experiments.workbench.random_model import random_model
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.loading import load

@@ -17,13 +17,13 @@ from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import LAYERS, index_cache, latent_cache, normal
-from dsv32_jax.generate.batching import host_batch
+from dsv32_jax.generate.batching import batch_of
 from dsv32_jax.generate.flat_model import user_errors
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.generate.sampling import sample
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch, Options
-from pallas_kernels.paging import slots_of
+from dsv32_jax.model.taps import Taps
 
 __all__ = ["PHASES", "Step", "StepShape", "random_cache"]
 
@@ -79,14 +79,8 @@ class StepShape:
         tables = blocks.reshape(self.sequences, -1)
         sequence = np.repeat(np.arange(self.sequences), self.tokens)
         positions = np.tile(np.arange(self.context - self.tokens, self.context), self.sequences)
-        return host_batch(
-            ids=rng.integers(0, config.vocab_size, self.rows),
-            positions=positions,
-            slots=slots_of(positions, sequence, tables),
-            sequence=sequence,
-            block_tables=tables,
-            logit_rows=np.arange(self.tokens - 1, self.rows, self.tokens),
-        )
+        ids = rng.integers(0, config.vocab_size, self.rows)
+        return batch_of(ids, positions, sequence, tables, np.arange(self.tokens - 1, self.rows, self.tokens))
 
 
 class Step:
@@ -98,9 +92,11 @@ class Step:
       lm: the model, with its options and parts.
       shape: the step's tokens.
       compiler_options: of XLA, for this program alone.
+      taps: what is to be seen of the step.
 
     Attributes:
       shape: the step's tokens.
+      values: what the taps asked for in the last call, by name.
       compiled: the program; `compiled.as_text()` has the scope of each operation.
       kernels: whether Mosaic GPU kernels are in it.
       memory: bytes by purpose: "weights" and "cache", which are arguments, and "temporary", XLA's for the step.
@@ -109,14 +105,20 @@ class Step:
       UserError: the context is longer than the model's, or a part cannot run.
     """
 
-    def __init__(self, lm: LanguageModel, shape: StepShape, compiler_options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        shape: StepShape,
+        compiler_options: dict[str, Any] | None = None,
+        taps: Taps | None = None,
+    ):
         longest = lm.config.max_position_embeddings
         if shape.context > longest:
             raise UserError(f"context {shape.context}: the model takes at most max_position_embeddings = {longest}")
         self.shape = shape
         self._leaves, structure = lm.flat_model()
         self._batch = shape.batch(lm.config)
-        run = functools.partial(_sampled_step, structure=structure, options=lm.options)
+        run = functools.partial(_sampled_step, structure=structure, options=lm.options, taps=taps)
         abstract_cache = KVCache.shapes(lm.config, shape.blocks, lm.options.cache_form, lm.options.act_quant)
         with user_errors():
             lowered = jax.jit(run, donate_argnums=2).lower(self._leaves, self._batch, abstract_cache)
@@ -128,6 +130,7 @@ class Step:
             "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)),
             "temporary": analysis.temp_size_in_bytes,
         }
+        self.values: dict[str, Any] = {}
         self._new_cache = functools.partial(random_cache, lm.config, shape.blocks, lm.options)
         self._cache: KVCache | None = None
 
@@ -135,7 +138,7 @@ class Step:
         """Starts the step and returns the sampled tokens, int32 [sequences], which may not be computed yet."""
         if self._cache is None:
             self._cache = self._new_cache()
-        tokens, self._cache = self.compiled(self._leaves, self._batch, self._cache)
+        tokens, self.values, self._cache = self.compiled(self._leaves, self._batch, self._cache)
         return tokens
 
     def seconds(self, timer: timing.Timer, repetitions: int = 20) -> dict[str, Any]:
@@ -145,12 +148,13 @@ class Step:
 
 
 def _sampled_step(
-    leaves: list[Any], batch: Batch, cache: KVCache, *, structure: Any, options: Options
-) -> tuple[jax.Array, KVCache]:
-    """The likeliest next token of each sequence, and the cache."""
-    logits, cache = jax.tree.unflatten(structure, leaves)(batch, cache, options)
+    leaves: list[Any], batch: Batch, cache: KVCache, *, structure: Any, options: Options, taps: Taps | None
+) -> tuple[jax.Array, dict[str, Any], KVCache]:
+    """The likeliest next token of each sequence, what the taps ask for, and the cache."""
+    seams = options.seams(taps)
+    logits, cache = jax.tree.unflatten(structure, leaves)(batch, cache, options, seams)
     with jax.named_scope(SAMPLING):
-        return sample(logits, None, 0.0, 1.0, greedy=True), cache
+        return sample(logits, None, 0.0, 1.0, greedy=True), seams.values, cache
 
 
 def random_cache(config: ModelConfig, blocks: int, options: Options, seed: int = 0) -> KVCache:

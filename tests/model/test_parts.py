@@ -80,6 +80,19 @@ def test_step_and_sequence_form_agree_under_every_variant(lm, part, name):
     assert (np.abs(score(m) - score(lm)).max() > 1e-3) == changes
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_flash_attention_is_dense_attention_in_blocks_of_keys(rows):
+    """With one sequence and several, padding, and a context that is no multiple of a block."""
+    rng = np.random.default_rng(0)
+    queries = jnp.asarray(rng.standard_normal((6, 2, 24)), jnp.float32)
+    context = jnp.asarray(rng.standard_normal((rows, 192, 24)), jnp.float32)
+    sequence = jnp.asarray(rng.integers(0, rows, 6), jnp.int32)
+    positions = jnp.asarray([0, 63, 64, 100, 191, -1], jnp.int32)
+    arrays, numbers = (queries, context, sequence, positions), {"scale": 0.3, "rope_dim": 8}
+    flash = VARIANTS["dense_mla"]["flash"](*arrays, **numbers, chunk_bytes=6 * 24 * 4 * 64)
+    np.testing.assert_allclose(flash, DEFAULTS["dense_mla"](*arrays, **numbers, chunk_bytes=2**20), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sparse_mla", "cache_write", "top_k", "indexer_logits", "combine", "rms_norm"])
 def test_the_sequence_form_calls_other_parts_and_has_gradients(lm, name):
     run = Run.of(lm.with_parts(**{name: through(name)}).options)
