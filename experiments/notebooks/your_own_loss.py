@@ -38,15 +38,15 @@ OTHER = (  # cut to the same number of tokens
 )
 
 # %% [markdown]
-# Through FP8 weights every small gradient would be rounded away, so `load` refuses to differentiate them; with
-# `dequantize` the weights are plain arrays. The parameters are a dict by path, so JAX and optax take them as they are.
-# The MTP layer is left out: nothing here trains it.
+# Through FP8 weights a gradient would be rounded to 0, so the model refuses that; with `dequantize` the weights are
+# plain arrays. As a dict by path, JAX and optax take them as they are. The MTP layer is left out: nothing here trains
+# it.
 
 # %%
 m = dsv32_jax.load("demo", dequantize="float32", mtp=False)
 params = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in named_parameters(m.model).items()}
 ids = jnp.asarray([m.tokenizer.encode(SENTENCE, bos=True)])
-print(f"{len(params)} arrays, {sum(leaf.size for leaf in params.values()):,} numbers; the sentence has {ids.size} tokens")
+print(f"{len(params)} arrays, {sum(leaf.size for leaf in params.values()):,} numbers; {ids.size} tokens")
 
 # %% [markdown]
 # ## The loss
@@ -97,9 +97,10 @@ norms = {"language loss": norms_of(language_gradients), "with a tenth of the ind
 
 # %%
 figure, grid = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-low, high = (f(norms["language loss"][1:][norms["language loss"][1:] > 0]) for f in (np.min, np.max))
+of_all = norms["with a tenth of the indexer's KL"]
+scale = LogNorm(of_all[of_all > 0].min(), of_all.max())
 for axes, (name, values) in zip(grid, norms.items(), strict=True):
-    shown = axes.imshow(np.where(values > 0, values, np.nan), norm=LogNorm(low, high), aspect="auto")
+    shown = axes.imshow(np.where(values > 0, values, np.nan), norm=scale, aspect="auto")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="layer")
     axes.set_title(name, fontsize=10)
