@@ -13,6 +13,10 @@ BACKENDS = ("auto", "reference", "interpret", "mosaic_gpu")
 KERNEL = ("mosaic_gpu", "interpret", "reference")
 """What an op with a kernel has; "interpret" is that kernel in Pallas' GPU interpreter, for tests."""
 
+MEASURED_WITH = ("0.11.2",)
+"""Versions of JAX that the kernels were tested and measured with. Pallas' Mosaic GPU promises nothing between versions:
+on another, kernels may not compile, or be slower."""
+
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -52,7 +56,8 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
 
     Returns:
       "mosaic_gpu", "interpret" or "reference". "auto" takes the kernel on a Hopper GPU if it takes the arguments; if it
-      does not, that is logged as a warning, once: a step may take several times as long.
+      does not, that is logged as a warning, once: a step may take several times as long. So is a version of JAX that
+      the kernels were not measured with.
 
     Raises:
       BackendError: no such backend, the op does not have it, its kernel does not take these arguments, or JAX's GPUs
@@ -66,6 +71,7 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
         if unsupported is not None:
             tell_of_reference(op, unsupported)
             return "reference"
+        tell_of_version(jax.__version__)
         return "mosaic_gpu"
     if backend not in available:
         raise BackendError(f"{op} has no {backend!r} backend; it has {', '.join(available)} (or use 'auto')")
@@ -80,6 +86,19 @@ def resolve(backend: str, op: str, available: tuple[str, ...] = ("reference",), 
 def tell_of_reference(op: str, unsupported: str) -> None:
     """Warns, the first time, that a kernel is not taken."""
     logger.warning("%s runs without its kernel, which does not take %s", op, unsupported)
+
+
+@functools.cache
+def tell_of_version(version: str) -> None:
+    """Warns, the first time, that kernels run on a version of JAX that they were not measured with."""
+    if version not in MEASURED_WITH:
+        measured = ", ".join(MEASURED_WITH)
+        logger.warning(
+            "kernels were tested and measured with JAX %s, and this is %s: they may fail or be slower; "
+            "backend='reference' runs none",
+            measured,
+            version,
+        )
 
 
 def launched(kernel: Callable[..., Any], op: str, chosen: str) -> Callable[..., Any]:

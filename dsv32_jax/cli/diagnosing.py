@@ -6,16 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from dsv32_jax.cli.inputs import name_of, print_json, replacing, say
-from dsv32_jax.cli.options import (
-    Attention,
-    Backend,
-    CheckFlag,
-    ComputeDtype,
-    IndexTopk,
-    Json,
-    NoActQuant,
-    PartFlag,
-)
+from dsv32_jax.cli.options import Backends, CheckFlag, Json, PartFlag
+from dsv32_jax.cli.workbench import SetFlag
 from dsv32_jax.errors import UserError
 
 
@@ -39,12 +31,9 @@ def diagnose(
             help="Of a prompt, which a prefill step reads, its last. Default: 512, on a GPU 2048.",
         ),
     ] = None,
-    attention: Attention = "sparse",
-    index_topk: IndexTopk = None,
-    backend: Backend = "auto",
-    compute_dtype: ComputeDtype = None,
-    no_act_quant: NoActQuant = False,
+    sets: SetFlag = None,
     part: PartFlag = None,
+    backend: Backends = None,
     check: CheckFlag = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result here as JSON.")] = None,
     figure: Annotated[
@@ -69,20 +58,16 @@ def diagnose(
     from dsv32_jax.experiments.workbench import diagnose as workbench
     from dsv32_jax.experiments.workbench.diagnose_report import check_figure, draw, lines_of
     from dsv32_jax.experiments.workbench.models import model_named
-    from dsv32_jax.model.variants import parts_of
+    from dsv32_jax.experiments.workbench.settings import Setting
 
     shapes = _shapes(phase, _sizes(context, "--context"), _sizes(batch, "--batch"), tokens)
     if figure is not None:
         check_figure(figure)
-    try:
-        functions = parts_of(part or [])
-    except UserError as error:
-        raise UserError(f"--{error}") from error
-    options = {"attention": attention, "index_topk": index_topk, "backend": backend, "compute_dtype": compute_dtype}
+    setting = Setting.of(name_of(model), sets or (), part or (), backend or ())
     with replacing(out, "--out") as result:
-        m = model_named(model, mtp=False, act_quant=False if no_act_quant else None, **options)
-        if functions or check:
-            m = m.with_parts(check=check, **functions)
+        m = setting.apply(model_named(model, mtp=False))
+        if check:
+            m = m.with_parts(check=True)
         content = workbench.diagnose(m, shapes, name=name_of(model), say=say)
         if result is not None:
             write_json(result, content)

@@ -22,7 +22,6 @@ from dsv32_jax.cli.options import (
     TextFile,
     TokenIds,
 )
-from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,12 +72,7 @@ def fidelity(
             _check_comparable(first, m.config, second)
         if text is not None and not traces:
             rows = _pieces(m, text, window, windows)
-        with progress_bar(f"tracing {Path(name).name}", len(rows), "sequences") as advance:
-            traced = []
-            for row in rows:
-                traced.append(m.trace(row))
-                advance(1)
-        traces.append(traced)
+        traces.append(m.trace(rows))
         chosen = max(chosen, m.options.index_topk or m.config.index_topk)
         del m
     try:
@@ -174,11 +168,19 @@ def bench(
         tiny=tiny,
     )
     if list_:
-        for each in run.chosen_shapes(settings):
+        shapes = run.chosen_shapes(settings)
+        if as_json:
+            print_json(shapes=[{"op": each.op, "shape": each.name, **each.dims()} for each in shapes])
+            return
+        for each in shapes:
             typer.echo(f"{each.op:<15} {each.name:<22} {' '.join(f'{k}={v}' for k, v in each.dims().items())}")
         return
     if report:
-        for path in reports.write_pages():
+        pages = reports.write_pages()
+        if as_json:
+            print_json(pages=list(map(str, pages)))
+            return
+        for path in pages:
             typer.echo(f"wrote {path}")
         return
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import check_sampling, loaded, name_of
+from dsv32_jax.cli.inputs import check_sampling, loaded, name_of, print_json
 from dsv32_jax.cli.options import (
     Attention,
     Backends,
     CheckFlag,
     ComputeDtype,
     IndexTopk,
+    Json,
     Model,
     NoActQuant,
     NoMtp,
@@ -74,10 +75,12 @@ def serve(
     no_mtp: NoMtp = False,
     part: PartFlag = None,
     check: CheckFlag = False,
+    as_json: Json = False,
 ) -> None:
     """Answer OpenAI's completions and chat completions over HTTP, with Prometheus metrics at /metrics.
 
-    --temperature and --top-p are of requests that do not say. The first signal drains, the second ends at once.
+    --temperature and --top-p are of requests that do not say. The first signal drains, the second ends at once. When it
+    listens, one line has the model's name and the URL; with --json as an object.
 
     Example: dsv32 serve --model DIR --port 8000
     """
@@ -125,4 +128,12 @@ def serve(
         max_tokens=max_step_tokens,
         max_sequences=max_sequences,
     )
-    sys.exit(run(engine, settings, bound, say=typer.echo))
+
+    def listening(url: str) -> None:
+        if as_json:
+            print_json(model=settings.name, url=url)
+        else:
+            typer.echo(f"serving {settings.name} at {url}")
+        sys.stdout.flush()
+
+    sys.exit(run(engine, settings, bound, listening))

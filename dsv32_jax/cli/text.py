@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from dsv32_jax.cli.inputs import (
     replacing,
     sampling_of,
     save_ids,
+    say,
     tokenizer_of,
 )
 from dsv32_jax.cli.options import (
@@ -69,7 +71,8 @@ def generate(
 ) -> None:
     """Continue prompts.
 
-    A prompt is continued as plain text; with --system or --thinking it is one user message of a chat.
+    A prompt is continued as plain text; with --system or --thinking it is one user message of a chat. The last line, on
+    stderr, has the speed: new tokens of all prompts by the time that reading the prompts and generating took.
 
     Example: dsv32 generate --model DIR --prompt "The lighthouse"
     """
@@ -84,6 +87,7 @@ def generate(
         rows = m.rows(prompts)
         room = m.new_tokens(rows, max_new_tokens)
         m.warmup([len(row) for row in rows], room)
+        start = time.perf_counter()
         if len(prompts) == 1 and m.tokenizer is not None and not as_json:
             tokens: list[list[int]] = [[]]
             for piece in m.stream(
@@ -98,6 +102,7 @@ def generate(
                 typer.echo(piece.text, nl=False)
                 sys.stdout.flush()
             typer.echo()
+            say(speed(tokens, time.perf_counter() - start))
             if tokens_file is not None:
                 save_ids(tokens_file, [tokens[0] + [-1] * (room - len(tokens[0]))])
             return
@@ -109,6 +114,7 @@ def generate(
             seed=sampling.seed,
             ignore_eos=sampling.ignore_eos,
         )
+        seconds = time.perf_counter() - start
         if tokens_file is not None:
             save_ids(tokens_file, result.tokens)
         tokens = [[token for token in row if token >= 0] for row in result.tokens.tolist()]
@@ -118,6 +124,8 @@ def generate(
                 texts=result.texts,
                 finish_reasons=result.finish_reasons,
                 prompt_tokens=[len(row) for row in rows],
+                seconds=seconds,
+                tokens_per_second=sum(map(len, tokens)) / seconds,
                 **dataclasses.asdict(sampling),
             )
             return
@@ -125,3 +133,10 @@ def generate(
             if len(tokens) > 1:
                 typer.echo(f"--- {row}")
             typer.echo(" ".join(map(str, ids)) if result.texts is None else result.texts[row])
+        say(speed(tokens, seconds))
+
+
+def speed(tokens: list[list[int]], seconds: float) -> str:
+    """A line about new tokens of all prompts and the time that they took."""
+    count = sum(map(len, tokens))
+    return f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s"

@@ -31,6 +31,10 @@ CHECKPOINTS = ("source", "target")
 that Python itself opens may have any name."""
 
 
+COMPLETION = "_DSV32_COMPLETE"
+"""The variable by which shells ask for completions; Click makes its name of the command's."""
+
+
 class Verb(TyperCommand):
     """A verb. Before it runs, its arguments, which may be any bytes, must be text, and JAX must be able to start."""
 
@@ -77,7 +81,6 @@ def check_platform() -> None:
 app = typer.Typer(
     help="DeepSeek-V3.2-Exp in JAX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -111,7 +114,9 @@ def root(
 
 def run(argv: Sequence[str]) -> None:
     """Runs a command; passes on all exceptions unchanged."""
-    # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
     command = get_command(app)
+    if COMPLETION in os.environ:  # a shell asks what could come next
+        command.main(list(argv), prog_name="dsv32", complete_var=COMPLETION)
+    # Not by typer's own `app()`, which turns interrupts and closed pipes into exit codes of its own.
     with progress.shown(), command.make_context("dsv32", list(argv)) as context:
         command.invoke(context)

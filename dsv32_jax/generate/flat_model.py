@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +47,12 @@ class FlatModel(NamedTuple):
             out = flat_step(self.leaves, self.structure, batch, cache, self.options)
             return jax.block_until_ready(out) if self.options.check else out
 
-    def tapped_step(self, batch: Batch, cache: KVCache, taps: Taps) -> tuple[Array, dict[str, Any]]:
+    def tapped_step(
+        self, batch: Batch, cache: KVCache, taps: Taps, operands: Mapping[str, Array] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """Logits of a step, and what the taps ask for; the cache is donated."""
         with user_errors():
-            out = flat_tapped_step(self.leaves, self.structure, batch, cache, self.options, taps)
+            out = flat_tapped_step(self.leaves, self.structure, batch, cache, self.options, taps, operands)
             logits, _, values = jax.block_until_ready(out)
         return logits, values
 
@@ -72,10 +74,16 @@ def flat_step(
 
 @functools.partial(jax.jit, static_argnames=("structure", "options", "taps"), donate_argnames=("cache",))
 def flat_tapped_step(
-    leaves: list[Any], structure: Any, batch: Batch, cache: KVCache, options: Options, taps: Taps
+    leaves: list[Any],
+    structure: Any,
+    batch: Batch,
+    cache: KVCache,
+    options: Options,
+    taps: Taps,
+    operands: Mapping[str, Array] | None = None,
 ) -> tuple[Array, KVCache, dict[str, Any]]:
     """`model.tapped_step` of a flattened model."""
-    return tapped_step(jax.tree.unflatten(structure, leaves), batch, cache, options, taps)
+    return tapped_step(jax.tree.unflatten(structure, leaves), batch, cache, options, taps, operands)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "layer", "options", "taps"))

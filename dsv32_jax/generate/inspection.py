@@ -1,6 +1,7 @@
 """Values inside a step: traces, taps, and one layer alone. Each runs a whole sequence as one step."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from dsv32_jax.common.arguments import instance, integer
+from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.errors import UserError
 from dsv32_jax.fidelity import OF_LAYER, TAPS, Trace
 from dsv32_jax.generate import batching
@@ -17,24 +19,47 @@ from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.model import Batch
 from dsv32_jax.model.taps import Taps
 
-__all__ = ["run_layer", "tap_names", "tapped", "trace"]
+__all__ = ["run_layer", "tap_names", "tapped", "traces"]
 
 ALL = Taps.of({"*": None})
 OF_LAYER_TAPS = Taps.of(dict.fromkeys(f"layers.*.{name}" for name in OF_LAYER))
 
 
-def trace(flat: FlatModel, row: list[int]) -> Trace:
-    """What every layer chose and computed for one sequence."""
+def traces(flat: FlatModel, rows: list[list[int]]) -> list[Trace]:
+    """What every layer chose and computed for each sequence; padded alike, they share a program."""
     experts = any(flat.config.is_moe(layer) for layer in range(flat.config.num_hidden_layers))
     names = [name for name in TAPS if experts or not name.startswith("layers.*.ffn.")]
-    size = batching.padded(len(row), batching.SMALLEST_CHUNK)
-    logits, values = tapped(flat, row, Taps.of(dict.fromkeys(names)), size)
-    return Trace.from_taps(logits, values, len(row))
+    taps = Taps.of(dict.fromkeys(names))
+    longest = max(map(len, rows))
+    size = batching.padded(longest, batching.SMALLEST_CHUNK)
+    traced = []
+    with progress_bar("tracing", len(rows), "sequences") as advance:
+        for row in rows:
+            logits, values = tapped(flat, row, taps, size, longest)
+            traced.append(Trace.from_taps(logits, values, len(row)))
+            advance(1)
+    return traced
 
 
-def tapped(flat: FlatModel, row: list[int], taps: Taps, size: int) -> tuple[Array, dict[str, Any]]:
-    """Logits [size, V] of a sequence, padded to `size` tokens, and what the taps ask for."""
-    return flat.tapped_step(*_one_step(flat, row, size), taps)
+def tapped(
+    flat: FlatModel,
+    row: list[int],
+    taps: Taps,
+    size: int,
+    longest: int | None = None,
+    operands: Mapping[str, Array] | None = None,
+) -> tuple[Array, dict[str, Any]]:
+    """Logits [size, V] of a sequence, padded to `size` tokens, and what the taps ask for.
+
+    Args:
+      flat: the model.
+      row: the sequence.
+      taps: what is asked for.
+      size: tokens of the step.
+      longest: tokens that the cache has room for; those of the sequence where None.
+      operands: further details of every value, by name.
+    """
+    return flat.tapped_step(*_one_step(flat, row, size, longest), taps, operands)
 
 
 def tap_names(flat: FlatModel) -> dict[str, str]:
@@ -69,8 +94,8 @@ def run_layer(flat: FlatModel, layer: int, hidden: np.ndarray | Array) -> dict[s
     return arrays
 
 
-def _one_step(flat: FlatModel, row: list[int], size: int) -> tuple[Batch, KVCache]:
+def _one_step(flat: FlatModel, row: list[int], size: int, longest: int | None = None) -> tuple[Batch, KVCache]:
     """One sequence as one step of `size` tokens with all its logits, and a cache for it."""
-    tables = batching.block_tables(1, len(row), flat.config.max_position_embeddings)
+    tables = batching.block_tables(1, longest or len(row), flat.config.max_position_embeddings)
     batch = batching.prompt_batch(row, 0, len(row), size, tables[0], np.arange(size, dtype=np.int32))
     return batch, flat.new_cache(tables)

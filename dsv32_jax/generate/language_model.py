@@ -9,19 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from dsv32_jax.common.arguments import boolean, instance, integer, shown
 from dsv32_jax.common.progress import progress_bar
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.config.generation_config import checked_generation_config
 from dsv32_jax.errors import UserError
-from dsv32_jax.fidelity import Trace
 from dsv32_jax.generate import decoding, forward, inspection
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.flat_model import FlatModel, user_errors
 from dsv32_jax.generate.memory import describe
 from dsv32_jax.generate.messages import checked_messages
-from dsv32_jax.generate.prompts import Prompts, rows_of
+from dsv32_jax.generate.prompts import Prompts, is_one, rows_of
 from dsv32_jax.generate.reasoning import ReasoningSplit
 from dsv32_jax.generate.results import Answer, Generation, Piece, Score
 from dsv32_jax.generate.sampling import check_sampling
@@ -31,7 +31,7 @@ from dsv32_jax.generate.weights import check_edited, dequantized, shapes_of, wit
 from dsv32_jax.model.model import DeepseekV32, Options
 from dsv32_jax.model.params import named_parameters
 from dsv32_jax.model.prepared import prepared
-from dsv32_jax.model.taps import Reduction, Taps
+from dsv32_jax.model.taps import Patches, Reduction, Taps, operands_of
 
 CONFIG_OF_TEXT = frozenset({"bos_token_id", "eos_token_id", "max_position_embeddings"})
 """Fields in which the config of a `LanguageModel` may differ from its model's: no step reads them."""
@@ -178,6 +178,29 @@ class LanguageModel:
         options = dataclasses.replace(self.options, **changes)
         return LanguageModel(model, self.config, self.tokenizer, options, self.generation_config)
 
+    def with_patches(self, patches: Mapping[str, Reduction]) -> "LanguageModel":
+        """Returns a model whose steps go on with other values than they compute; this one is not changed.
+
+        For activation patching, steering and ablation of single values: in `probe`, `trace`, `score`, `logits`,
+        `generate` and an `Engine` alike.
+
+        Args:
+          patches: by name ("layers.3.hidden"; see `tap_names`) or pattern ("layers.*.ffn.input"): a function of the
+            value that gives an array of its shape and dtype and is made of jax.numpy. It may have parameters for the
+            details of a value (`dsv32_jax.model.taps.DETAILS`), such as `positions`, since a step may have any of a
+            sequence's tokens. It is read when a step is compiled; another function compiles another program. None takes
+            away a patch that this model has. A tap shows a patched value as the step goes on with it.
+
+        Raises:
+          UserError: what is no function. When a step is compiled: a name that no value has, or that of a value which
+            the step looks at alone (`attention`, `logits`, with dense attention `topk`).
+        """
+        instance("patches", patches, Mapping, "a mapping from names to functions or None")
+        requests = {**dict(self.options.patches.requests), **dict(Patches.of(patches).requests)}
+        changed = Patches.of({pattern: function for pattern, function in requests.items() if function is not None})
+        options = dataclasses.replace(self.options, patches=changed)
+        return LanguageModel(self.model, self.config, self.tokenizer, options, self.generation_config)
+
     def dequantized(self, dtype: str = "float32", *, memory_check: bool = True) -> "LanguageModel":
         """Returns this model with plain weights and unquantised activations, which has gradients.
 
@@ -243,14 +266,23 @@ class LanguageModel:
             out = forward.output(rows, self.config, out)
         return forward.score(self._flat(), rows, out)
 
-    def trace(self, ids: Prompts) -> Trace:
-        """Records what every layer chose and computed for one sequence of ids [T]; see `dsv32_jax.fidelity.Trace`.
+    def trace(self, ids: Prompts) -> Any:
+        """Records what every layer chose and computed; see `dsv32_jax.fidelity.Trace`.
 
-        The whole sequence is one step: memory grows with its square.
+        Each sequence is one step by itself: memory grows with the square of its length.
+
+        Args:
+          ids: [T] integers or a text; or [B, T] (-1 absent at the right), or a list of texts or id lists.
+
+        Returns:
+          A `Trace`; or of a list or [B, T] a list of them, each as long as its sequence.
         """
-        return inspection.trace(self._flat(), self._sequence("trace", ids))
+        traces = inspection.traces(self._flat(), self.rows(ids))
+        return traces[0] if is_one(ids) else traces
 
-    def probe(self, ids: Prompts, taps: Mapping[str, Reduction]) -> dict[str, Any]:
+    def probe(
+        self, ids: Prompts, taps: Mapping[str, Reduction], operands: Mapping[str, ArrayLike] | None = None
+    ) -> dict[str, Any]:
         """Reads values inside a step, for one sequence; the whole sequence is one step.
 
         Args:
@@ -258,17 +290,23 @@ class LanguageModel:
           taps: by name ("layers.3.attn.topk"; see `tap_names`) or pattern ("layers.*.ffn.input"): None for the value
             itself, or a function of it that runs on the device and returns arrays. A function may have parameters for
             the details of a value (`dsv32_jax.model.taps.DETAILS`). The same function again compiles nothing anew.
+          operands: arrays and numbers that these functions, and those of patches, get if they name them. Other values
+            of the same shapes compile nothing anew: what differs from call to call, such as a position.
 
         Returns:
           NumPy arrays by name: the results of the functions, or the values, whose first axis is the tokens'; axes of
           positions are as long as the cache, a multiple of 64.
 
         Raises:
-          UserError: a name or pattern that no value has, or two that give one value different functions.
+          UserError: a name or pattern that no value has, or two that give one value different functions; an operand
+            that has the name of a detail or that no function names.
         """
         row = self._sequence("probe", ids)
         instance("taps", taps, Mapping, "a mapping from names to functions or None")
-        return jax.tree.map(np.asarray, inspection.tapped(self._flat(), row, Taps.of(taps), len(row))[1])
+        arrays = operands_of(operands or {}, (Taps.of(taps), self.options.patches))
+        return jax.tree.map(
+            np.asarray, inspection.tapped(self._flat(), row, Taps.of(taps), len(row), operands=arrays)[1]
+        )
 
     def tap_names(self) -> dict[str, str]:
         """The names that `probe` takes, each with the dtype and shape of its value for 8 tokens."""

@@ -11,12 +11,19 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.generate.messages import check_text
 from dsv32_jax.generate.tokenizer import Tokenizer
 
-__all__ = ["BYTES", "Prompts", "rows_of"]
+__all__ = ["BYTES", "Prompts", "is_one", "rows_of"]
 
 BYTES = (bytes, bytearray, memoryview)
 """Sequences of numbers that are no token ids."""
 
 Prompts = str | Sequence[Any] | np.ndarray | Array
+
+
+def is_one(prompts: Prompts) -> bool:
+    """Whether prompts are one sequence by themselves: a text or ids [T], not a list of these or ids [B, T]."""
+    if isinstance(prompts, np.ndarray | Array):
+        return prompts.ndim == 1
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
 
 
 def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) -> list[list[int]]:
@@ -42,7 +49,7 @@ def rows_of(prompts: Prompts, config: ModelConfig, tokenizer: Tokenizer | None) 
         prompts = list(np.atleast_2d(array))
     elif not isinstance(prompts, Sequence):
         raise UserError(f"prompt: of type {type(prompts).__name__}; must be a text, token ids, or a list of these")
-    elif len(prompts) and isinstance(prompts[0], int | np.integer):
+    elif is_one(prompts):
         prompts = [prompts]
     if not len(prompts):
         raise UserError("prompt: none given")

@@ -15,7 +15,7 @@ from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.parts import MODEL_PARTS, Parts
 from dsv32_jax.model.rope import rope_angles
 from dsv32_jax.model.seams import Seams
-from dsv32_jax.model.taps import Taps
+from dsv32_jax.model.taps import NO_PATCHES, Patches, Taps
 from pallas_kernels.backend import BACKENDS, KERNEL, resolve
 from pallas_kernels.paging import BLOCK_SIZE
 
@@ -38,6 +38,7 @@ class Options:
       cache_dtype: form of the cache's latent rows, "float32", "bfloat16" or "fp8"; the compute dtype where None.
       parts: the functions that a step calls, see `Parts`.
       check: check what replaced parts give (see `checks`); slow, for tests and notebooks.
+      patches: functions of a step's values that give what it goes on with, see `Patches`.
     """
 
     compute_dtype: str = "float32"
@@ -51,6 +52,7 @@ class Options:
     cache_dtype: str | None = None
     parts: Parts = MODEL_PARTS
     check: bool = False
+    patches: Patches = NO_PATCHES
 
     def __post_init__(self):
         for field, allowed in {
@@ -66,6 +68,7 @@ class Options:
         for field in ("act_quant", "absorb", "prepare", "check"):
             boolean(field, getattr(self, field))
         instance("parts", self.parts, Parts, "a Parts")
+        instance("patches", self.patches, Patches, "a Patches")
         if self.index_topk is not None:
             integer("index_topk", self.index_topk, 1)
         if integer("index_topk_freq", self.index_topk_freq, 1) > 1 and self.attention == "dense":
@@ -87,7 +90,7 @@ class Options:
 
     def seams(self, taps: Taps | None = None) -> Seams:
         """The parts and the taps of one step that is to be traced."""
-        return Seams(self.parts, taps, self.check)
+        return Seams(self.parts, taps, self.check, self.patches)
 
     @property
     def cache_form(self) -> str:
@@ -136,6 +139,9 @@ class StepContext:
     options: Options
     batch: Batch
     seams: Seams
+
+    def __post_init__(self):
+        self.seams.details["positions"] = self.batch.positions
 
     @cached_property
     def angles(self) -> tuple[jax.Array, jax.Array]:

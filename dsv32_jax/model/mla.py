@@ -84,7 +84,10 @@ class MLA(nnx.Module):
             chosen = select()
         else:
             ctx.seams.tap("index_scores", lambda: self.index_scores(x, q_latent, layer, cache, ctx))
-        ctx.seams.tap("topk", lambda: select() if chosen is None else chosen)
+        if chosen is None:
+            ctx.seams.tap("topk", select)
+        else:
+            chosen = ctx.seams.value("topk", chosen)
         ctx.seams.tap("attention", weights)
         attend_in = self.absorbed if ctx.options.absorb else self.unabsorbed
         out = attend_in(q_nope, q_rope, chosen, layer, cache, ctx)
@@ -174,9 +177,10 @@ class MLA(nnx.Module):
         def scores() -> jax.Array:
             return seams.call("indexer_logits", *arrays, backend=backend)
 
+        if seams.composes("index_select", patched="index_scores"):
+            scored = seams.value("index_scores", scores())
+            return seams.call("top_k", scored, k, lengths=batch.positions + 1, backend=backend)
         seams.tap("index_scores", scores)
-        if seams.composes("index_select"):
-            return seams.call("top_k", scores(), k, lengths=batch.positions + 1, backend=backend)
         extras = {"x": lambda: x, "attention": weights}
         return seams.call("index_select", *arrays, k=k, backend=backend, extras=extras)
 

@@ -4,6 +4,7 @@ The step takes a flat batch of tokens, each with its position, its slot in the b
 one new token of many sequences, and any mixture of the two are shapes of one function.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ class DecoderLayer(nnx.Module):
         cache: KVCache,
         ctx: StepContext,
         chosen: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | None, KVCache, jax.Array | None]:
         """One layer over the residual stream.
 
         Args:
@@ -65,21 +66,24 @@ class DecoderLayer(nnx.Module):
           chosen: int32 [T, K], what the layer before attended to, see `MLA.__call__`.
 
         Returns:
-          residual [T, D], this layer's own update [T, D], the cache, and what this layer attended to.
+          residual [T, D], this layer's own update [T, D] (None where their sum is patched), the cache, and what this
+          layer attended to.
         """
         numerics, seams, eps = ctx.numerics, ctx.seams, ctx.config.rms_norm_eps
         residual, x = numerics.add_rms_norm(residual, update, self.attn_norm, eps)
-        seams.tap("attn.input", x)
+        x = seams.value("attn.input", x)
         with seams.scope("attn"):
             update, cache, chosen = self.attn(x, layer, cache, ctx, chosen)
         residual, x = numerics.add_rms_norm(residual, update, self.ffn_norm, eps)
-        seams.tap("ffn.input", x)
+        x = seams.value("ffn.input", x)
         with seams.scope("ffn"):
             if isinstance(self.ffn, MoE):
                 update = self.ffn(x, ctx.batch.positions, ctx.config, numerics)
             else:
                 update = self.ffn(x, numerics)
-        seams.tap("hidden", lambda: residual + update)
+        hidden = seams.value("hidden", lambda: residual + update)
+        if seams.is_patched("hidden"):
+            residual, update = hidden, None
         return residual, update, cache, chosen
 
 
@@ -104,8 +108,11 @@ class DeepseekV32(nnx.Module):
         self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Logits float32 [R, V] of `batch.logit_rows`, and the cache; arguments are those of `states`."""
+        seams = seams or options.seams()
         states, cache = self.states(batch, cache, options, seams)
-        return self.logits(states, batch.logit_rows), cache
+        logits = self.logits(states, batch.logit_rows)
+        seams.tap("logits", logits)
+        return logits, cache
 
     def states(
         self, batch: Batch, cache: KVCache, options: Options, seams: Seams | None = None
@@ -119,17 +126,17 @@ class DeepseekV32(nnx.Module):
           seams: parts of the options, and taps; without taps where None.
 
         Raises:
-          UserError: a replaced part gives what it must not, or is not called.
+          UserError: a replaced part or a patch gives what it must not, or is not called.
         """
         ctx = StepContext(self.config, options, batch, seams or options.seams())
         with jax.named_scope("embedding"):
             residual, update, chosen = self.embed[batch.ids].astype(ctx.dtype), None, None
-        ctx.seams.tap("embedded", residual)
+        residual = ctx.seams.value("embedded", residual)
         for index, layer in enumerate(self.layers):
             with ctx.seams.scope(f"layers.{index}"):
                 residual, update, cache, chosen = layer(residual, update, index, cache, ctx, chosen)
         _, states = ctx.numerics.add_rms_norm(residual, update, self.norm, self.config.rms_norm_eps)
-        ctx.seams.tap("states", states)
+        states = ctx.seams.value("states", states)
         ctx.seams.check_all_called()
         return states, cache
 
@@ -156,10 +163,16 @@ def step(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> 
 
 @partial(jax.jit, static_argnames=("options", "taps"), donate_argnames="cache")
 def tapped_step(
-    model: DeepseekV32, batch: Batch, cache: KVCache, options: Options, taps: Taps
+    model: DeepseekV32,
+    batch: Batch,
+    cache: KVCache,
+    options: Options,
+    taps: Taps,
+    operands: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache, dict[str, Any]]:
-    """`step` that also returns what the taps ask for, by the values' names."""
+    """`step` that also returns what the taps ask for, by the values' names; operands are details of every value."""
     seams = options.seams(taps)
+    seams.details.update(operands or {})
     logits, cache = model(batch, cache, options, seams)
     taps.check_all_met(seams.names)
     return logits, cache, seams.values

@@ -65,8 +65,8 @@ class MoE(nnx.Module):
         """[T, D] -> [T, D]; padding, whose position (int32 [T]) is -1, reaches no routed expert."""
         seams, backend = numerics.seams, numerics.backend
         experts, weights = self.route(x, positions, config, numerics)
-        seams.tap("experts", experts)
-        seams.tap("expert_weights", weights)
+        experts = seams.value("experts", experts)
+        weights = seams.value("expert_weights", weights)
         tile = tile_rows(experts.size, *self.experts.weights, backend=backend)
         plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile=tile, backend=backend)
         rows = self.experts(x, plan, numerics)

@@ -42,7 +42,7 @@ class Numerics:
           names: of the linear, for taps and profiles; several, where the weights of several lie in one.
         """
         for name in names:
-            self.seams.tap(f"{name}.input", x)
+            x = self.seams.value(f"{name}.input", x)
         with self.seams.scope("+".join(names)):
             return self.seams.call(
                 "matmul",
@@ -55,9 +55,11 @@ class Numerics:
 
     def swiglu(self, x: jax.Array, gate: Weight, up: Weight) -> jax.Array:
         """silu(x gate^T) * (x up^T) of x [M, K] and weights [W, K]: [M, W] in x's dtype."""
-        if self.act_quant and all_fp8(gate, up) and not self.seams.parts.replace_any(SWIGLU):
-            for name in ("gate", "up"):
-                self.seams.tap(f"{name}.input", x)
+        inputs = ("gate.input", "up.input")
+        composes = self.seams.parts.replace_any(SWIGLU) or self.seams.is_patched(*inputs)
+        if self.act_quant and all_fp8(gate, up) and not composes:
+            for name in inputs:
+                self.seams.value(name, x)
             with self.seams.scope("gate+up"):
                 hidden: Any = fused_swiglu(x, gate, up, scale_fmt=self.scale_fmt, backend=self.backend)
                 return hidden
@@ -86,7 +88,7 @@ class Numerics:
 
         def product(name: str, rows: jax.Array, weight: Weight) -> jax.Array:
             of_plan = {"row_token": plan.row_token, "tile_expert": plan.tile_expert, "num_experts": gate.shape[0]}
-            seams.tap(f"{name}.input", rows, **of_plan)
+            rows = seams.value(f"{name}.input", rows, **of_plan)
             with seams.scope(name):
                 return seams.call(
                     "grouped_matmul",

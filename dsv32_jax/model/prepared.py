@@ -24,7 +24,8 @@ def prepared(model: DeepseekV32, options: Options) -> DeepseekV32:
         return model
     model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))  # other modules, the same arrays
     layers: list[Any] = [*model.layers, *([model.mtp.layer] if model.mtp else [])]
-    joins = "matmul" not in options.parts.replaced  # a function of one's own gets every linear by itself
+    # A function of one's own gets every linear by itself, and a patch may change the input of one.
+    joins = "matmul" not in options.parts.replaced and not options.patches.requests
     for layer in layers:
         layer.attn = PreparedMLA(layer.attn, model.config, options.compute_dtype, joins)
     return model

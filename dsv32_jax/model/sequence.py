@@ -75,8 +75,10 @@ class Run:
         """What computes as a step with these options does; `changes` are other fields.
 
         Raises:
-          UserError: layers share their selection, which this form has not.
+          UserError: layers share their selection, or values are patched, which this form has not.
         """
+        if options.patches.requests:
+            raise UserError("patches: the form for whole sequences has none; take a model without them")
         if options.index_topk_freq > 1:
             raise UserError("index_topk_freq: the form for whole sequences has an indexer in every layer; set it to 1")
         shared = {field.name for field in dataclasses.fields(Run)} & {

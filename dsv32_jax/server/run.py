@@ -34,10 +34,10 @@ class Server(uvicorn.Server):
 
     Args:
       app: of `create_app`.
-      say: called with one line when the server listens; the engine may still be warming up.
+      listening: called with the URL when the server listens; the engine may still be warming up.
     """
 
-    def __init__(self, app: Starlette, say: Callable[[str], None]):
+    def __init__(self, app: Starlette, listening: Callable[[str], None]):
         self.service: Service = app.state.service
         settings = self.service.settings
         super().__init__(
@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )
-        self.say = say
+        self.listening = listening
         self.signalled = self._frozen = False
         self._drain: asyncio.Task[None] | None = None
 
@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        self.say(f"serving {self.service.settings.name} at http://{host}:{port}/v1")
+        self.listening(f"http://{host}:{port}/v1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not passed on to uvicorn, which would raise the signal again at the end: a drained server ends with 0.
@@ -108,19 +108,19 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(engine: Engine, settings: Settings, bound: socket.socket, say: Callable[[str], None] = print) -> int:
+def serve(engine: Engine, settings: Settings, bound: socket.socket, listening: Callable[[str], None] = print) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     Args:
       engine: of a model with a tokenizer; not warmed up.
       settings: limits and defaults.
       bound: a socket, of `bind`.
-      say: called with one line when the server listens.
+      listening: called with the URL when the server listens.
 
     Returns:
       0 after a drain; 1 where the engine's thread ended by itself.
     """
-    server = Server(create_app(engine, settings), say)
+    server = Server(create_app(engine, settings), listening)
     server.run(sockets=[bound])
     code = 0 if server.signalled else 1
     if not server.service.stopped:

@@ -29,6 +29,7 @@ def measure(
     kinds: Sequence[str] = CEILINGS,
     side: int | None = None,
     size: int | None = None,
+    reads: bool = False,
 ) -> dict[str, Any]:
     """Each ceiling by each method, and the largest.
 
@@ -39,6 +40,8 @@ def measure(
       kinds: of `CEILINGS`, and "float32", FLOP/s of products in float32.
       side: of the square matrices of a product; default: 8192.
       size: bytes of a copy; default: 2 GiB.
+      reads: count a sum of what is read as a copy, too: a CPU gives each result new pages, which takes longer than to
+        write it.
 
     Returns:
       `ceilings`: by `kinds`, the largest rate; None where no method ran.
@@ -71,6 +74,9 @@ def measure(
     def half() -> tuple:
         return (jax.random.normal(jax.random.key(0), (size // 2,), jnp.bfloat16),)
 
+    def floats() -> tuple:
+        return (jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32),)
+
     def factors(dtype: Any) -> Callable[[], tuple]:
         return lambda: tuple(
             jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16).astype(dtype) for i in range(2)
@@ -78,6 +84,8 @@ def measure(
 
     rate("copy", "copy", jnp.copy, bytes_, 2 * size)
     rate("copy", "x + 1", lambda x: x + 1, half, 2 * size)
+    if reads:
+        rate("copy", "sum", jnp.sum, floats, size)
     rate("float32", "matmul", float32_product, factors(jnp.float32), operations)
     rate("bf16", "matmul", jnp.matmul, factors(jnp.bfloat16), operations)
     rate("fp8", "dot_general", fp8_product, factors(jnp.float8_e4m3fn), operations)

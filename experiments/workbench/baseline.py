@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.experiments.studies.serving import Work
-from dsv32_jax.generate.batching import batch_of_rows, padded, prompt_batch
+from dsv32_jax.generate.batching import batch_of, padded, prompt_batch
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.flat_model import FlatModel, flat_step
 from dsv32_jax.generate.language_model import LanguageModel
@@ -89,7 +89,8 @@ class StaticBatches:
         return prompt_batch(row, 0, len(row), size, self.tables[number], np.array([len(row) - 1]))
 
     def _next(self, ids: Any, positions: np.ndarray) -> Batch:
-        return batch_of_rows(ids, positions, self.tables, np.arange(len(self.tables)))
+        rows = np.arange(len(self.tables))
+        return batch_of(ids, positions, rows, self.tables, rows)
 
     def run(self, work: Sequence[Work]) -> BatchResult:
         """Serves a batch of requests, which all come at its start."""

@@ -20,12 +20,12 @@ from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
 from dsv32_jax.experiments.results import environment
+from dsv32_jax.experiments.workbench.least_work import LeastWork, least_work
 from dsv32_jax.experiments.workbench.profile import Event, Profile, record, times_by
 from dsv32_jax.experiments.workbench.scopes import Scopes, part_of_event
+from dsv32_jax.experiments.workbench.settings import description
 from dsv32_jax.experiments.workbench.steps import Step, StepShape
-from dsv32_jax.experiments.workbench.work import Work, work_of
 from dsv32_jax.generate.language_model import LanguageModel
-from dsv32_jax.model.parts import title
 from dsv32_jax.model.taps import Taps
 
 __all__ = ["diagnose", "measure_ceilings", "rows_of_parts", "verdict_of"]
@@ -37,6 +37,8 @@ CHOSEN = Taps.of({"*ffn.experts": None})
 """The experts that the tokens of each layer chose: of those the weights are read."""
 BURSTS, BURST_SECONDS, LONGEST_BURST = 10, 0.1, 16
 """How often a burst of steps is timed, how long one should be, and its most steps."""
+PROFILES, PROFILES_SECONDS = 3, 2.0
+"""How often a burst is profiled, and after how many seconds no more."""
 LONGEST = 40
 """Kernels of a step that the result names."""
 CPU_SIDE, CPU_BYTES = 1024, 128 * 2**20
@@ -52,7 +54,7 @@ def measure_ceilings(compute_dtype: str) -> dict[str, Any]:
         kinds: tuple[str, ...] = tuple(dict.fromkeys(("copy", plain, "bf16", "fp8")))
         measured = roofline.measure(timer, Peers(), kinds=kinds)
     else:
-        measured = roofline.measure(timer, Peers(), kinds=("copy", plain), side=CPU_SIDE, size=CPU_BYTES)
+        measured = roofline.measure(timer, Peers(), kinds=("copy", plain), side=CPU_SIDE, size=CPU_BYTES, reads=True)
     return {"timer": timer.name, "timer_trouble": trouble, **measured}
 
 
@@ -85,7 +87,7 @@ def diagnose(
         **environment(),
         "model": name,
         "layers": m.config.num_hidden_layers,
-        "options": described(m),
+        "runs": description(m),
         "roofline": ceilings,
         "rows": [],
     }
@@ -102,12 +104,6 @@ def diagnose(
     return content
 
 
-def described(m: LanguageModel) -> dict[str, Any]:
-    """The model's options as JSON, with the replaced parts by their functions' names."""
-    fields = {field.name: getattr(m.options, field.name) for field in dataclasses.fields(m.options)}
-    return fields | {"parts": {part: title(function) for part, function in m.options.parts.replaced.items()}}
-
-
 def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Measures one step; `ceilings` are `roofline.measure`'s."""
     label = title_of(dataclasses.asdict(shape))
@@ -116,7 +112,7 @@ def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any
     step = Step(m, shape, taps=CHOSEN)
     say(f"{label}: timing")
     seconds, burst = timed(step)
-    normal = record(step, burst) if graphs else None
+    normal = profile_of(step, burst) if graphs else None
     used = [int(np.unique(np.asarray(chosen)).size) for chosen in step.values.values()]
     row: dict[str, Any] = {
         "shape": dataclasses.asdict(shape),
@@ -132,12 +128,12 @@ def diagnose_step(m: LanguageModel, shape: StepShape, ceilings: Mapping[str, Any
         step = Step(m, shape, WITHOUT_GRAPHS, CHOSEN)
         jax.block_until_ready(step())
     say(f"{label}: profiling")
-    profile, scopes = record(step, burst), Scopes(step.compiled.as_text() or "")
+    profile, scopes = profile_of(step, burst), Scopes(step.compiled.as_text() or "")
     model = jax.tree.unflatten(*reversed(m.flat_model()))
-    work = work_of(model, m.options, shape, step.kernels, used)
+    work = least_work(model, m.options, shape, step.kernels, used)
     replaced = m.options.parts.replaced
     if "index_select" in replaced:
-        work["index selection"] = merged(work.pop("indexer scores", Work()), work.pop("top-k", Work()))
+        work["index selection"] = merged(work.pop("indexer scores", LeastWork()), work.pop("top-k", LeastWork()))
     took, longest = by_part_and_kernel(profile, scopes, replaced)
     in_graphs = (normal, seconds["median"]) if normal else None
     return row | rows_of_parts(took, profile, work, ceilings, in_graphs) | {"longest": longest}
@@ -172,9 +168,9 @@ def by_part_and_kernel(
     return dict(by_part), longest
 
 
-def merged(*works: Work) -> Work:
+def merged(*works: LeastWork) -> LeastWork:
     """The work of several parts as that of one."""
-    return Work(sum(work.bytes for work in works), sum((work.operations for work in works), Counter()))
+    return LeastWork(sum(work.bytes for work in works), sum((work.operations for work in works), Counter()))
 
 
 def timed(step: Step) -> tuple[dict[str, Any], int]:
@@ -194,6 +190,14 @@ def timed(step: Step) -> tuple[dict[str, Any], int]:
 
     repetitions = BURSTS if pilot * burst * BURSTS < 5 else timing.FEWEST
     return timing.summary([seconds() for _ in range(repetitions)]), burst
+
+
+def profile_of(step: Step, burst: int) -> Profile:
+    """The shortest of some profiles of a burst of steps: the one that other processes disturbed least."""
+    start, profiles = time.perf_counter(), [record(step, burst)]
+    while len(profiles) < PROFILES and time.perf_counter() - start < PROFILES_SECONDS:
+        profiles.append(record(step, burst))
+    return min(profiles, key=lambda profile: profile.end - profile.start)
 
 
 def memory_of(step: Step) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def title_of(shape: Mapping[str, Any]) -> str:
 def rows_of_parts(
     took: Mapping[str, float],
     profile: Profile,
-    work: Mapping[str, Work],
+    work: Mapping[str, LeastWork],
     ceilings: Mapping[str, float | None],
     normal: tuple[Profile, float] | None = None,
 ) -> dict[str, Any]:
@@ -274,7 +278,7 @@ def rows_of_parts(
 
 
 def row_of_part(
-    name: str, seconds: float, whole: float, work: Work | None, ceilings: Mapping[str, float | None]
+    name: str, seconds: float, whole: float, work: LeastWork | None, ceilings: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """A row of `parts`, see `rows_of_parts`; `whole` is the step's time."""
     row: dict[str, Any] = {"part": name, "seconds": seconds, "share": seconds / whole, "bound": None}

@@ -23,7 +23,9 @@ SCHEME = "scheme"
 STORED, MIXED = "stored", "mixed"
 """Schemes of a setting beside those of the library: the checkpoint's own, and experts in INT4 with the rest in INT8."""
 WEIGHT_SCHEMES = (STORED, UNQUANTISED, *SCHEMES, MIXED)
-HINTS = {name: hint for name, hint in typing.get_type_hints(Options).items() if name not in ("parts", "check")}
+UNNAMED = ("parts", "patches", "check")
+"""Fields of `Options` that are functions, and the one that changes no result."""
+HINTS = {name: hint for name, hint in typing.get_type_hints(Options).items() if name not in UNNAMED}
 SETTABLE = (*HINTS, SCHEME)
 """The fields that `--set FIELD=VALUE` takes."""
 ATTENDING = {"sparse": "sparse_mla", "dense": "dense_mla"}

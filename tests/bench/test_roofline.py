@@ -37,6 +37,15 @@ def test_measured_ceilings():
     assert found["timer_check"] == {}  # small products are not what PyTorch timed
 
 
+def test_a_cpu_has_products_in_float32_and_may_count_what_is_read():
+    measured = roofline.measure(WallTimer(), Peers(), kinds=("copy", "float32"), side=64, size=2**16, reads=True)
+    methods = measured["methods"]
+    assert set(methods) == {"copy", "float32"} and set(methods["copy"]) == {"copy", "x + 1", "sum"}
+    assert measured["ceilings"]["float32"] == pytest.approx(2 * 64**3 / methods["float32"]["matmul"]["seconds"])
+    assert measured["ceilings"]["copy"] == max(entry["rate"] for entry in methods["copy"].values())
+    assert methods["copy"]["sum"]["rate"] == pytest.approx(2**16 / methods["copy"]["sum"]["seconds"])
+
+
 def test_pytorchs_copy_counts_and_checks_the_timer(monkeypatch):
     """The largest rate of any method is the ceiling; the same library call in both timers is their comparison."""
     monkeypatch.setattr(roofline.timing, "seconds", lambda timer, run, repetitions=20: [2e-3])

@@ -5,14 +5,19 @@ import io
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
 import dsv32_jax
 from dsv32_jax import convert
+from dsv32_jax.cli.verbs import app
 from dsv32_jax.common.files import locked
 from dsv32_jax.convert import calibration
 from dsv32_jax.errors import UserError
@@ -58,8 +63,10 @@ def test_generate_json(dsv32, tiny):
     result = json.loads(out)
     assert code == 0
     assert set(result) == {
-        "tokens", "texts", "finish_reasons", "prompt_tokens", "temperature", "top_p", "seed", "ignore_eos",
+        "tokens", "texts", "finish_reasons", "prompt_tokens", "seconds", "tokens_per_second", "temperature", "top_p",
+        "seed", "ignore_eos",
     }  # fmt: skip
+    assert result["tokens_per_second"] * result["seconds"] == pytest.approx(8)
     assert [len(row) for row in result["tokens"]] == [4, 4]
     assert result["finish_reasons"] == ["length", "length"]
 
@@ -67,11 +74,12 @@ def test_generate_json(dsv32, tiny):
 def test_generate_streams_the_same_text(dsv32, tiny, tmp_path):
     (tmp_path / "prompt.txt").write_text("海风 and the lamp", encoding="utf-8")
     options = ("--model", tiny, "--max-new-tokens", 8, "--prompt-file", tmp_path / "prompt.txt", *EXACT)
-    _, streamed, _ = dsv32("generate", *options, "--save-tokens", tmp_path / "tokens.npy")
+    _, streamed, err = dsv32("generate", *options, "--save-tokens", tmp_path / "tokens.npy")
     _, out, _ = dsv32("generate", *options, "--json")
     result = json.loads(out)
     assert streamed == result["texts"][0] + "\n"
     assert [token for token in np.load(tmp_path / "tokens.npy")[0] if token >= 0] == result["tokens"][0]
+    assert re.fullmatch(rf"{len(result['tokens'][0])} tokens in \d+\.\d\d s, \d+\.\d tokens/s\n", err)
 
 
 def test_generate_several_prompts_and_a_chat(dsv32, tiny):
@@ -191,7 +199,8 @@ def test_fidelity_of_a_checkpoint_with_itself(dsv32, tiny, tmp_path):
 def test_convert_then_generate_is_the_same(dsv32, tiny, tmp_path):
     assert dsv32("convert", tiny, tmp_path / "converted")[0] == 0
     run = ("generate", "--prompt", "The keeper", "--max-new-tokens", 4, "--json", *EXACT, "--model")
-    assert dsv32(*run, tmp_path / "converted")[1] == dsv32(*run, tiny)[1]
+    results = [json.loads(dsv32(*run, model)[1]) for model in (tmp_path / "converted", tiny)]
+    assert results[0]["tokens"] == results[1]["tokens"] and results[0]["texts"] == results[1]["texts"]
 
 
 def test_convert_takes_names_and_writes_the_other_layout(dsv32, tiny, tmp_path, monkeypatch):
@@ -219,11 +228,38 @@ def test_a_target_that_somebody_writes_is_refused_at_once(refused, tiny, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "verb", ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "serve", "bench"]
+    "verb",
+    ["generate", "chat", "score", "tokenize", "info", "convert", "quantize", "fidelity", "diagnose", "serve", "bench"],
 )
 def test_help_has_an_example(dsv32, verb):
     code, out, _ = dsv32(verb, "--help")
     assert code == 0 and f"Example: dsv32 {verb}" in out
+
+
+def test_every_verb_has_a_json_form(dsv32):
+    commands = get_command(app).commands
+    assert len(commands) >= 10
+    for verb in commands:
+        assert "--json" in dsv32(verb, "--help")[1], verb
+    shapes = json.loads(dsv32("bench", "top_k", "--list", "--json")[1])["shapes"]
+    assert shapes and {"op", "shape"} < set(shapes[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("dsv32 gene", ["generate"]), ("dsv32 generate --prom", ["--prompt", "--prompt-file"])],
+)
+def test_shells_complete_verbs_and_flags(dsv32, monkeypatch, words, expected):
+    monkeypatch.setenv("_DSV32_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    assert dsv32()[1].split() == expected
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "dsv32_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dsv32_jax.__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, f"dsv32-jax {dsv32_jax.__version__}\n"), done.stderr
 
 
 def test_version_and_unknown_flag(dsv32):

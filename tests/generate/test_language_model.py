@@ -201,6 +201,11 @@ def test_trace_is_of_the_same_forward(random):
     np.testing.assert_allclose(trace.logits, random.logits(ids)[0], atol=1e-4)
     assert trace.topk.shape[:2] == (random.config.num_hidden_layers, 30)
     assert json.dumps(fidelity.compare(trace, trace)["kl"]) == "0.0"
+    traces = random.trace([ids, ids[:20]])  # of several a list, each without what was padded
+    np.testing.assert_allclose(traces[0].logits, trace.logits, atol=1e-4)
+    assert traces[1].attention.shape == (random.config.num_hidden_layers, 20, 20)
+    np.testing.assert_allclose(traces[1].hidden, trace.hidden[:, :20], atol=1e-4)
+    assert isinstance(random.trace(ids[None]), list)
 
 
 def test_forms_of_a_prompt(spoken):

@@ -41,7 +41,7 @@ def test_inputs_of_experts_come_with_the_plan(lm):  # noqa: F811
     (count,) = lm.probe(IDS[0], {"layers.1.ffn.experts.down.input": rows_of_experts}).values()
     experts = lm.probe(IDS[0], {"layers.1.ffn.experts": None})["layers.1.ffn.experts"]
     np.testing.assert_array_equal(count, np.bincount(experts.reshape(-1), minlength=8))
-    assert {"row_token", "tile_expert", "num_experts"} == set(DETAILS)
+    assert {"positions", "row_token", "tile_expert", "num_experts"} == set(DETAILS)
 
 
 def test_every_name_can_be_asked_for(lm):  # noqa: F811
@@ -61,7 +61,7 @@ def test_what_no_value_is_called_or_two_ask_for_is_refused(lm):  # noqa: F811
     for taps, message in (
         ({"layers.0.attn.topc": None}, r"tap 'layers.0.attn.topc': no value of a step has such a name; did you mean"),
         ({"layers.9.*": None}, r"tap 'layers.9.\*': no value"),
-        ({"*.hidden": None, "layers.0.hidden": largest}, "ask for different reductions"),
+        ({"*.hidden": None, "layers.0.hidden": largest}, "have different functions of it"),
         ({"*.hidden": 3}, "3 is no function"),
         ({3: None}, "tap 3: must be a text"),
         ({"layers.0.ffn.input": rows_of_experts}, "wants row_token, which does not belong to this value"),
@@ -95,6 +95,7 @@ def test_without_taps_nothing_is_computed(monkeypatch):
 
     jax.clear_caches()
     monkeypatch.setattr(Seams, "tap", lambda *args, **details: None)
+    monkeypatch.setattr(Seams, "value", lambda self, name, value, **details: value)
     monkeypatch.setattr(Seams, "scope", nothing)
     assert lowered(step) == plain
     jax.clear_caches()

@@ -212,7 +212,9 @@ def test_a_server_whose_engine_ends_ends_with_1(session_engine, monkeypatch, cap
     monkeypatch.setattr(session_engine, "warmup", broken)
     codes: list[int] = []
     bound = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=lambda: codes.append(serve(session_engine, settings(), bound, say=lambda _: None)))
+    thread = threading.Thread(
+        target=lambda: codes.append(serve(session_engine, settings(), bound, listening=lambda _: None))
+    )
     thread.start()
     thread.join(60)
     assert codes == [1] and "the engine's thread has ended" in caplog.text

@@ -14,11 +14,11 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.workbench import diagnose as module
 from dsv32_jax.experiments.workbench.diagnose import diagnose, rows_of_parts, verdict_of
 from dsv32_jax.experiments.workbench.diagnose_report import check_figure, draw, lines_of
+from dsv32_jax.experiments.workbench.least_work import LeastWork
 from dsv32_jax.experiments.workbench.profile import Event, Profile
 from dsv32_jax.experiments.workbench.random_model import random_model
 from dsv32_jax.experiments.workbench.scopes import PARTS
 from dsv32_jax.experiments.workbench.steps import StepShape
-from dsv32_jax.experiments.workbench.work import Work
 from pallas_kernels.top_k import top_k
 
 CEILINGS = {"copy": 1e9, "bf16": 1e12}
@@ -61,7 +61,7 @@ def test_a_graph_that_the_profile_does_not_show_works_as_long_as_the_parts():
 
 
 def test_a_part_has_its_bound_and_what_it_is_worth():
-    work = {"experts": Work(30, collections.Counter(bf16=1000)), "top-k": Work(5), "head": Work(1)}
+    work = {"experts": LeastWork(30, collections.Counter(bf16=1000)), "top-k": LeastWork(5), "head": LeastWork(1)}
     row = rows_of_parts({"experts": 60, "top-k": 20, "routing": 10}, profile(("a", 0, 90)), work, CEILINGS)
     experts, selection, routing = row["parts"]
     assert experts["bound"] == {
@@ -111,9 +111,9 @@ def small_ceilings(monkeypatch):
 
 
 def slow_top_k(scores, k, *, lengths, backend):
-    """The selection after 200 products that nobody needs."""
+    """The selection after 40 products that nobody needs."""
     x = jnp.full((400, 400), 1e-3)
-    x = jax.lax.fori_loop(0, 200, lambda _, x: (x @ x) * 1e-3 + x, x)
+    x = jax.lax.fori_loop(0, 40, lambda _, x: (x @ x) * 1e-3 + x, x)
     return top_k(scores + 0 * x[0, 0], k, lengths=lengths, backend=backend)
 
 
@@ -124,7 +124,7 @@ def test_a_planted_slowdown_is_the_verdict(small_ceilings, monkeypatch, tmp_path
     content = diagnose(m, [StepShape(sequences=2, context=128)], name="tiny")
     (row,) = content["rows"]
     assert (row["verdict"]["bottleneck"], row["verdict"]["largest_gain"]) == ("top-k", "top-k")
-    assert content["options"]["parts"] == {"top_k": f"{__name__}:slow_top_k"}
+    assert content["runs"]["parts"] == {"top_k": f"{__name__}:slow_top_k"}
     # What ran and what did not is the profiled time, and none of it without a part.
     accounted = sum(part["seconds"] for part in row["parts"])
     accounted += row["waiting"]["seconds"] + row["difference"]["seconds"]
@@ -173,6 +173,7 @@ def test_a_figure_must_be_a_png_in_a_folder(tmp_path):
         (("--phase", "train"), "--phase 'train' is unknown"),
         (("--model", "full-width"), "must be full-width:N"),
         (("--part", "topk=recent"), "part 'topk' is unknown"),
+        (("--set", "topk=1"), "--set topk=1: there is no field"),
         (("--figure", "a.svg"), r"must end in \.png"),
         (("--out", "no/such/folder.json"), "--out no/such/folder.json: cannot be written"),
     ],

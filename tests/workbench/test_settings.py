@@ -1,6 +1,7 @@
 """A setting says what runs: what flags make of it, what it makes of a model, how it is described."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_a_flag_changes_what_it_names_and_nothing_else(fp8, flags, changed):
         changed = ["attention", "options.absorb"]
     assert differences(before, after) == changed
     assert differences(before, description(fp8)) == []  # the model itself is as it was
+    json.dumps([before, after])
 
 
 @pytest.mark.parametrize(

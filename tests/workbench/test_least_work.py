@@ -6,8 +6,8 @@ import pytest
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.convert.conversion import nbytes
+from dsv32_jax.experiments.workbench.least_work import least_work
 from dsv32_jax.experiments.workbench.steps import StepShape
-from dsv32_jax.experiments.workbench.work import work_of
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.context import Options
 from dsv32_jax.model.model import abstract_model
@@ -20,7 +20,7 @@ MOE = sum(CONFIG.is_moe(layer) for layer in range(CONFIG.num_hidden_layers))
 
 def work(sequences=1, context=128, used=2, kernels=False, **options):
     shape = StepShape(sequences=sequences, context=context)
-    return work_of(MODEL, Options(**options), shape, kernels, [used] * MOE)
+    return least_work(MODEL, Options(**options), shape, kernels, [used] * MOE)
 
 
 def test_a_product_reads_its_weights_once_and_its_rows_each():
@@ -67,7 +67,7 @@ def test_the_indexer_reads_every_key_and_the_attention_the_chosen():
 def test_a_prompt_s_tokens_see_what_lies_before_them():
     shape = StepShape(phase="prefill", context=64, tokens=64)
     heads, dim = CONFIG.index_n_heads, CONFIG.index_head_dim
-    scores = work_of(MODEL, Options(), shape, False, [2] * MOE)["indexer scores"]
+    scores = least_work(MODEL, Options(), shape, False, [2] * MOE)["indexer scores"]
     assert scores.operations["float32"] == CONFIG.num_hidden_layers * 2 * (64 * 65 // 2) * heads * dim
 
 

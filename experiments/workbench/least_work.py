@@ -22,14 +22,14 @@ from dsv32_jax.model.params import named_parameters
 from dsv32_jax.model.products import all_fp8
 from pallas_kernels.matmul import FP8_BLOCK, INT8, scheme_of
 
-__all__ = ["Work", "work_of"]
+__all__ = ["LeastWork", "least_work"]
 
 KINDS = {"float32": "float32", "bfloat16": "bf16"}
 """The ceiling of products in a dtype, see `bench.roofline`."""
 
 
 @dataclasses.dataclass
-class Work:
+class LeastWork:
     """What a part does at least.
 
     Attributes:
@@ -42,9 +42,9 @@ class Work:
     operations: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
-def work_of(
+def least_work(
     model: DeepseekV32, options: Options, shape: StepShape, kernels: bool, experts_used: Sequence[int]
-) -> dict[str, Work]:
+) -> dict[str, LeastWork]:
     """The work of each part of `scopes.PARTS` in one step.
 
     Args:
@@ -75,14 +75,14 @@ class _Counted:
         self.choosing = range(0, self.layers, options.index_topk_freq) if sparse else range(0)
         """The layers whose indexers choose."""
         self.moe_layers = sum(self.config.is_moe(layer) for layer in range(self.layers))
-        self.parts: dict[str, Work] = {}
+        self.parts: dict[str, LeastWork] = {}
         before = shape.context - shape.tokens
         self.visible = [before + n + 1 for n in range(shape.tokens)]
         """Keys that each of a sequence's tokens sees."""
 
     def add(self, part: str, size: float, operations: int = 0, kind: str | None = None) -> None:
         """Adds bytes and operations of a kind to a part."""
-        work = self.parts.setdefault(part, Work())
+        work = self.parts.setdefault(part, LeastWork())
         work.bytes += int(size)
         if operations:
             work.operations[kind or self.dtype] += operations
