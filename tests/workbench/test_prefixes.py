@@ -1,0 +1,14 @@
+"""Requests that share prefixes, and those that do not, on a small model."""
+
+from dsv32_jax.experiments.workbench import prefixes
+from dsv32_jax.experiments.workbench.ablate_table import lines
+
+
+def test_sharing_takes_fewer_blocks_for_the_same_requests(small):
+    content = prefixes.measure(small, rounds=1, sizes=(3, 200, 2))
+    apart, shared = content["rows"]
+    assert shared["peak_blocks"] < apart["peak_blocks"]  # the third finds what the first has read
+    assert content["speedup"]["median"] > 0 and content["group"] == 3
+    nothing = {"rows": [], "texts": None, "work": {}, "device": "x", "date": "y", "model": "z"}
+    table = lines({**nothing, "prefixes": content})
+    assert any(line.startswith("prefixes: shared") for line in table)
