@@ -70,16 +70,19 @@ CHECKS = {name.removeprefix("check_"): check for name, check in globals().items(
 def conclusion(name: str, **parameters: Any) -> dict[str, Any]:
     """Runs the cells of a notebook in this process, with other values after its cell of parameters."""
     matplotlib.use("Agg")
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(notebook(FOLDER / f"{name}.py").cells):
-        if cell.cell_type == "code":
-            exec(compile(cell.source, f"{name}.py, cell {number}", "exec"), namespace)
-        if "parameters" in cell.metadata.get("tags", ()):
-            assert parameters.keys() <= namespace.keys()
-            namespace.update(parameters)
     from matplotlib import pyplot
 
-    assert pyplot.get_fignums()
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with pyplot.rc_context():
+        for number, cell in enumerate(notebook(FOLDER / f"{name}.py").cells):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name}.py, cell {number}", "exec"), namespace)
+            if "parameters" in cell.metadata.get("tags", ()):
+                assert parameters.keys() <= namespace.keys()
+                namespace.update(parameters)
+    assert len(pyplot.get_fignums()) >= 2
+    for number in pyplot.get_fignums():
+        pyplot.figure(number).canvas.draw()
     pyplot.close("all")
     return namespace["conclusion"]
 

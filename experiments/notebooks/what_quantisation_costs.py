@@ -106,8 +106,9 @@ for name in quantised:
 axes.set(yscale="log", xlabel="linears (MB)", ylabel="KL from bfloat16 (nats a token)", xlim=(0, 16))
 axes.legend()
 smallest = sizes["INT4"]["linears"] / sizes["bfloat16"]["linears"]
-worst = costs["INT4"]["perplexity"] / costs["bfloat16"]["perplexity"] - 1
-axes.set_title(f"INT4 takes {smallest:.0%} of the bytes for {worst:+.1%} perplexity")
+loss = {name: cost["perplexity"] / costs["bfloat16"]["perplexity"] - 1 for name, cost in costs.items()}
+calibrated = f", calibrated {loss['INT4, calibrated']:+.1%}" if CALIBRATION else ""
+axes.set_title(f"INT4 takes {smallest:.0%} of the bytes for {loss['INT4']:+.1%} perplexity{calibrated}")
 plt.show()
 
 # %% [markdown]

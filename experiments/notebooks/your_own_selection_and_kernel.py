@@ -167,8 +167,8 @@ print(f"largest error {error:.1e} of the largest value; KL in the model {prices[
 # ## Time
 #
 # One decode step on a cache of random keys, compiled once for each model. The steps take turns, so that a machine that
-# slows down slows all of them; a difference counts if one is faster in every round. `dsv32 compare` makes a
-# table of all these numbers.
+# slows down slows all of them; a difference counts if one is faster in every round. `dsv32 compare` and `dsv32 ablate`
+# make tables of all these numbers, also of a function in a file of yours.
 
 # %%
 steps = {name: Step(models[name], StepShape(context=CONTEXT)) for name in TIMED}
