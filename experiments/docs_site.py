@@ -1,8 +1,8 @@
-"""What mkdocs needs beside mkdocs.yml: the pages are written for a code host, where a link leads to a file of the folder.
+"""What mkdocs needs beside mkdocs.yml, since the pages are written for a code host, where a link leads to a file.
 
 A file outside `docs/` that a page links to is copied to the site: Markdown as a page, code as a page with an anchor for
-each line ("#L12" of a link is "#L-12" there), anything else as it is. Such copies lie under `repository/`. Where a page has
-<!-- include FILE#ANCHOR -->, which a code host does not show, the site has the section with that anchor.
+each line ("#L12" of a link is "#L-12" there), anything else as it is. Such copies lie under `repository/`. Where a page
+has <!-- include FILE#ANCHOR -->, which a code host does not show, the site has the section with that anchor.
 """
 
 import posixpath

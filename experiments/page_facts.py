@@ -1,12 +1,14 @@
-"""What pages repeat of the code, made from it: the lines that links lead to, sizes of configs, bytes of the real model.
+"""What pages repeat of the code, made from it: lines that links lead to, sizes of configs, bytes of the real model.
 
     python -m experiments.page_facts [--check]
 
-A link to a line is [`MLA.select`](../dsv32_jax/model/mla.py#L100): its text names a class, a function or a constant of the
-file, and its number is the line on which the definition begins. Nobody edits the numbers: run this after the code moved.
+A link to a line is [`MLA.select`](../dsv32_jax/model/mla.py#L100): its text names a class, a function or a constant of
+the file, and its number is the line on which the definition begins. Nobody edits the numbers: run this after the code
+moved.
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +65,12 @@ def memory() -> str:
     total = sum(by_dtype.values())
     parts = ", ".join(f"{human(size)} {dtype}" for dtype, size in sorted(by_dtype.items()))
     rows = [["weights", f"{human(total)} ({parts})"]]
-    rows += [
-        [f"{name}s that hold the weights", str(-(-total // int(size * USABLE)))] for name, size in GPU_BYTES.items()
-    ]
+    for name, size in GPU_BYTES.items():
+        rows.append([f"weights, devices of the kind {name}", str(math.ceil(total / (size * USABLE)))])
     tokens = config.max_position_embeddings
     for form, size in cache_bytes_per_token(config).items():
         rows.append([f"cache in {form}", f"{size / 1e3:.1f} kB a token, {human(size * tokens)} for {tokens:,} tokens"])
-    return table(["of the released model", "bytes"], rows)
+    return table(["of the released model", "needs"], rows)
 
 
 MARKED = {"sizes": sizes, "memory": memory}
