@@ -56,8 +56,8 @@ def compare(
     timer, _ = device_timer()
     speedup = {}
     for phase, pair, tokens in (
-        ("decode", (decode_a, decode_b), work.sequences),
-        ("prompt", (prompt_a, prompt_b), work.prompt_tokens),
+        ("decode", [decode_a, decode_b], work.sequences),
+        ("prompt", [prompt_a, prompt_b], work.prompt_tokens),
     ):
         seconds = alternately(timer, pair, rounds)
         speedup[phase] = ratio(*seconds)
