@@ -6,6 +6,7 @@ as it was loaded.
 """
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -191,6 +192,8 @@ def ablate(
                 failed.add(number)
                 content["left_out"][row.name] = reason
                 say(f"left out: {row.name}: {reason}")
+                error.__traceback__ = None  # its frames hold arrays
+                gc.collect()
             needed = {basis(later.against) for later in rows[number + 1 :]}
             for done in [each for each in kept if each not in needed]:
                 bench.alone(kept[done])

@@ -281,6 +281,7 @@ def baseline_of(axes: Sequence[Axis]) -> dict[str, Level]:
 
 
 def cumulative(axes: Sequence[Axis]) -> Iterator[Row]:
+    """One step after another from the baseline, and then what stands beside the last."""
     levels = baseline_of(axes)
     number = 0
     yield Row(first_name(axes), at(axes, levels), None)
@@ -301,6 +302,7 @@ def first_name(axes: Sequence[Axis]) -> str:
 
 
 def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Row]:
+    """The baseline with one change; what means nothing to it is a change of the model as it was loaded."""
     levels = baseline_of(axes)
     own = {axis.group: axis.levels[-1] for axis in axes}
     yield Row(first_name(axes), at(axes, levels), None)
@@ -320,6 +322,7 @@ def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Row]:
 
 
 def leave_one_out(axes: Sequence[Axis]) -> Iterator[Row]:
+    """The model as it was loaded, with one change."""
     levels = {axis.group: axis.levels[-1] for axis in axes}
     yield Row("as loaded", at(axes, levels), None)
     for axis in axes:
