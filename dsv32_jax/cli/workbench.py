@@ -75,8 +75,8 @@ def compare(
     from dsv32_jax.experiments.workbench.compare import compare as measure
     from dsv32_jax.experiments.workbench.compare import lines
     from dsv32_jax.experiments.workbench.cost import Work
-    from dsv32_jax.experiments.workbench.models import model_named
-    from dsv32_jax.experiments.workbench.settings import Setting
+    from dsv32_jax.experiments.workbench.models import RANDOM, model_named
+    from dsv32_jax.experiments.workbench.settings import Setting, in_scheme, random_in_scheme
 
     text = None if text_file is None else read_text(text_file, "--text-file")
     changed = [*(sets or []), *(part or []), *(backend or [])]
@@ -90,7 +90,10 @@ def compare(
     b = a if second in (None, first) else model_named(second, mtp=not no_mtp)
     work = Work.of(a, batch, context, prompt_tokens)
     texts = None if no_quality else texts_of(a, text, text_file, window, windows, needles)
-    content = {"models": [first, second or first], **measure((a, b), settings, texts, work, rounds)}
+    both_random = a is b and first.startswith(RANDOM)
+    weights_in = random_in_scheme if both_random else in_scheme
+    content = {"models": [first, second or first]}
+    content |= measure((a, b), settings, texts, work, rounds, weights_in=weights_in)
     if out is not None:
         write_json(out, content)
     if as_json:
@@ -189,6 +192,7 @@ def ablate(
         rounds,
         weights_in=random_in_scheme if model.startswith(RANDOM) else in_scheme,
         out=out,
+        say=say,
         model=model,
         mode=mode,
         groups=list(named),

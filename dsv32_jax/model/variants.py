@@ -115,6 +115,10 @@ def materialised(queries, context, sequence, positions, *, scale, rope_dim, mean
     return jnp.einsum(formula[1], probabilities.astype(queries.dtype), values, precision="highest")
 
 
+KEYS = 512
+"""Of a block of `flash`."""
+
+
 def flash(
     queries, context, sequence, positions, *, scale, rope_dim, chunk_bytes, mean_probabilities=False
 ) -> jax.Array:
@@ -136,36 +140,48 @@ def flash(
         )
     count, heads, width = queries.shape
     sequences, length, _ = context.shape
-    value_dim = width - rope_dim
-    bytes_per_key = 4 * count * max(heads, width if sequences > 1 else 0)
-    keys = min(length, max(BLOCK_SIZE, chunk_bytes // bytes_per_key // BLOCK_SIZE * BLOCK_SIZE))
+    keys = min(length, KEYS)
     blocks = -(-length // keys)
     padded = jnp.pad(context, ((0, 0), (0, blocks * keys - length), (0, 0)))
-    by_block = padded.reshape(sequences, blocks, keys, width).swapaxes(0, 1)
+    by_block = jnp.arange(blocks) * keys, padded.reshape(sequences, blocks, keys, width).swapaxes(0, 1)
     products = ("thd,kd->thk", "thk,kc->thc") if sequences == 1 else ("thd,tkd->thk", "thk,tkc->thc")
+    value_dim = width - rope_dim
 
     def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(formula, x, y, precision="highest", preferred_element_type=jnp.float32)
 
-    def add(state: Any, block: Any) -> tuple[Any, None]:
-        out, top, total = state
-        start, rows = block
-        rows = rows[0] if sequences == 1 else rows[sequence]
-        seen = start + jnp.arange(keys) <= positions[:, None]
-        scores = jnp.where(seen[:, None], product(products[0], queries, rows) * scale, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(-1))
-        base = jnp.where(new_top == -jnp.inf, 0, new_top)  # of a token that has seen no key yet
-        weights, shrink = jnp.exp(scores - base[..., None]), jnp.exp(top - base)
-        added = product(products[1], weights.astype(queries.dtype), rows[..., :value_dim])
-        return (out * shrink[..., None] + added, new_top, total * shrink + weights.sum(-1)), None
+    def some_tokens(tokens: Any) -> jax.Array:
+        queries, sequence, positions = tokens
 
-    start = (
-        jnp.zeros((count, heads, value_dim), jnp.float32),
-        jnp.full((count, heads), -jnp.inf),
-        jnp.zeros((count, heads), jnp.float32),
+        def add(state: Any, block: Any) -> tuple[Any, None]:
+            out, top, total = state
+            start, rows = block
+            rows = rows[0] if sequences == 1 else rows[sequence]
+            seen = start + jnp.arange(keys) <= positions[:, None]
+            scores = jnp.where(seen[:, None], product(products[0], queries, rows) * scale, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(-1))
+            base = jnp.where(new_top == -jnp.inf, 0, new_top)  # of a token that has seen no key yet
+            weights, shrink = jnp.exp(scores - base[..., None]), jnp.exp(top - base)
+            added = product(products[1], weights.astype(queries.dtype), rows[..., :value_dim])
+            return (out * shrink[..., None] + added, new_top, total * shrink + weights.sum(-1)), None
+
+        nothing = jnp.zeros((len(queries), heads), jnp.float32)
+        start = jnp.zeros((len(queries), heads, value_dim), jnp.float32), nothing - jnp.inf, nothing
+        (out, _, total), _ = jax.lax.scan(add, start, by_block)
+        return (out / jnp.where(total == 0, 1, total)[..., None]).astype(queries.dtype)
+
+    chunk = max(1, chunk_bytes // (4 * keys * (heads if sequences == 1 else max(heads, width))))
+    chunks = -(-count // chunk)
+    if chunks == 1:
+        return some_tokens((queries, sequence, positions))
+    missing = chunks * chunk - count
+    tokens = (
+        jnp.pad(queries, ((0, missing), (0, 0), (0, 0))),
+        jnp.pad(sequence, (0, missing)),
+        jnp.pad(positions, (0, missing), constant_values=-1),
     )
-    (out, _, total), _ = jax.lax.scan(add, start, (jnp.arange(blocks) * keys, by_block))
-    return (out / jnp.where(total == 0, 1, total)[..., None]).astype(queries.dtype)
+    of_chunks = jax.tree.map(lambda array: array.reshape(chunks, chunk, *array.shape[1:]), tokens)
+    return jax.lax.map(some_tokens, of_chunks).reshape(chunks * chunk, heads, value_dim)[:count]
 
 
 # ---- the experts' products: experts ----

@@ -6,6 +6,7 @@ as it was loaded.
 """
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +22,8 @@ from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.workbench.ablations import YOURS, Row
 from dsv32_jax.experiments.workbench.cost import Steps, Work, alternately, ratio
 from dsv32_jax.experiments.workbench.quality import Reference, Texts
-from dsv32_jax.experiments.workbench.settings import STORED, Setting, description, differences, in_scheme
+from dsv32_jax.experiments.workbench.settings import STORED, Setting, WeightsIn, description, differences, in_scheme
+from dsv32_jax.experiments.workbench.tables import times
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.language_model import LanguageModel
 
@@ -30,9 +32,6 @@ __all__ = ["ablate"]
 PHASES = ("decode", "prompt")
 NO_ROOM = "RESOURCE_EXHAUSTED"
 """What XLA's errors begin with where memory does not suffice."""
-
-WeightsIn = Callable[[LanguageModel, str], LanguageModel]
-"""Makes a model with its weights in another scheme, as `settings.in_scheme` does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +130,7 @@ def ablate(
     *,
     weights_in: WeightsIn = in_scheme,
     out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
     **more: Any,
 ) -> dict[str, Any]:
     """Measures every row.
@@ -146,6 +146,7 @@ def ablate(
       rounds: how often each is.
       weights_in: makes the weights of a scheme.
       out: a file to which the results are written after each row.
+      say: takes a line about each row.
       more: what else the results shall say.
 
     Returns:
@@ -182,6 +183,7 @@ def ablate(
             try:
                 kept[number] = bench.measure(row, number, None if before is None else kept[before])
                 content["rows"].append(kept[number].content)
+                say(told(kept[number].content))
             except (UserError, jax.errors.JaxRuntimeError) as error:
                 reason = reason_of(error)
                 baseline = row.against is None and isinstance(error, UserError)
@@ -189,6 +191,9 @@ def ablate(
                     raise
                 failed.add(number)
                 content["left_out"][row.name] = reason
+                say(f"left out: {row.name}: {reason}")
+                error.__traceback__ = None  # its frames hold arrays
+                gc.collect()
             needed = {basis(later.against) for later in rows[number + 1 :]}
             for done in [each for each in kept if each not in needed]:
                 bench.alone(kept[done])
@@ -197,6 +202,14 @@ def ablate(
                 write_json(out, content)
             advance(1)
     return content
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row in a line, as soon as it is measured."""
+    parts = [f"{phase} {times(row['speedup'][phase])}" for phase in PHASES if phase in row["speedup"]]
+    if row["quality"]:
+        parts.append(f"perplexity {row['quality']['perplexity']:.4g}")
+    return f"{row['number']} {row['name']}: {', '.join(parts) or 'measured'}"
 
 
 def reason_of(error: Exception) -> str | None:

@@ -14,7 +14,7 @@ __all__ = ["finding", "lines"]
 
 PHASES = ("decode", "prompt")
 TIME = ["row", "vs", "decode ms", "+-", "faster", "prompt ms", "+-", "faster"]
-MEMORY = ["row", "weights, MB", "token in the cache, kB", "decode workspace, MB", "prompt workspace, MB"]
+MEMORY = ["row", "weights MB", "token kB", "decode MB", "prompt MB"]
 QUALITY = ["row", "perplexity", "bits/byte", "KL, nats", "same best", "recall", "attention", "needles"]
 
 
@@ -24,7 +24,8 @@ def lines(content: Mapping[str, Any]) -> list[str]:
     if not rows:
         return [*prefixes.lines(content["prefixes"]), "", f"{content['device']}, {content['date']}; {content['model']}"]
     result = ["time of a step", *fitting(TIME, [[label(row), *time_cells(row)] for row in rows])]
-    result += ["", "memory", *fitting(MEMORY, [[label(row), *memory_cells(row["memory"])] for row in rows])]
+    title = "memory: of the weights, of a token in the cache, and what each step needs beside them"
+    result += ["", title, *fitting(MEMORY, [[label(row), *memory_cells(row["memory"])] for row in rows])]
     if texts is not None:
         quality = [[label(row), *quality_cells(row["quality"])] for row in rows]
         result += ["", "quality, beside the model as loaded", *fitting(QUALITY, quality)]

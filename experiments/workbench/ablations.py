@@ -75,8 +75,8 @@ def every_axis(m: LanguageModel) -> list[Axis]:
         return Setting(options=dense, parts={"dense_mla": VARIANTS["dense_mla"][variant]})
 
     stored = sorted({leaf.scheme.name for leaf in m.weights.values() if hasattr(leaf, "scheme")})
-    as_stored = f"{'+'.join(stored) or 'plain'} as stored"
-    schemes = {FP8_BLOCK.name: "FP8", INT8.name: "INT8", INT4.name: "INT4", MIXED: "experts INT4, others INT8"}
+    schemes = {FP8_BLOCK.name: "FP8", INT8.name: "INT8", INT4.name: "INT4", MIXED: "mixed"}
+    as_stored = f"{' and '.join(schemes[name] for name in stored) or 'plain'} as stored"
     axes = [
         Axis(
             "activations",
@@ -131,9 +131,9 @@ def every_axis(m: LanguageModel) -> list[Axis]:
         ),
         Axis(
             "sharing",
-            [Level("every layer chooses", own)],
+            [Level("every layer", own)],
             [
-                Level(f"every {name} layer chooses", changed(index_topk_freq=every))
+                Level(f"every {name}", changed(index_topk_freq=every))
                 for every, name in ((2, "2nd"), (4, "4th"))
                 if every <= m.config.num_hidden_layers
             ],
@@ -156,7 +156,7 @@ GROUPS = {
     "attention": "masked dense -> dense flash -> sparse",
     "experts": "a loop -> ragged_dot -> ours",
     "plan": "of the experts: a routing plan for each product -> one plan",
-    "quantisation": "bf16 -> as stored; INT8, INT4, mixed beside it",
+    "quantisation": "bf16 -> as stored; beside it INT8, INT4, and mixed: experts in INT4, the rest in INT8",
     "activations": "not quantised -> FP8; the first step, since the indexer's kernels take FP8 alone",
     "layouts": "weights as stored -> as kernels take them (needs kernels)",
     "cache": "each sequence's blocks one after the other -> anywhere",
@@ -281,6 +281,7 @@ def baseline_of(axes: Sequence[Axis]) -> dict[str, Level]:
 
 
 def cumulative(axes: Sequence[Axis]) -> Iterator[Row]:
+    """One step after another from the baseline, and then what stands beside the last."""
     levels = baseline_of(axes)
     number = 0
     yield Row(first_name(axes), at(axes, levels), None)
@@ -301,6 +302,7 @@ def first_name(axes: Sequence[Axis]) -> str:
 
 
 def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Row]:
+    """The baseline with one change; what means nothing to it is a change of the model as it was loaded."""
     levels = baseline_of(axes)
     own = {axis.group: axis.levels[-1] for axis in axes}
     yield Row(first_name(axes), at(axes, levels), None)
@@ -320,6 +322,7 @@ def one_at_a_time(axes: Sequence[Axis]) -> Iterator[Row]:
 
 
 def leave_one_out(axes: Sequence[Axis]) -> Iterator[Row]:
+    """The model as it was loaded, with one change."""
     levels = {axis.group: axis.levels[-1] for axis in axes}
     yield Row("as loaded", at(axes, levels), None)
     for axis in axes:

@@ -12,7 +12,7 @@ from dsv32_jax.experiments.bench.timer import device_timer, summary
 from dsv32_jax.experiments.results import environment
 from dsv32_jax.experiments.workbench.cost import Steps, Work, alternately, ratio
 from dsv32_jax.experiments.workbench.quality import Reference, Texts
-from dsv32_jax.experiments.workbench.settings import Setting, description, differences
+from dsv32_jax.experiments.workbench.settings import Setting, WeightsIn, description, differences, in_scheme
 from dsv32_jax.experiments.workbench.tables import aligned, answered, number, share, times
 from dsv32_jax.fidelity import EQUAL_FIELDS
 from dsv32_jax.generate.compiling import all_at_once
@@ -27,6 +27,8 @@ def compare(
     texts: Texts | None,
     work: Work,
     rounds: int = 7,
+    *,
+    weights_in: WeightsIn = in_scheme,
 ) -> dict[str, Any]:
     """Measures both models.
 
@@ -36,6 +38,7 @@ def compare(
       texts: for the quality; None leaves it out.
       work: the steps that are timed.
       rounds: how often each is.
+      weights_in: makes the weights of a scheme.
 
     Returns:
       JSON-able: the environment, `timer`, `work`, `texts`, `changed` (the names of what the descriptions do not share),
@@ -46,7 +49,9 @@ def compare(
       UserError: the models cannot be compared, or a setting does not go with its model.
     """
     check_comparable(*models)
-    a, b = (setting.apply(m) for setting, m in zip(settings, models, strict=True))
+    a, b = (
+        setting.applied_to_weights(weights_in(m, setting.scheme)) for setting, m in zip(settings, models, strict=True)
+    )
     runs = [description(lm, setting.contiguous) for lm, setting in zip((a, b), settings, strict=True)]
     rows: list[dict[str, Any]] = [
         {"name": setting.name, "runs": each} for setting, each in zip(settings, runs, strict=True)
@@ -56,8 +61,8 @@ def compare(
     timer, _ = device_timer()
     speedup = {}
     for phase, pair, tokens in (
-        ("decode", (decode_a, decode_b), work.sequences),
-        ("prompt", (prompt_a, prompt_b), work.prompt_tokens),
+        ("decode", [decode_a, decode_b], work.sequences),
+        ("prompt", [prompt_a, prompt_b], work.prompt_tokens),
     ):
         seconds = alternately(timer, pair, rounds)
         speedup[phase] = ratio(*seconds)

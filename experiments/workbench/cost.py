@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from dsv32_jax.engine.engine import RUNS_UNTIL_RECORDED
 from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.workbench.steps import Step, StepShape
@@ -98,13 +99,13 @@ class Steps:
         }
 
 
-def alternately(timer: timing.Timer, steps: Sequence[Step], rounds: int) -> list[list[float]]:
+def alternately(timer: timing.Timer, steps: list[Step], rounds: int) -> list[list[float]]:
     """Seconds of each step in each round.
 
     The steps take turns, each round in the opposite order, so that a machine that slows down slows all of them.
     """
     times: list[list[float]] = [[] for _ in steps]
-    for step in steps:
+    for step in steps * (RUNS_UNTIL_RECORDED if jax.default_backend() == "gpu" else 1):
         jax.block_until_ready(step())
     for number in range(rounds):
         order = range(len(steps)) if number % 2 == 0 else reversed(range(len(steps)))

@@ -23,6 +23,7 @@ __all__ = [
     "SETTABLE",
     "STORED",
     "Setting",
+    "WeightsIn",
     "description",
     "differences",
     "in_scheme",
@@ -41,6 +42,8 @@ SETTABLE = (*HINTS, SCHEME)
 """The fields that `--set FIELD=VALUE` takes."""
 ATTENDING = {"sparse": "sparse_mla", "dense": "dense_mla"}
 """The part that attends, by `Options.attention`."""
+WeightsIn = Callable[[LanguageModel, str], LanguageModel]
+"""Makes a model with the weights of its linears in another scheme: `in_scheme`, or `random_in_scheme`."""
 FAMILIES = ("indexer", "experts", "shared", "attn", "ffn")
 """Groups of linears in a description: the first of these names that a path has."""
 

@@ -14,6 +14,7 @@ import pallas_kernels
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.model import variants
 from dsv32_jax.model.model import DeepseekV32
 from dsv32_jax.model.parts import DEFAULTS, INSIDE, MODEL_PARTS, NAMES, Parts
 from dsv32_jax.model.sequence import Run, hidden_states, log_likelihoods
@@ -81,16 +82,19 @@ def test_step_and_sequence_form_agree_under_every_variant(lm, part, name):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_flash_attention_is_dense_attention_in_blocks_of_keys(rows):
-    """With one sequence and several, padding, and a context that is no multiple of a block."""
+def test_flash_attention_is_dense_attention_in_blocks_of_keys(rows, monkeypatch):
+    """With one sequence and several, padding, a context that is no multiple of a block, and chunks of tokens."""
+    monkeypatch.setattr(variants, "KEYS", 128)
     rng = np.random.default_rng(0)
-    queries = jnp.asarray(rng.standard_normal((6, 2, 24)), jnp.float32)
+    queries = jnp.asarray(rng.standard_normal((7, 2, 24)), jnp.float32)
     context = jnp.asarray(rng.standard_normal((rows, 192, 24)), jnp.float32)
-    sequence = jnp.asarray(rng.integers(0, rows, 6), jnp.int32)
-    positions = jnp.asarray([0, 63, 64, 100, 191, -1], jnp.int32)
+    sequence = jnp.asarray(rng.integers(0, rows, 7), jnp.int32)
+    positions = jnp.asarray([0, 63, 64, 127, 128, 191, -1], jnp.int32)
     arrays, numbers = (queries, context, sequence, positions), {"scale": 0.3, "rope_dim": 8}
-    flash = VARIANTS["dense_mla"]["flash"](*arrays, **numbers, chunk_bytes=6 * 24 * 4 * 64)
-    np.testing.assert_allclose(flash, DEFAULTS["dense_mla"](*arrays, **numbers, chunk_bytes=2**20), atol=1e-5)
+    expected = DEFAULTS["dense_mla"](*arrays, **numbers, chunk_bytes=2**20)
+    for tokens in (3, 7):
+        flash = variants.flash(*arrays, **numbers, chunk_bytes=tokens * 4 * 128 * (2 if rows == 1 else 24))
+        np.testing.assert_allclose(flash, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sparse_mla", "cache_write", "top_k", "indexer_logits", "combine", "rms_norm"])

@@ -53,6 +53,7 @@ def planted(number: int, before: Measured | None, seconds: float, step: bool = F
         "step": step,
         "seconds": {"decode": times, "prompt": times},
         "speedup": {},
+        "quality": None,
     }
     if before is not None:
         median = before.content["seconds"]["decode"]["median"] / seconds
@@ -72,7 +73,14 @@ def test_a_row_that_fails_is_left_out_and_the_next_is_compared_with_the_one_befo
     monkeypatch.setattr(module.Bench, "measure", measure)
     monkeypatch.setattr(module.Bench, "alone", lambda self, row: None)
     rows = [Row(name, Setting(), against) for name, against in (("a", None), ("broken", 0), ("c", 1), ("d", 0))]
-    content = ablate(small, rows, None, Work(1, 64, 16), mode="cumulative", model="small")
+    said: list[str] = []
+    content = ablate(small, rows, None, Work(1, 64, 16), say=said.append)
+    assert said == [
+        "0 row 0: measured",
+        "left out: broken: does not fit",
+        "2 row 2: decode 3.00x",
+        "3 row 3: decode 4.00x",
+    ]
     assert alive == [None, 0, 0]
     assert content["left_out"] == {"broken": "does not fit"}
     assert [row["number"] for row in content["rows"]] == [0, 2, 3]

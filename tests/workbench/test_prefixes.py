@@ -1,9 +1,12 @@
 """Requests that share prefixes, and those that do not, on a small model."""
 
+import pytest
+
 from dsv32_jax.experiments.workbench import prefixes
 from dsv32_jax.experiments.workbench.ablate_table import lines
 
 
+@pytest.mark.slow
 def test_sharing_takes_fewer_blocks_for_the_same_requests(small):
     content = prefixes.measure(small, rounds=1, sizes=(2, 200, 2), max_tokens=64)
     apart, shared = content["rows"]
