@@ -38,7 +38,7 @@ def running(engine, **changes):
         thread.start()
         wait(lambda: lines and server.service.ready)
         port = int(lines[0].rpartition(":")[2].partition("/")[0])
-        assert lines == [f"serving tiny at http://127.0.0.1:{port}/v1"]
+        assert lines == [f"http://127.0.0.1:{port}/v1"]
         try:
             yield server, port
         finally:
