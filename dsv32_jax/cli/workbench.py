@@ -147,7 +147,7 @@ def ablate(
     import jax
 
     from dsv32_jax.experiments.results import write_json
-    from dsv32_jax.experiments.workbench import ablations
+    from dsv32_jax.experiments.workbench import ablations, prefixes
     from dsv32_jax.experiments.workbench.ablate import ablate as measure
     from dsv32_jax.experiments.workbench.ablate_table import lines
     from dsv32_jax.experiments.workbench.cost import Work
@@ -174,10 +174,13 @@ def ablate(
     m = model_named(model, mtp=not no_mtp)
     axes, left_out = ablations.axes_of(m, named, others=bool(groups))
     rows = ablations.plan([*axes, mine], mode)
-    if len(rows) == 1:
+    rows = rows if len(rows) > 1 else []
+    if not rows and ablations.PREFIXES not in named:
         raise UserError(f"{', '.join(named)}: nothing to compare ({'; '.join(left_out.values()) or 'no such change'})")
+    if not rows and figure is not None:
+        raise UserError("--figure: there is no step to draw; name another group beside prefixes")
     work = Work.of(m, batch, context, prompt_tokens)
-    texts = None if no_quality else texts_of(m, text, text_file, window, windows, needles)
+    texts = None if no_quality or not rows else texts_of(m, text, text_file, window, windows, needles)
     content = measure(
         m,
         rows,
@@ -191,6 +194,8 @@ def ablate(
         groups=list(named),
         left_out=left_out,
     )
+    if ablations.PREFIXES in named:
+        content["prefixes"] = prefixes.measure(m)
     if out is not None:
         write_json(out, content)
     if figure is not None:

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from dsv32_jax.experiments.workbench import prefixes
 from dsv32_jax.experiments.workbench.cost import megabytes
 from dsv32_jax.experiments.workbench.tables import WIDEST, aligned, answered, number, share, times
 
@@ -20,6 +21,8 @@ QUALITY = ["row", "perplexity", "bits/byte", "KL, nats", "same best", "recall", 
 def lines(content: Mapping[str, Any]) -> list[str]:
     """The tables, and what they are of, as lines of text."""
     rows, texts, work = content["rows"], content["texts"], content["work"]
+    if not rows:
+        return [*prefixes.lines(content["prefixes"]), "", f"{content['device']}, {content['date']}; {content['model']}"]
     result = ["time of a step", *fitting(TIME, [[label(row), *time_cells(row)] for row in rows])]
     result += ["", "memory", *fitting(MEMORY, [[label(row), *memory_cells(row["memory"])] for row in rows])]
     if texts is not None:
@@ -27,6 +30,8 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         result += ["", "quality, beside the model as loaded", *fitting(QUALITY, quality)]
     for name, reason in content["left_out"].items():
         result += textwrap.wrap(f"left out: {name}: {reason}", WIDEST)
+    if "prefixes" in content:
+        result += ["", *prefixes.lines(content["prefixes"])]
     read = "quality is left out" if texts is None else f"{texts['windows']} windows of {texts['tokens']} tokens"
     result += [
         "",

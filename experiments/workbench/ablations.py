@@ -10,7 +10,7 @@ from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.variants import VARIANTS, pinned
 from pallas_kernels.matmul import FP8_BLOCK, INT4, INT8
 
-__all__ = ["GROUPS", "MODES", "NOT_OFFERED", "ON_CPU", "ON_GPU", "Axis", "Row", "axes_of", "plan", "yours"]
+__all__ = ["GROUPS", "MODES", "NOT_OFFERED", "ON_CPU", "ON_GPU", "PREFIXES", "Axis", "Row", "axes_of", "plan", "yours"]
 
 MODES = ("cumulative", "one-at-a-time", "leave-one-out")
 SHARES_OF_K = (1 / 8, 1 / 4, 1 / 2, 2)
@@ -160,15 +160,17 @@ GROUPS = {
     "activations": "not quantised -> FP8; the first step, since the indexer's kernels take FP8 alone",
     "layouts": "weights as stored -> as kernels take them (needs kernels)",
     "cache": "each sequence's blocks one after the other -> anywhere",
+    "prefixes": "requests in the engine, which share nothing -> their prefixes (a table of its own)",
     "selection": "dense, recent, random, oracle and others in the indexer's place",
     "topk": "an eighth to twice the index_topk: 256 to 4096 for 2048",
     "sharing": "every 2nd or 4th layer chooses for those behind it",
     "kernels": "each op on its reference, one at a time (needs kernels)",
 }
 """What the command line can name, and what each holds."""
+PREFIXES = "prefixes"
+"""The group that is no step of the model; see `dsv32_jax.experiments.workbench.prefixes`."""
 NOT_OFFERED = {
     "pipelining": "no switch: a kernel without its copies ahead would be another kernel",
-    "prefixes": "no step: what requests share is a matter of the engine; see `dsv32 before-after`",
 }
 """What one might look for here."""
 ON_CPU = ("attention", "experts", "quantisation")

@@ -126,7 +126,8 @@ def test_an_error_that_is_not_the_rows_own_is_passed_on():
 def test_the_command_names_what_is_wrong(dsv32, refused, tmp_path):
     assert "--one-at-a-time, --leave-one-out" in refused("ablate", "--one-at-a-time", "--leave-one-out")
     assert "group 'speed' is unknown" in refused("ablate", "speed")
-    assert "prefixes: not offered" in refused("ablate", "prefixes")
+    assert "pipelining: not offered" in refused("ablate", "pipelining")
+    assert "--figure: there is no step" in refused("ablate", "prefixes", "--figure", tmp_path / "x.png")
     assert "--figure" in refused("ablate", "--figure", tmp_path)
     assert "needs kernels" in refused("ablate", "layouts")
     assert "--part 'index_selct' is unknown" in refused("ablate", "--part", "index_selct=recent")
