@@ -54,7 +54,12 @@ def execute(source: Path) -> Path:
     target = source.with_suffix(".ipynb")
     cells = notebook(source)
     kernel = Config(KernelManager={"transport": "ipc"})  # no port that others on the machine can reach
-    settings = {"timeout": None, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
+    settings: dict[str, Any] = {
+        "timeout": None,
+        "kernel_name": "python3",
+        "record_timing": False,
+        "coalesce_streams": True,
+    }
     NotebookClient(cells, config=kernel, **settings).execute()
     for data in (output.data for cell in cells.cells for output in cell.get("outputs", ()) if "data" in output):
         if "image/png" in data:
