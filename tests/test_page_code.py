@@ -1,7 +1,7 @@
 """The Python on the pages runs: the blocks of a page in their order, in one namespace, as a reader would type them.
 
 In the quick suite `load("demo")` gives a tiny checkpoint, which is compiled sooner; `make test-slow` takes the demo
-model. A block that cannot run on a CPU begins with ```python no_run, and the sentence before it says why.
+model. A block that cannot run on a CPU begins with ```python no-run, and the sentence before it says why.
 """
 
 import re

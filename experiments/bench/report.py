@@ -234,8 +234,8 @@ def draw(content: dict[str, Any], file: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.4))
     curves = curve(content)
     for device, points in curves:
-        lengths, ours, theirs = zip(*points, strict=True)
-        ours, theirs = (np.array(seconds) * 1e3 for seconds in (ours, theirs))
+        lengths = [length for length, _, _ in points]
+        ours, theirs = np.array([seconds for _, *seconds in points]).T * 1e3
         suffix = f", {device}" if len(curves) > 1 else ""
         axes.plot(lengths, ours, label=f"sparse: scores, selection, attention{suffix}")
         axes.plot(lengths, theirs, label=f"the fastest dense kernel{suffix}")
