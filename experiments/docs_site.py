@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS, COPIES = "docs/", "repository/"
 INCLUDE = re.compile(r"<!-- include (\S+)#(\S+) -->")
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
+NO_RUN = "```python no-run"
+"""Of a block that tests/test_page_code.py leaves out; a code host reads the first word, mkdocs none of them."""
 SOURCE_PAGE = """---
 title: {path}
 search:
@@ -143,4 +145,5 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
             raise PluginError(f"{source}: {match[0]}: there is no such file")
         return with_links(section(path, match[2]), path, place)
 
+    markdown = markdown.replace(NO_RUN, "```python")
     return INCLUDE.sub(included, with_links(markdown, source, place))

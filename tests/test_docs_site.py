@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,9 @@ def test_links_out_of_docs_become_links_within_the_site():
     assert moved("[a](https://x.org/y.py#L3), [b](gone.md)") == "[a](https://x.org/y.py#L3), [b](gone.md)"
     with pytest.raises(Exception, match="no heading has the anchor 'nowhere'"):
         docs_site.section("CONTRIBUTING.md", "nowhere")
+
+
+def test_a_block_that_no_test_runs_is_code_on_the_site():
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="index.md"))
+    text = docs_site.on_page_markdown("```python no-run\nx\n```\n", page=page, config=None, files=None)
+    assert text == "```python\nx\n```\n"

@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsv32_jax.experiments.bench.shapes import SHAPES
 from dsv32_jax.experiments.command_line import writable
+from dsv32_jax.experiments.pages import drawing, signed
 from dsv32_jax.experiments.results import RESULTS, read_result
 
 NAME = "kernels"
 RESULT = RESULTS / f"{NAME}.json"
 PAGES = Path(__file__).parent.parent.parent / "docs" / "kernels"
 CURVE = "attention_curve.png"
+SPARSE_WINS, DENSE_WINS = "#0072B2", "#D55E00"
+"""Of the areas between the curves: the colours of the two."""
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 HEADINGS = ("shape", "time", "spread", "TFLOP/s", "GB/s", "roofline", "memory", "reference", "peer", "target")
 
@@ -224,31 +229,47 @@ def curve(content: dict[str, Any]) -> list[tuple[str, list[tuple[int, float, flo
 
 
 def draw(content: dict[str, Any], file: Path) -> Path:
-    """Time of a prompt's attention in one layer by its length, sparse and dense."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.8))
-    for device, points in curve(content):
-        lengths, ours, theirs = zip(*points, strict=True)
-        (line,) = axes.plot(lengths, [second * 1e3 for second in ours], marker="o", label=f"sparse, {device}")
-        axes.plot(
-            lengths,
-            [second * 1e3 for second in theirs],
-            marker="s",
-            linestyle="--",
-            color=line.get_color(),
-            label=f"best dense, {device}",
-        )
-    ticks: Sequence[int] = sorted({point[0] for _, points in curve(content) for point in points})
-    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="ms", title="attention of one layer")
-    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
+    """Time of a prompt's attention in one layer by its length, sparse and dense, and which of them is faster where."""
+    plt, save = drawing(file.parent)
+    figure, axes = plt.subplots(figsize=(7, 4.4))
+    curves = curve(content)
+    for device, points in curves:
+        lengths = [length for length, _, _ in points]
+        ours, theirs = np.array([seconds for _, *seconds in points]).T * 1e3
+        suffix = f", {device}" if len(curves) > 1 else ""
+        axes.plot(lengths, ours, label=f"sparse: scores, selection, attention{suffix}")
+        axes.plot(lengths, theirs, label=f"the fastest dense kernel{suffix}")
+        axes.fill_between(lengths, ours, theirs, where=theirs >= ours, interpolate=True, color=SPARSE_WINS, alpha=0.15)
+        axes.fill_between(lengths, ours, theirs, where=theirs <= ours, interpolate=True, color=DENSE_WINS, alpha=0.15)
+    ticks: Sequence[int] = sorted({point[0] for _, points in curves for point in points})
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="ms for the attention of one layer")
+    axes.set_title("\n".join(crossing(points) for _, points in curves))
+    axes.set_xticks(ticks, list(map(tokens, ticks)))
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
-    return file
+    axes.legend(loc="upper left")
+    runs = {run["time"]: run for run in content["runs"]}
+    times = dict.fromkeys(row["run"] for row in content["rows"] if row["op"] == "attention")
+    made = dict.fromkeys(f"{runs[n]['device']}, JAX {runs[n]['versions']['jax']}, {runs[n]['date']}" for n in times)
+    signed(figure, "one layer at full width; shaded: the difference\n" + "; ".join(made))
+    return save(figure, file.stem)
+
+
+def crossing(points: list[tuple[int, float, float]]) -> str:
+    """A sentence on where sparse attention overtakes dense attention, by the points of `curve`."""
+    (first, ours, theirs), (last, our_last, their_last) = points[0], points[-1]
+    ends = f"{speed(theirs / ours)} at {tokens(first)} tokens, {speed(their_last / our_last)} at {tokens(last)}"
+    slower = [length for length, our, their in points if our > their]
+    faster = [length for length, our, their in points if our <= their]
+    if not slower or not faster or max(slower) > min(faster):
+        return f"Sparse attention is {ends}"
+    return f"Sparse attention wins beyond {tokens(max(slower))} to {tokens(min(faster))} tokens:\n{ends}"
+
+
+def speed(ratio: float) -> str:
+    """'4.6 times as fast', or slow, of the ratio of the other's time to one's own."""
+    return f"{ratio:.1f} times as fast" if ratio >= 1 else f"{1 / ratio:.1f} times as slow"
+
+
+def tokens(number: int) -> str:
+    """'32k' of 32768."""
+    return f"{number // 1024}k" if number >= 1024 else str(number)

@@ -8,7 +8,7 @@ from typing import Any
 from dsv32_jax.common.units import human
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.pages import drawing, table
+from dsv32_jax.experiments.pages import apart, drawing, signed, table, titled
 from dsv32_jax.experiments.results import RESULTS, read_result, write_json
 from dsv32_jax.experiments.train_demo.evaluate import MODES, NEEDLE_MODES
 from dsv32_jax.generate.loading import DEMO
@@ -52,43 +52,69 @@ def collect(run: Path) -> None:
 
 
 def draw(directory: Path = RESULTS) -> list[Path]:
-    """Loss curves, needles by distance, attention mass by layer; returns the files."""
+    """Losses by stage; needles by distance and attention mass by layer; returns the files."""
     plt, save = drawing(directory)
     training, model = read_result(TRAINING), read_result(MODEL)
-    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(11, 3.6))
-    earlier_tokens = 0
-    for stage in training["stages"]:
-        curve = stage["curve"]
-        a_step = stage["settings"]["batch"] * stage["settings"]["length"]
-        steps = [n for n, chat in enumerate(curve["chat"]) if not chat] or range(len(curve["chat"]))
-        tokens = [(earlier_tokens + curve["step"][n] * a_step) / 1e6 for n in steps]
-        left_axis.plot(tokens, [curve["loss"][n] for n in steps], label=stage["name"], linewidth=1)
-        if "index_kl" in curve:
-            right_axis.plot(tokens, [curve["index_kl"][n] for n in steps], label=stage["name"], linewidth=1)
-        earlier_tokens += stage["tokens"]
-    left_axis.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(None, 5), title="language loss")
-    right_axis.set(xlabel="million tokens", ylabel="KL, nats (mean over layers)", yscale="log", title="indexer's loss")
-    left_axis.legend(), right_axis.legend()
+    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(6, 4))
+    first, last = draw_losses(left_axis, training["stages"], "loss")
+    left_axis.set(ylim=(None, 5), ylabel="training loss, nats a token")
+    titled(left_axis, f"The loss on text falls from {first:.1f} to {last:.2f} nats a token", 60)
+    first, last = draw_losses(right_axis, [s for s in training["stages"] if "index_kl" in s["curve"]], "index_kl")
+    right_axis.set(yscale="log", ylabel="KL of indexer from attention, nats\n(mean over layers)")
+    titled(right_axis, f"The indexer's KL falls from {first:.1f} to {last:.2f} nats")
+    devices = ", ".join(dict.fromkeys(device_of(stage) for stage in training["stages"]))
+    dates = ", ".join(dict.fromkeys(stage["environment"]["date"] for stage in training["stages"]))
+    signed(figure, f"demo model; each stage as wide as the others, its tokens below it; {devices}, {dates}")
     files = [save(figure, "train_demo_loss")]
 
-    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(11, 3.6))
-    for mode in NEEDLE_MODES:
-        shares = model["needles"]["by_length"][mode]
-        left_axis.plot(list(map(int, shares)), list(shares.values()), marker="o", label=mode)
-    left_axis.axvline(model["settings"]["index_topk"], color="grey", linestyle=":", label="index_topk")
-    left_axis.set(xscale="log", xlabel="context, tokens", ylabel="needles found", ylim=(-0.03, 1.03), title="needles")
-    left_axis.set_xticks(list(map(int, shares)), list(shares))
+    figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(12, 4.2))
+    needles = model["needles"]["by_length"]
+    lengths = list(map(int, needles["indexer"]))
+    for number, mode in enumerate(NEEDLE_MODES):
+        left_axis.plot(lengths, [100 * share for share in needles[mode].values()], label=mode, **apart(number))
+    k, longest = model["settings"]["index_topk"], str(lengths[-1])
+    left_axis.axvline(k, color="grey", linestyle=":", linewidth=1, marker="")
+    left_axis.annotate(f" k = {k}", (k, 3), color="#555555")
+    left_axis.set(xscale="log", xlabel="context, tokens", ylabel="needles found, %", ylim=(-3, 104))
+    found, recent = needles["indexer"][longest], needles["recent"][longest]
+    titled(left_axis, f"At {longest} tokens the indexer finds {found:.0%} of needles, the last k {recent:.0%}", 42)
+    left_axis.set_xticks(lengths, list(map(str, lengths)))
     left_axis.minorticks_off()
     layers = [row["layer"] for row in model["selection"]]
-    for column, label in {
-        "mass_oracle": "best possible", "mass": "indexer", "mass_recent": "last k", "mass_random": "random",
-    }.items():  # fmt: skip
-        right_axis.plot(layers, [row[column] for row in model["selection"]], marker="o", label=label)
-    right_axis.set(
-        xlabel="layer", ylabel="attention mass kept", ylim=(0, 1.03), title=f"k = {model['settings']['index_topk']}"
-    )
-    left_axis.legend(), right_axis.legend()
+    for number, (column, label) in enumerate(MASSES.items()):
+        masses = [100 * row[column] for row in model["selection"]]
+        right_axis.plot(layers, masses, label=label, **apart(number))
+    right_axis.set(xlabel="layer", ylabel=f"attention mass on {k} chosen keys, %", ylim=(0, 103), xticks=layers)
+    worst = min(row["mass"] / row["mass_oracle"] for row in model["selection"])
+    titled(right_axis, f"The indexer keeps at least {worst:.0%} of the best possible attention mass", 42)
+    for axis in (left_axis, right_axis):
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    version = model["environment"]["versions"]["jax"]
+    signed(figure, f"demo model, held-out text; {device_of(model)}, JAX {version}, {model['environment']['date']}")
     return [*files, save(figure, "demo_model_selection")]
+
+
+MASSES = {"mass_oracle": "best possible", "mass": "indexer", "mass_recent": "last k", "mass_random": "random"}
+"""Selections of a layer by the column of their attention mass."""
+
+
+def draw_losses(axis: Any, stages: list[dict[str, Any]], column: str) -> tuple[float, float]:
+    """Draws a loss over the stages, each of them one wide whatever its tokens; returns its first and last value on
+    text, where a stage has steps on text."""
+    values: list[float] = []
+    for place, stage in enumerate(stages):
+        curve = stage["curve"]
+        on_text = [n for n, chat in enumerate(curve["chat"]) if not chat]
+        steps = on_text or range(len(curve["chat"]))
+        at = [place + (curve["step"][n] + 1) / stage["settings"]["steps"] for n in steps]
+        values += [curve[column][n] for n in on_text]
+        axis.plot(at, [curve[column][n] for n in steps], linewidth=1, linestyle="-", marker="." * (len(at) < 10))
+        axis.axvline(place, color="#bbbbbb", linewidth=0.8, linestyle="-", marker="")
+    names = [f"{stage['name']}\n{stage['tokens'] / 1e6:.3g} M" for stage in stages]
+    axis.set_xticks([place + 0.5 for place in range(len(stages))], names)
+    axis.tick_params(axis="x", length=0)
+    axis.set(xlim=(0, len(stages)), xlabel="stage, tokens")
+    return values[0], values[-1]
 
 
 def write_card(directory: Path = DEMO) -> Path:

@@ -62,7 +62,7 @@ def panel(axis: Any, content: Mapping[str, Any], phase: str) -> None:
                 colour = FASTER if own < other else SLOWER
             axis.barh(place, other - own, left=own, height=0.6, color=colour)
             right = max(right, other)
-        axis.plot([low, high], [place, place], color="black", linewidth=1)
+        axis.plot([low, high], [place, place], color="black", linewidth=1, linestyle="-", marker="")
         axis.plot([own], [place], marker="|", markersize=13, color="black")
         axis.annotate(f"  {number(own)}", (right, place), va="center", fontsize=8)
     axis.set_xscale("log")

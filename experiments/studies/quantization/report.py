@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
-from dsv32_jax.experiments.pages import between, drawing, table
+from dsv32_jax.experiments.pages import between, drawing, signed, table, titled
 from dsv32_jax.experiments.results import RESULTS, read_result
 from dsv32_jax.experiments.studies.quantization.sensitivity import FAMILIES
 
@@ -326,25 +326,46 @@ def draw(directory: Path = RESULTS) -> list[Path]:
     sensitivities, plan = read_result("quantization_sensitivity"), read_result("quantization_plan")
     schemes = list(dict.fromkeys(row["scheme"] for row in sensitivities["rows"]))
     layers = 1 + max(row["layer"] for row in sensitivities["rows"])
-    figure, axes = plt.subplots(1, len(schemes), figsize=(11, 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(schemes), figsize=(12, 4.4), squeeze=False)
     for axis, scheme in zip(axes[0], schemes, strict=True):
         grid = np.full((len(FAMILIES), layers), np.nan)
-        for row in sensitivities["rows"]:
-            if row["scheme"] == scheme:
-                grid[list(FAMILIES).index(row["family"]), row["layer"]] = np.log10(max(row["kl"], SMALLEST_KL))
-        image = axis.imshow(grid, aspect="auto", cmap="viridis")
+        rows = [row for row in sensitivities["rows"] if row["scheme"] == scheme]
+        for row in rows:
+            grid[list(FAMILIES).index(row["family"]), row["layer"]] = np.log10(max(row["kl"], SMALLEST_KL))
+        image = axis.imshow(grid, aspect="auto")
+        axis.set_facecolor("#dddddd")
         axis.set_yticks(range(len(FAMILIES)), list(FAMILIES))
-        axis.set(xlabel="layer", title=f"{scheme} alone: log10 of the KL in nats")
-        figure.colorbar(image, ax=axis)
+        worst = max(rows, key=lambda row: row["kl"])
+        title = f"{scheme}: {worst['family']} of layer {worst['layer']} costs most, {worst['kl']:.1e} nats"
+        titled(axis, title, 40)
+        axis.set(xlabel="layer (grey: it has no experts)", ylabel="the linears in that scheme")
+        figure.colorbar(image, ax=axis, label="log10 of the KL in nats")
+    signed(figure, f"demo model, one family of one layer rounded at a time; {measured_on(sensitivities)}")
     files = [save(figure, "quantization_heat_map")]
 
-    figure, axis = plt.subplots(figsize=(6.5, 4))
+    figure, axis = plt.subplots(figsize=(7, 4.4))
     curve = sorted(plan["curve"], key=lambda row: row["megabytes"]["total"])
     sizes = [row["megabytes"]["total"] for row in curve]
-    axis.plot(sizes, [row["predicted_kl"] for row in curve], marker="x", linestyle=":", label="sum of single losses")
-    axis.plot(sizes, [row["kl"] for row in curve], marker="o", label="measured")
+    axis.plot(sizes, [row["predicted_kl"] for row in curve], label="predicted: the sum of single losses")
+    axis.plot(sizes, [row["kl"] for row in curve], label="measured")
     shipped = next(row for row in curve if row["name"] == "shipped")
-    axis.plot([shipped["megabytes"]["total"]], [shipped["kl"]], "s", markersize=9, fillstyle="none", label="shipped")
-    axis.set(xlabel="MB of weights", ylabel="KL, nats", yscale="log", title="plans between int4 and int8")
+    at = (shipped["megabytes"]["total"], shipped["kl"])
+    axis.plot(*at, "s", markersize=11, fillstyle="none", color="black")
+    axis.annotate("the plan that ships", at, xytext=(-12, -12), textcoords="offset points", ha="right", va="top")
+    ratios = [row["predicted_kl"] / row["kl"] for row in curve]
+    title = f"A mixture loses {min(ratios):.1f} to {max(ratios):.1f} times less than its parts alone add up to"
+    if min(ratios) < 1:
+        title = f"What the parts lose alone predicts a mixture within {max(*ratios, 1 / min(ratios)):.1f} times"
+    axis.set(xlabel="weights, MB (from int4 everywhere to int8 everywhere)", yscale="log")
+    titled(axis, title)
+    axis.set_ylabel("KL of the next token from bf16, nats")
     axis.legend()
+    signed(figure, f"demo model; {measured_on(plan)}")
     return [*files, save(figure, "quantization_pareto")]
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """Device, JAX and date of a result."""
+    environment = result["settings"]["environment"]
+    device = environment["device"] + " CPU" * (environment["platform"] == "cpu")
+    return f"{device}, JAX {environment['versions']['jax']}, {result['date']}"
