@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.setup-done
 
-.PHONY: setup demo notebooks test test-slow lint clean
+.PHONY: setup demo notebooks docs test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: setup
 
 test-slow: setup
 	$(PYTHON) -m pytest -n 2 -m "slow or not slow"
+
+# The site of docs/, into build/site.
+docs: setup
+	$(PYTHON) -m mkdocs build --strict
 
 lint: setup
 	$(PYTHON) -m ruff check .

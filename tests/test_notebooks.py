@@ -14,10 +14,16 @@ jupytext = pytest.importorskip("jupytext")
 matplotlib = pytest.importorskip("matplotlib")
 
 REDUCED: dict[str, dict[str, Any]] = {
-    "first_tokens": {"NEW_TOKENS": 8},
+    "first_tokens": {"NEW_TOKENS": 8, "OPTIONS": {"dequantize": "float32"}},
     "what_the_indexer_looks_at": {"TOPK": 64, "WINDOW": 256, "NEEDLES": 2},
+    "your_own_selection_and_kernel": {
+        **{"TOPK": 64, "WINDOW": 256, "WINDOWS": 1, "NEEDLES": 0, "CONTEXT": 256, "ROUNDS": 2},
+        "TIMED": ("indexer", "whole blocks"),
+    },
+    "what_quantisation_costs": {"LENGTH": 64, "WINDOWS": 4, "CALIBRATION": 0},
+    "your_own_loss": {"STEPS": 1},
 }
-"""Other values for the cell of parameters: tiny windows, so that a notebook runs in seconds."""
+"""Other values for the cell of parameters: tiny windows, and plain weights, whose programs compile in half the time."""
 LONGEST_CELL = 20
 LARGEST_FILE = 250_000
 OF_A_MACHINE = re.compile(r"/(home|root|tmp|Users|work|mnt|opt)/|site-packages|0x[0-9a-f]{6,}")
@@ -36,22 +42,47 @@ def check_what_the_indexer_looks_at(c: dict[str, Any]) -> None:
     assert c["needles_recent"] < c["needles_indexer"]
 
 
+def check_your_own_selection_and_kernel(c: dict[str, Any]) -> None:
+    assert c["kl"]["indexer"] == 0 < c["kl"]["whole blocks"] < c["kl"]["last k"] / 5
+    assert c["attention_mass"]["last k"] < c["attention_mass"]["whole blocks"] < c["attention_mass"]["indexer"]
+    assert c["recall"]["last k"] < c["recall"]["indexer"] == 1
+    assert c["kernel_error"] < 1e-6 and 0 <= c["kl"]["my kernel"] < 1e-8
+    assert all(milliseconds > 0 for milliseconds in c["milliseconds"].values())
+
+
+def check_what_quantisation_costs(c: dict[str, Any]) -> None:
+    sizes, kl = c["megabytes"], c["kl"]
+    assert sizes["INT4"] < sizes["FP8"] < sizes["INT8"] < sizes["bfloat16"]
+    assert kl["bfloat16"] == kl["FP8"] == 0 < kl["INT8"] < kl["FP8, activations too"] < kl["INT4"]
+    assert kl.get("INT4, calibrated", 0) < kl["INT4"]
+    assert c["perplexity"]["bfloat16"] < c["perplexity"]["INT4"]
+    assert 0.5 < c["sum_of_layers"] / kl["INT4"] < 2
+
+
+def check_your_own_loss(c: dict[str, Any]) -> None:
+    assert c["loss_after"] <= c["loss_after_one_step"] < c["loss_before"]
+    assert c["indexer_gradient_language"] == 0 < c["indexer_gradient_with_kl"]
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
 def conclusion(name: str, **parameters: Any) -> dict[str, Any]:
     """Runs the cells of a notebook in this process, with other values after its cell of parameters."""
     matplotlib.use("Agg")
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(notebook(FOLDER / f"{name}.py").cells):
-        if cell.cell_type == "code":
-            exec(compile(cell.source, f"{name}.py, cell {number}", "exec"), namespace)
-        if "parameters" in cell.metadata.get("tags", ()):
-            assert parameters.keys() <= namespace.keys()
-            namespace.update(parameters)
     from matplotlib import pyplot
 
-    assert pyplot.get_fignums()
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with pyplot.rc_context():
+        for number, cell in enumerate(notebook(FOLDER / f"{name}.py").cells):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name}.py, cell {number}", "exec"), namespace)
+            if "parameters" in cell.metadata.get("tags", ()):
+                assert parameters.keys() <= namespace.keys()
+                namespace.update(parameters)
+    assert len(pyplot.get_fignums()) >= 2
+    for number in pyplot.get_fignums():
+        pyplot.figure(number).canvas.draw()
     pyplot.close("all")
     return namespace["conclusion"]
 

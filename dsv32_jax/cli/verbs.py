@@ -98,6 +98,7 @@ for verb in (
     serving.serve,
     measuring.bench,
     workbench.compare,
+    workbench.ablate,
     before_after.before_after,
 ):
     app.command(cls=Verb)(verb)

@@ -57,7 +57,7 @@ class FlatModel(NamedTuple):
         return logits, values
 
     def tapped_layer(self, layer: int, hidden: Array, batch: Batch, cache: KVCache, taps: Taps) -> dict[str, Any]:
-        """What the taps ask for of one layer alone; the cache is donated."""
+        """What the taps ask for of one layer alone."""
         with user_errors():
             return jax.block_until_ready(
                 flat_tapped_layer(self.leaves, self.structure, layer, hidden, batch, cache, self.options, taps)
@@ -86,7 +86,7 @@ def flat_tapped_step(
     return tapped_step(jax.tree.unflatten(structure, leaves), batch, cache, options, taps, operands)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "layer", "options", "taps"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("structure", "layer", "options", "taps"))
 def flat_tapped_layer(
     leaves: list[Any],
     structure: Any,

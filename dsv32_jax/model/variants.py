@@ -234,12 +234,13 @@ def products_apart(
       replan: make the plan again for each product. It is the same plan: only the work is repeated.
     """
 
-    def plan_after(*values: jax.Array) -> RoutingPlan:
-        """The plan, or another that is made once `values` are there: the compiler merges equal work that is not."""
+    def plan_after(values: jax.Array) -> RoutingPlan:
+        """The plan, or the same one made again from `values` on: a compiler merges work that does not wait for any."""
         if not replan:
             return plan
-        rows, tile_expert = jax.lax.optimization_barrier((plan.token_row, plan.tile_expert, values))[:2]
-        experts = jnp.where(rows >= 0, tile_expert[rows // plan.tile], 0)
+        nothing = jnp.minimum(jnp.isnan(values[0, 0]).astype(jnp.int32), 0)
+        rows = plan.token_row
+        experts = jnp.where(rows >= 0, plan.tile_expert[rows // plan.tile] + nothing, 0)
         return make_plan(experts, rows[:, 0] >= 0, gate.shape[0], tile=plan.tile, backend=backend)
 
     def product(rows: jax.Array, weight: Weight, plan: RoutingPlan) -> jax.Array:

@@ -9,4 +9,7 @@ FOLDER = Path(__file__).parent
 NAMES = (
     "first_tokens",
     "what_the_indexer_looks_at",
+    "your_own_selection_and_kernel",
+    "what_quantisation_costs",
+    "your_own_loss",
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.common.files import whole_file
+from dsv32_jax.errors import UserError
 from dsv32_jax.experiments import command_line
 from dsv32_jax.experiments.notebooks import FOLDER, NAMES
 
@@ -47,13 +48,14 @@ def smaller(image: str) -> str:
 def execute(source: Path) -> Path:
     """Runs a notebook and writes it beside its source; the first error ends it, and nothing is written."""
     import nbformat
-    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     target = source.with_suffix(".ipynb")
     cells = notebook(source)
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    NotebookClient(cells, km=kernel, timeout=None, record_timing=False, coalesce_streams=True).execute()
+    kernel = Config(KernelManager={"transport": "ipc"})  # no port that others on the machine can reach
+    settings = {"timeout": None, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
+    NotebookClient(cells, config=kernel, **settings).execute()
     for data in (output.data for cell in cells.cells for output in cell.get("outputs", ()) if "data" in output):
         if "image/png" in data:
             data["image/png"] = smaller(data["image/png"])
@@ -66,8 +68,11 @@ def execute(source: Path) -> Path:
 def main() -> None:
     """The command."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *NAMES], help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; without one, all")
     arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in NAMES:
+            raise UserError(f"notebook {name!r} is unknown; it is one of {', '.join(NAMES)}")
     for module in ("jupytext", "nbclient", "ipykernel", "matplotlib"):
         command_line.require("notebooks", module, extra="notebooks")
     command_line.writable(FOLDER)

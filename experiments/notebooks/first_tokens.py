@@ -25,10 +25,11 @@ plt.style.use("dsv32_jax.experiments.notebooks.figures")
 
 # %% tags=["parameters"]
 MODEL = "demo"  # or a directory with a checkpoint
+OPTIONS = {}  # of `load`, for instance {"attention": "dense"}
 NEW_TOKENS = 32
 
 # %%
-m = dsv32_jax.load(MODEL)
+m = dsv32_jax.load(MODEL, **OPTIONS)
 print(m)
 
 # %% [markdown]

@@ -16,8 +16,9 @@ from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 
 __all__ = ["Steps", "Work", "alternately", "megabytes", "ratio"]
 
-ON_CPU, ON_GPU = (1, 512, 128), (32, 32768, 2048)
-"""Sequences of a decode step, tokens of a sequence, tokens of a prompt's step, by default."""
+ON_CPU, ON_GPU = (1, 512, 128), (32, 8192, 2048)
+"""Sequences of a decode step, tokens of a sequence, tokens of a prompt's step, by default. On a GPU, the scores of such
+a prompt's step, all at once, still have room at full width."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +117,18 @@ def ratio(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """How many times as fast the second is, from rounds in which both ran.
 
     Returns:
-      `median`, `min` and `max` over rounds, and `differs`: in every round the same one was faster, which by chance
-      happens in one of 2^(rounds - 1) comparisons of equals.
+      `median`, `min` and `max` over rounds, and `differs`: it is beyond the spread, as the same one was faster in every
+      round and the middle halves of their times do not overlap. By chance the first alone happens in one of
+      2^(rounds - 1) comparisons of equals.
     """
     ratios = [a / b for a, b in zip(before, after, strict=True)]
     low, high = min(ratios), max(ratios)
+    (least, most), (own_least, own_most) = (timing.summary(list(times))["quartiles"] for times in (before, after))
     return {
         "median": statistics.median(ratios),
         "min": low,
         "max": high,
-        "differs": low > 1 or high < 1,
+        "differs": (low > 1 and own_most < least) or (high < 1 and own_least > most),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv32_jax.convert.quantization import UNQUANTISED, mixed, quantize_model, uniform
 from dsv32_jax.errors import UserError
+from dsv32_jax.experiments.workbench.random_model import random_model
 from dsv32_jax.generate.language_model import LanguageModel
 from dsv32_jax.model.context import Options
 from dsv32_jax.model.params import is_linear
@@ -16,7 +17,17 @@ from dsv32_jax.model.parts import title
 from dsv32_jax.model.variants import backends_of, parts_of
 from pallas_kernels.matmul import SCHEMES, scheme_name
 
-__all__ = ["MIXED", "SCHEME", "SETTABLE", "STORED", "Setting", "description", "differences", "in_scheme"]
+__all__ = [
+    "MIXED",
+    "SCHEME",
+    "SETTABLE",
+    "STORED",
+    "Setting",
+    "description",
+    "differences",
+    "in_scheme",
+    "random_in_scheme",
+]
 
 SCHEME = "scheme"
 """The field that is not one of `Options`: the scheme of the linears' weights."""
@@ -178,6 +189,15 @@ def in_scheme(m: LanguageModel, scheme: str) -> LanguageModel:
     return LanguageModel(model, config, m.tokenizer, m.options, m.generation_config)
 
 
+def random_in_scheme(m: LanguageModel, scheme: str) -> LanguageModel:
+    """As `in_scheme`, for a model of random weights: others are made in the scheme, which takes less memory."""
+    if scheme == STORED:
+        return m
+    schemes = mixed(m.model) if scheme == MIXED else uniform(m.model, scheme)
+    other = random_model(m.config, schemes=schemes)
+    return LanguageModel(other.model, m.config, m.tokenizer, m.options, m.generation_config)
+
+
 def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
     """Says exactly what a step of this model runs.
 
@@ -186,6 +206,7 @@ def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
         options: every field of `Options` but parts and attention, with the number where `index_topk` is the config's.
         attention: the keys that a token attends to, and the function that attends to them.
         parts: the names of the other functions that are not the model's own, by part.
+        patches: the functions that change a value within the step, by the value's name.
         schemes: how many linears of each group ("experts", "indexer") are in which scheme.
         kernels: whether ops run kernels where these take the arguments.
         blocks: of a sequence in the cache of timed steps, "anywhere" or "one after the other".
@@ -201,6 +222,7 @@ def description(lm: LanguageModel, contiguous: bool = False) -> dict[str, Any]:
         "options": fields,
         "attention": f"{function} over {keys}" if options.absorb else f"unabsorbed, over {keys}",
         "parts": {name: title(part) for name, part in options.parts.replaced.items() if name != attends},
+        "patches": {name: title(patch) for name, patch in options.patches.requests if patch is not None},
         "schemes": schemes_by_family(lm),
         "kernels": options.runs_kernels,
         "blocks": "one after the other" if contiguous else "anywhere",

@@ -36,7 +36,7 @@ def answered(needles: Mapping[str, int] | None) -> str:
 
 
 def times(speedup: Mapping[str, Any] | None) -> str:
-    """How many times as fast, in brackets where that is no more than the spread of the repeats."""
+    """How many times as fast, in brackets where that is not beyond the spread of the repeats."""
     if speedup is None:
         return NONE
     text = f"{number(speedup['median'])}x"

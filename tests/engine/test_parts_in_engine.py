@@ -1,4 +1,4 @@
-"""An engine whose model has a replaced part: every request gets the tokens that the same model gives it alone."""
+"""An engine whose model has a replaced part or a patch: every request gets the tokens that it gets alone."""
 
 import jax.numpy as jnp
 import pytest
@@ -15,9 +15,18 @@ PROMPTS = [TEXTS[0][:130], TEXTS[0][:180], TEXTS[1][:180], TEXTS[1][:140]]
 """Pairs share two blocks; together they need more than the six that there are."""
 
 
-@pytest.mark.parametrize("select", [recent, random], ids=["recent", "random"])
-def test_sharing_and_preemption_change_no_token(lm: LanguageModel, select):  # noqa: F811
-    m = lm.with_parts(index_select=select)
+def reversed_stream(hidden, positions):
+    """Every seventh token of a sequence goes on with its features in reverse."""
+    return jnp.where(positions[:, None] % 7 == 3, hidden[:, ::-1], hidden)
+
+
+@pytest.mark.parametrize("changed", ["part", "patch"])
+def test_sharing_and_preemption_change_no_token(lm: LanguageModel, changed):  # noqa: F811
+    m = (
+        lm.with_parts(index_select=random)
+        if changed == "part"
+        else lm.with_patches({"layers.0.hidden": reversed_stream})
+    )
     params = SamplingParams(60, temperature=0.0, ignore_eos=True)
     with one_shape():
         alone = [m.generate(prompt, 60, ignore_eos=True).tokens[0].tolist() for prompt in PROMPTS]

@@ -1,4 +1,4 @@
-"""A small model with a tokenizer, which the workbench's tests share."""
+"""Small models, which the workbench's tests share."""
 
 import pytest
 
@@ -24,3 +24,12 @@ def small(tiny) -> LanguageModel:
     m = random_model(config)
     m.tokenizer = Tokenizer(tiny)
     return m
+
+
+@pytest.fixture(scope="session")
+def fp8() -> LanguageModel:
+    """Four layers in FP8 blocks, the last of them with experts."""
+    config = ModelConfig.tiny(
+        num_hidden_layers=4, first_k_dense_replace=3, num_nextn_predict_layers=0, max_position_embeddings=1024
+    )
+    return random_model(config)

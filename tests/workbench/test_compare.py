@@ -32,6 +32,8 @@ def test_steps_take_turns_and_a_difference_is_beyond_the_spread(monkeypatch):
     slow, fast = alternately(Timer(), [lambda: "slow", lambda: "fast"], 3)
     assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"]
     assert ratio(slow, fast) == {"median": 2, "min": 2, "max": 2, "differs": True}
+    drifting = ratio([1.0, 2.0, 3.0], [0.9, 1.8, 2.7])  # faster each time, by less than the times are apart
+    assert not drifting["differs"] and drifting["median"] == pytest.approx(1 / 0.9)
     noise = ratio([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
     assert not noise["differs"] and times(noise) == "(1.00x)"
     assert times(ratio([1.0], [2.0])) == "0.500x"

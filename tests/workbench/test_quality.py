@@ -13,7 +13,7 @@ from tests.harness import TEXT
 
 @pytest.fixture(scope="module")
 def texts(small):
-    return Texts.of(small, text=TEXT, length=48, windows=2, needle_windows=0, source="harness")
+    return Texts.of(small, text=TEXT, length=32, windows=2, needle_windows=0, source="harness")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def reference(small, texts):
 
 
 def test_windows_are_of_the_text(small, texts):
-    assert texts.ids.shape == (2, 48) and texts.describe()["source"] == "harness"
+    assert texts.ids.shape == (2, 32) and texts.describe()["source"] == "harness"
     assert small.tokenizer.decode(texts.ids[0]).startswith("The lighthouse keeper")
     assert default_length(small) == 16
     held_out = Texts.of(small, length=256, windows=3, needle_windows=2)
@@ -43,7 +43,7 @@ def test_figures_are_those_of_traces(small, texts, reference):
     traces = [(small.trace(row), recent.trace(row)) for row in texts.ids]
     k = small.config.index_topk
     pairs = [(a.topk[layer, k:], b.topk[layer, k:], a.attention[layer, k:]) for a, b in traces for layer in range(2)]
-    assert quality["recall"] == pytest.approx(np.mean([fidelity.recall(a, b, 48).mean() for a, b, _ in pairs]))
+    assert quality["recall"] == pytest.approx(np.mean([fidelity.recall(a, b, 32).mean() for a, b, _ in pairs]))
     masses = [fidelity.mass(attention, b) for _, b, attention in pairs]
     kls = [fidelity.kl_divergence(a.logits[:-1], b.logits[:-1]).mean() for a, b in traces]
     assert quality["kl"] == pytest.approx(np.mean(kls), rel=1e-3)

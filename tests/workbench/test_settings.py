@@ -6,23 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.workbench.random_model import random_model
 from dsv32_jax.experiments.workbench.settings import Setting, description, differences
 from dsv32_jax.model import variants
 from pallas_kernels.top_k import top_k
 
 IDS = [list(range(2, 42))]
-
-
-@pytest.fixture(scope="module")
-def fp8():
-    """Two layers in FP8 blocks, one of them with experts."""
-    config = ModelConfig.tiny(
-        num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0, max_position_embeddings=256
-    )
-    return random_model(config)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +85,7 @@ def test_a_pinned_op_is_the_op_itself(small):
 def test_a_scheme_is_that_of_every_linear(fp8):
     plain = Setting(scheme="bf16").apply(fp8)
     assert {str(leaf.dtype) for path, leaf in plain.weights.items() if ".experts." in path} == {"bfloat16"}
-    path = "layers.1.ffn.experts.gate"
+    path = "layers.3.ffn.experts.gate"
     np.testing.assert_array_equal(plain.weights[path], fp8.weights[path].dequantize("bfloat16"))
     mixed = Setting(scheme="mixed").describe(fp8)["schemes"]
     assert set(mixed["experts"]) == {"int4"} and set(mixed["attn"]) == {"int8"}
