@@ -163,7 +163,8 @@ class StepContext:
     @cached_property
     def exchange(self) -> Exchange | None:
         """How tokens reach the experts of other devices; None where one device runs the step."""
-        return self.options.mesh and Exchange(self.options.mesh, self.batch.positions)
+        mesh = self.options.mesh
+        return None if mesh is None else Exchange(mesh, self.batch.positions)
 
     def chooses(self, layer: int) -> bool:
         """Whether a layer's own indexer chooses what it attends to, see `Options.index_topk_freq`."""

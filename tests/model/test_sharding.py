@@ -9,14 +9,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.cache import KVCache
 from dsv32_jax.model.mesh import MeshShape
 from dsv32_jax.model.model import Options, abstract_model, step
-from dsv32_jax.model.params import path_name
+from dsv32_jax.model.moe import MoE
+from dsv32_jax.model.numerics import Numerics
+from dsv32_jax.model.params import Init, path_name
+from dsv32_jax.model.parts import MODEL_PARTS
+from dsv32_jax.model.seams import Seams
+from dsv32_jax.model.sequence import Run
 from dsv32_jax.model.sharding import bytes_per_device, specs_of
+from pallas_kernels import moe_dispatch
 from tests.harness import EXACT, Piece, flat_batch, load_golden, tables_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +74,8 @@ def test_other_values_are_refused():
         MeshShape(8, exchange="ring")
     with pytest.raises(UserError, match="mesh: 'ep=8'; must be a MeshShape"):
         Options(mesh="ep=8")
+    with pytest.raises(UserError, match="mesh ep=2: the form for whole sequences runs on one device"):
+        Run.of(Options(mesh=MeshShape(2)))
     with pytest.raises(UserError, match=f"mesh ep=64: needs 64 devices, and JAX has {jax.device_count()}"):
         MeshShape(64).on_devices()
 
@@ -101,6 +110,24 @@ def test_blocks_and_tokens_are_in_parts():
         specs_of(cache, MeshShape(3))
     with pytest.raises(UserError, match=r"layers\.1\.ffn\.experts\.down\.values has 8 in axis 0; must be a multiple"):
         specs_of(model, MeshShape(3))
+
+
+def test_tiles_are_for_a_devices_share_of_the_choices():
+    """With all choices a plan for 32 of 256 experts would have tiles of 128 rows where 32 an expert are expected."""
+    tiles = []
+
+    def make_plan(experts, valid, num_experts, tile, backend):
+        tiles.append(tile)
+        return moe_dispatch.make_plan(experts, valid, num_experts, tile, backend=backend)
+
+    config = ModelConfig.full_width(4, n_routed_experts=32)
+    moe = jax.eval_shape(lambda: MoE(config, Init(config, nnx.Rngs(0))))
+    numerics = Numerics(True, "ue8m0", "mosaic_gpu", Seams(MODEL_PARTS.with_parts({"make_plan": make_plan})))
+    x, choices = jax.ShapeDtypeStruct((1024, 7168), "bfloat16"), jax.ShapeDtypeStruct((1024, 8), "int32")
+    weights, present = jax.ShapeDtypeStruct((1024, 8), "float32"), jax.ShapeDtypeStruct((1024,), bool)
+    for devices in (8, 1):
+        jax.eval_shape(lambda *arrays, n=devices: moe.routed(*arrays, numerics, n), x, choices, weights, present)
+    assert tiles == [64, 128]
 
 
 def test_without_a_mesh_nothing_is_added():
