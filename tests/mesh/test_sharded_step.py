@@ -70,7 +70,7 @@ def test_the_demo_model_over_eight_devices(exchange):
     lm = dsv32_jax.load("demo")
     texts = ["The lighthouse keeper", "To install a package on Debian, you", "Once upon a time there was a"]
     rows = lm.rows(texts)
-    expected = lm.generate(texts, 12, ignore_eos=True).tokens
+    expected = lm.generate(texts, 12, temperature=0, ignore_eos=True).tokens
     options = mesh_options(lm.options, 8, exchange)
     tokens = greedy_tokens(lm.model, options, rows, 12, [0, 5, 5], tokens=64, rows=2)
     np.testing.assert_array_equal(tokens, expected)
