@@ -17,6 +17,9 @@ if any("tests/gpu" in argument for argument in sys.argv):
     os.environ["DSV32_GPU_TESTS"] = "1"
 elif "DSV32_GPU_TESTS" not in os.environ:
     os.environ["JAX_PLATFORMS"] = "cpu"
+if any("tests/mesh" in argument for argument in sys.argv):
+    os.environ["DSV32_MESH_TESTS"] = "1"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 # A warpgroup that waits in the GPU interpreter holds a thread of XLA's pool; there must be more than warpgroups.
 os.environ.setdefault("NPROC", "8")
 if "DSV32_GPU_TESTS" in os.environ:

@@ -11,6 +11,8 @@ from dsv32_jax.common.arguments import boolean, instance, integer
 from dsv32_jax.config import ModelConfig
 from dsv32_jax.errors import UserError
 from dsv32_jax.model.cache import FORMS
+from dsv32_jax.model.exchange import Exchange
+from dsv32_jax.model.mesh import MeshShape
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.parts import MODEL_PARTS, Parts
 from dsv32_jax.model.rope import rope_angles
@@ -39,6 +41,7 @@ class Options:
       parts: the functions that a step calls, see `Parts`.
       check: check what replaced parts give (see `checks`); slow, for tests and notebooks.
       patches: functions of a step's values that give what it goes on with, see `Patches`.
+      mesh: the devices that run a step together, see `dsv32_jax.model.sharding`; one where None.
     """
 
     compute_dtype: str = "float32"
@@ -53,6 +56,7 @@ class Options:
     parts: Parts = MODEL_PARTS
     check: bool = False
     patches: Patches = NO_PATCHES
+    mesh: MeshShape | None = None
 
     def __post_init__(self):
         for field, allowed in {
@@ -69,6 +73,7 @@ class Options:
             boolean(field, getattr(self, field))
         instance("parts", self.parts, Parts, "a Parts")
         instance("patches", self.patches, Patches, "a Patches")
+        instance("mesh", self.mesh, (MeshShape, type(None)), "a MeshShape, see `MeshShape.parse`")
         if self.index_topk is not None:
             integer("index_topk", self.index_topk, 1)
         if integer("index_topk_freq", self.index_topk_freq, 1) > 1 and self.attention == "dense":
@@ -154,6 +159,12 @@ class StepContext:
         quantization = self.config.quantization_config
         scale_fmt = quantization.scale_fmt if quantization else "ue8m0"
         return Numerics(self.options.act_quant, scale_fmt, self.options.backend, self.seams)
+
+    @cached_property
+    def exchange(self) -> Exchange | None:
+        """How tokens reach the experts of other devices; None where one device runs the step."""
+        mesh = self.options.mesh
+        return None if mesh is None else Exchange(mesh, self.batch.positions)
 
     def chooses(self, layer: int) -> bool:
         """Whether a layer's own indexer chooses what it attends to, see `Options.index_topk_freq`."""

@@ -22,6 +22,7 @@ from dsv32_jax.model.mtp import MTP
 from dsv32_jax.model.params import Init
 from dsv32_jax.model.products import float32_matmul
 from dsv32_jax.model.seams import Seams
+from dsv32_jax.model.sharding import over_mesh
 from dsv32_jax.model.taps import Taps
 
 __all__ = [
@@ -78,7 +79,7 @@ class DecoderLayer(nnx.Module):
         x = seams.value("ffn.input", x)
         with seams.scope("ffn"):
             if isinstance(self.ffn, MoE):
-                update = self.ffn(x, ctx.batch.positions, ctx.config, numerics)
+                update = self.ffn(x, ctx.batch.positions, ctx.config, numerics, ctx.exchange)
             else:
                 update = self.ffn(x, numerics)
         hidden = seams.value("hidden", lambda: residual + update)
@@ -155,10 +156,16 @@ def abstract_model(config: ModelConfig) -> DeepseekV32:
 def step(model: DeepseekV32, batch: Batch, cache: KVCache, options: Options) -> tuple[jax.Array, KVCache]:
     """One step of the model, jitted; the cache is donated, that is updated in place.
 
+    With `options.mesh` the batch and the cache are those of all devices, see `sharding.over_mesh`.
+
     Returns:
       logits float32 [R, V] of `batch.logit_rows`, and the cache.
     """
-    return model(batch, cache, options)
+
+    def one_device(model: DeepseekV32, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return model(batch, cache, options)
+
+    return over_mesh(one_device, options, model, batch, cache)
 
 
 @partial(jax.jit, static_argnames=("options", "taps"), donate_argnames="cache")

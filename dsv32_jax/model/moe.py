@@ -1,10 +1,13 @@
 """Mixture of experts: group-limited sigmoid routing, routed experts, one shared expert."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.model.exchange import Exchange
 from dsv32_jax.model.mlp import MLP
 from dsv32_jax.model.numerics import Numerics
 from dsv32_jax.model.params import Init
@@ -61,16 +64,63 @@ class MoE(nnx.Module):
             extras={"x": lambda: x, "positions": lambda: positions},
         )
 
-    def __call__(self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics) -> jax.Array:
-        """[T, D] -> [T, D]; padding, whose position (int32 [T]) is -1, reaches no routed expert."""
-        seams, backend = numerics.seams, numerics.backend
+    def chosen(
+        self, x: jax.Array, positions: jax.Array, config: ModelConfig, numerics: Numerics
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `route` gives, shown to taps."""
         experts, weights = self.route(x, positions, config, numerics)
-        experts = seams.value("experts", experts)
-        weights = seams.value("expert_weights", weights)
-        tile = tile_rows(experts.size, *self.experts.weights, backend=backend)
-        plan = seams.call("make_plan", experts, positions >= 0, config.n_routed_experts, tile=tile, backend=backend)
+        experts = numerics.seams.value("experts", experts, positions=positions)
+        return experts, numerics.seams.value("expert_weights", weights, positions=positions)
+
+    def routed(
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        present: jax.Array,
+        numerics: Numerics,
+        devices: int = 1,
+    ) -> jax.Array:
+        """The weighted sums float32 [T, D] of the experts that are on this device.
+
+        Args:
+          x: [T, D].
+          experts: int32 [T, K], counted from 0 on this device; their number for one that is on another.
+          weights: float32 [T, K].
+          present: bool [T]; the other tokens reach no expert.
+          numerics: of the step.
+          devices: among which the choices fall.
+        """
+        seams, backend, stacked = numerics.seams, numerics.backend, self.experts.weights
+        # Tiles are for the rows that are to be expected, a share of all choices; there is room for any routing.
+        tile = tile_rows(experts.size // devices, *stacked, backend=backend)
+        plan = seams.call("make_plan", experts, present, stacked[0].shape[0], tile=tile, backend=backend)
         rows = self.experts(x, plan, numerics)
-        routed = seams.call("combine", rows, weights, plan, backend=backend)
-        with seams.scope("shared"):
+        return seams.call("combine", rows, weights, plan, backend=backend)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        config: ModelConfig,
+        numerics: Numerics,
+        exchange: Exchange | None = None,
+    ) -> jax.Array:
+        """[T, D] -> [T, D]; padding, whose position (int32 [T]) is -1, reaches no routed expert.
+
+        Args:
+          x: [T, D].
+          positions: int32 [T].
+          config: the model's.
+          numerics: of the step.
+          exchange: with the devices that have the other experts; None where all are here.
+        """
+        if exchange is None:
+            routed = self.routed(x, *self.chosen(x, positions, config, numerics), positions >= 0, numerics)
+        else:
+            choose = partial(self.chosen, config=config, numerics=numerics)
+            sums = partial(self.routed, numerics=numerics, devices=exchange.mesh.size)
+            routed = exchange(x, self.experts.gate.shape[0], choose, sums)
+        with numerics.seams.scope("shared"):
             shared = self.shared(x, numerics)
         return (routed + shared.astype(jnp.float32)).astype(x.dtype)

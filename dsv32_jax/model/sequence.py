@@ -75,8 +75,11 @@ class Run:
         """What computes as a step with these options does; `changes` are other fields.
 
         Raises:
-          UserError: layers share their selection, or values are patched, which this form has not.
+          UserError: layers share their selection, values are patched, or several devices run a step, which this form
+            has not.
         """
+        if options.mesh is not None:
+            raise UserError(f"mesh {options.mesh}: the form for whole sequences runs on one device; leave it out")
         if options.patches.requests:
             raise UserError("patches: the form for whole sequences has none; take a model without them")
         if options.index_topk_freq > 1:

@@ -47,7 +47,8 @@ def scaled_matmul(
         partial = jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
         return total + partial * (xs[:, block, None] * row_scales[None, :, block])
 
-    total = jnp.zeros((xq.shape[0], values.shape[0]), jnp.float32)
+    # Like xs, so that inside `shard_map` it varies over the mesh where the rows do.
+    total = jnp.zeros_like(xs, jnp.float32, shape=(xq.shape[0], values.shape[0]))
     return jax.lax.fori_loop(0, xq.shape[1] // BLOCK, add_block, total).astype(dtype)
 
 

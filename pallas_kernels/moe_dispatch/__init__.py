@@ -113,7 +113,8 @@ def make_plan(
     """Returns the plan for chosen experts: a stable sort of the choices by expert, padded to tiles.
 
     Args:
-      experts: int32 [T, K], each from 0 to num_experts - 1.
+      experts: int32 [T, K], each from 0 to num_experts - 1; a choice of `num_experts` takes no row, and `combine` adds
+        nothing for it: so are named the experts of other devices.
       valid: bool [T]; the other tokens take no row.
       num_experts: E.
       tile: rows of a tile; by default about the mean number of rows of an expert, within 8 and 128.

@@ -40,7 +40,7 @@ class RoutingPlan:
     Attributes:
       row_token: int32 [P], the token of each row, -1 for padding.
       tile_expert: int32 [tiles], the expert of each tile (an unused tile names some expert and holds padding only).
-      token_row: int32 [T, K], the row of each choice, -1 for tokens that are padding themselves.
+      token_row: int32 [T, K], the row of each choice, -1 for those of tokens that are padding and of no expert.
       tile: rows of a tile.
     """
 
@@ -66,7 +66,8 @@ def tiles_of_plan(choices: int, num_experts: int, tile: int) -> int:
 
 
 def make_plan(experts: jax.Array, valid: jax.Array, num_experts: int, tile: int | None = None) -> RoutingPlan:
-    """Returns the plan for chosen `experts` int32 [T, K]; tokens that are not `valid` (bool [T]) take no row."""
+    """Returns the plan for chosen `experts` int32 [T, K]; tokens that are not `valid` (bool [T]) and choices of
+    `num_experts` take no row."""
     tokens, choices = experts.shape
     count = tokens * choices
     tile = tile or tile_rows(count, num_experts)

@@ -99,6 +99,25 @@ def test_plan_sends_every_choice_to_its_expert_and_back(seed, tokens, tile, skew
     np.testing.assert_array_equal(row_expert[used], experts[valid])
 
 
+def test_a_choice_of_another_devices_expert_takes_no_row():
+    """Its id is the number of experts; the tokens of all devices' plans together are those of one plan for all."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((TOKENS, 5)).astype(np.float32)
+    valid = np.arange(TOKENS) != 4
+    experts, weights = routed(rng.standard_normal((TOKENS, EXPERTS)), rng.standard_normal(EXPERTS))
+    half = EXPERTS // 2
+    sums = 0
+    for first in (0, half):
+        on_device = (experts >= first) & (experts < first + half)
+        plan = jitted_plan(np.where(on_device, experts - first, half), valid, half, 2)
+        np.testing.assert_array_equal(np.asarray(plan.token_row) >= 0, on_device & valid[:, None])
+        assert (np.asarray(plan.row_token) >= 0).sum() == (on_device & valid[:, None]).sum()
+        row_expert = np.repeat(np.asarray(plan.tile_expert), plan.tile)
+        sums += combine(gather_rows(x, plan) * (1 + first + row_expert)[:, None], weights, plan)
+    expected = np.where(valid, (weights * (1 + experts)).sum(1), 0)[:, None] * x
+    np.testing.assert_allclose(np.asarray(sums), expected, rtol=2e-5, atol=1e-5)
+
+
 def test_dispatched_products_equal_a_loop_over_experts():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((TOKENS, 5)).astype(np.float32)

@@ -156,19 +156,28 @@ class Plan:
 
 
 def plan(
-    tokens: int, chosen: int, experts: int, *, tile: int | None = None, used: int | None = None, valid: float = 0.9
+    tokens: int,
+    chosen: int,
+    experts: int,
+    *,
+    tile: int | None = None,
+    used: int | None = None,
+    valid: float = 0.9,
+    others: int = 0,
 ) -> Plan:
-    """Random choices among the last `used` experts; a token is valid with the probability `valid`."""
+    """Random choices among the last `used` experts; a token is valid with the probability `valid`. The first `others`
+    experts are on other devices: the rest count from 0, and a choice of another is the number of the rest."""
     rng = np.random.default_rng(tokens)
     used = used or experts
     choices = np.argsort(rng.random((tokens, used)), axis=-1)[:, :chosen] + (experts - used)
-    name = f"{tokens} tokens, {chosen} of {used} of {experts} experts, tile {tile}, valid {valid}"
-    return Plan(name, choices.astype(np.int32), rng.random(tokens) < valid, experts, tile)
+    name = f"{tokens} tokens, {chosen} of {used} of {experts} experts, {others} elsewhere, tile {tile}, valid {valid}"
+    choices = np.where(choices < others, experts - others, choices - others)
+    return Plan(name, choices.astype(np.int32), rng.random(tokens) < valid, experts - others, tile)
 
 
 def tiny_plans() -> list[Plan]:
     """For the interpreter."""
-    return [plan(6, 3, 10, tile=3), plan(70, 2, 8, used=2)]
+    return [plan(6, 3, 10, tile=3), plan(70, 2, 8, used=2), plan(9, 2, 8, tile=2, others=6)]
 
 
 def real_plans() -> list[Plan]:
@@ -181,6 +190,7 @@ def real_plans() -> list[Plan]:
         plan(511, 3, 10, tile=3),
         plan(300, 2, 8, tile=7),
         plan(64, 8, 40, tile=16),
+        plan(1024, 8, 256, tile=32, others=224),  # one of eight devices
     ]
 
 
