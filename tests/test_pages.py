@@ -10,6 +10,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.pages import between
 from dsv32_jax.experiments.studies import serving_report
 from dsv32_jax.experiments.studies.quantization import report as quantization_report
+from dsv32_jax.experiments.workbench import report as workbench_report
 from dsv32_jax.model.parts import NAMES
 from dsv32_jax.model.variants import VARIANTS
 
@@ -23,6 +24,11 @@ def test_the_page_on_quantisation_is_made_from_its_results(tmp_path):
 def test_the_page_on_serving_is_made_from_its_results():
     page = serving_report.PAGE.read_text()
     assert between(page, "serving", serving_report.tables()) == page
+
+
+def test_the_tables_of_the_workbench_are_made_from_its_results():
+    for path, text in workbench_report.pages().items():
+        assert path.read_text(encoding="utf-8") == text
 
 
 def test_only_what_is_between_the_markers_changes():

@@ -26,8 +26,8 @@ def before_after(
 ) -> None:
     """Compare the model before every optimisation with itself after them all, end to end, in one run.
 
-    Before: stored weights dequantised in each product, masked dense attention, ragged_dot, a contiguous cache, static
-    batches. It measures latency, time to first token, requests/s of two loads, memory, and memory by context.
+    Before: stored weights dequantised in each product, masked dense attention, a loop over experts, a contiguous cache,
+    static batches. It measures latency, time to first token, requests/s of two loads, memory, and memory by context.
 
     Example: dsv32 before-after --model full-width:5 --out before_after.json
     """
