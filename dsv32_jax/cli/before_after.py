@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import print_json
+from dsv32_jax.cli.inputs import check_writable, print_json
 from dsv32_jax.cli.options import Json
 
 
@@ -31,12 +31,10 @@ def before_after(
 
     Example: dsv32 before-after --model full-width:5 --out before_after.json
     """
-    from dsv32_jax.experiments.command_line import writable
     from dsv32_jax.experiments.workbench import before_after as workbench
     from dsv32_jax.experiments.workbench.models import model_named
 
-    if out is not None:
-        writable(out)
+    check_writable(out)
     lm = model_named(model)
     plan = workbench.Plan.default(lm)
     plan = dataclasses.replace(

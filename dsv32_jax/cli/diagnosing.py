@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import name_of, print_json, replacing, say
+from dsv32_jax.cli.inputs import check_writable, name_of, print_json, say
 from dsv32_jax.cli.options import Backends, CheckFlag, Json, PartFlag
 from dsv32_jax.cli.workbench import SetFlag
 from dsv32_jax.errors import UserError
@@ -54,7 +54,6 @@ def diagnose(
 
     Example: dsv32 diagnose --model demo --context 1k,4k --batch 1,32 --figure step.png
     """
-    from dsv32_jax.experiments.results import write_json
     from dsv32_jax.experiments.workbench import diagnose as workbench
     from dsv32_jax.experiments.workbench.diagnose_report import check_figure, draw, lines_of
     from dsv32_jax.experiments.workbench.models import model_named
@@ -64,13 +63,11 @@ def diagnose(
     if figure is not None:
         check_figure(figure)
     setting = Setting.of(name_of(model), sets or (), part or (), backend or ())
-    with replacing(out, "--out") as result:
-        m = setting.apply(model_named(model, mtp=False))
-        if check:
-            m = m.with_parts(check=True)
-        content = workbench.diagnose(m, shapes, name=name_of(model), say=say)
-        if result is not None:
-            write_json(result, content)
+    check_writable(out)
+    m = setting.apply(model_named(model, mtp=False))
+    if check:
+        m = m.with_parts(check=True)
+    content = workbench.diagnose(m, shapes, name=name_of(model), out=out, say=say)
     if figure is not None and not all("error" in row for row in content["rows"]):
         draw(content, figure)
     if as_json:

@@ -10,6 +10,7 @@ import gc
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.bench import roofline
 from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.peers import Peers
-from dsv32_jax.experiments.results import environment
+from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.workbench.least_work import LeastWork, least_work
 from dsv32_jax.experiments.workbench.profile import Event, Profile, record, times_by
 from dsv32_jax.experiments.workbench.scopes import Scopes, part_of_event
@@ -59,7 +60,12 @@ def measure_ceilings(compute_dtype: str) -> dict[str, Any]:
 
 
 def diagnose(
-    m: LanguageModel, shapes: Iterable[StepShape], *, name: str = "", say: Say = lambda line: None
+    m: LanguageModel,
+    shapes: Iterable[StepShape],
+    *,
+    name: str = "",
+    out: Path | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Measures steps of a model.
 
@@ -67,6 +73,7 @@ def diagnose(
       m: the model, with its options and parts.
       shapes: of the steps.
       name: of the model, for the result.
+      out: the file of the result, written after each step.
       say: what is told of the progress.
 
     Returns:
@@ -100,6 +107,8 @@ def diagnose(
             row = {"shape": dataclasses.asdict(shape), "error": " ".join(str(error).split())[:300]}
             say(f"{title_of(row['shape'])}: the device has no memory for it")
         content["rows"].append(row)
+        if out is not None:
+            write_json(out, content)
         gc.collect()  # the step's cache makes room for the next
     return content
 
