@@ -68,6 +68,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+MOST_BYTES = 5e9
+"""Of a process, after which it lets go of what it has compiled: two that kept all would fill a small machine."""
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files, frees compiled programs where the process has grown large; the disk cache has them still."""
+    if nextitem is None or nextitem.path == item.path or not sys.platform.startswith("linux"):
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 

@@ -100,6 +100,7 @@ def test_it_is_one_program_that_writes_the_cache_in_place(lm, caplog):
     assert times_compiled("generate", twice, caplog) == 1
 
 
+@pytest.mark.slow
 def test_on_a_gpu_it_runs_kernels(monkeypatch, caplog):
     monkeypatch.setattr(backend, "on_hopper", lambda: True)
     backend.tell_of_reference.cache_clear()

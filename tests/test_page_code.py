@@ -19,7 +19,7 @@ PAGES = {
     if (blocks := BLOCK.findall(page.read_text(encoding="utf-8")))
 }
 """The blocks of each page that has some."""
-LONG = {"README.md", "docs/checkpoints.md", "docs/index.md"}
+LONG = {"README.md", "docs/checkpoints.md", "docs/extend.md", "docs/index.md", "docs/kernels_elsewhere.md"}
 """Pages whose code runs in the slow suite alone: it takes long, needs a trained model, or repeats another page."""
 
 

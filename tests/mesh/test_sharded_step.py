@@ -22,7 +22,7 @@ from tests.mesh.harness import Placement, greedy_tokens, mesh_options
 
 MODELS = {"tiny": Options("float32"), "tiny128_fp8": Options("float32", act_quant=True)}
 NEW, TOKENS, ROWS = 4, 72, 3
-QUICK = (("tiny", 8, "gather"), ("tiny", 4, "dispatch"), ("tiny128_fp8", 2, "dispatch"))
+QUICK = (("tiny", 8, "gather"), ("tiny", 4, "dispatch"))
 
 
 @functools.cache

@@ -79,6 +79,7 @@ def test_operands_change_from_call_to_call_without_another_program(lm, caplog): 
         patched.score(SECOND)
 
 
+@pytest.mark.slow
 def test_a_patch_of_one_position_is_the_same_in_every_call(lm):  # noqa: F811
     """Whole, in pieces, token by token: `positions` says where a step's tokens are."""
 

@@ -71,6 +71,7 @@ def test_layers_that_share_compute_no_index_queries(sharing):
     assert computing == [0, 2]
 
 
+@pytest.mark.slow
 def test_the_engine_generates_what_the_model_generates_alone(sharing):
     alone = sharing.generate([IDS, IDS[:9]], 6).tokens
     engine = Engine(sharing, cache_tokens=512, max_sequences=2)
