@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dsv32_jax.cli.inputs import check_writable, print_json
+from dsv32_jax.cli.inputs import print_json
 from dsv32_jax.cli.options import Json
+from dsv32_jax.cli.workbench import check_writable
 
 
 def before_after(

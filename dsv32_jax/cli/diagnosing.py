@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import check_writable, name_of, print_json, say
+from dsv32_jax.cli.inputs import name_of, print_json, say
 from dsv32_jax.cli.options import Backends, CheckFlag, Json, PartFlag
-from dsv32_jax.cli.workbench import SetFlag
+from dsv32_jax.cli.workbench import SetFlag, check_writable
 from dsv32_jax.errors import UserError
 
 

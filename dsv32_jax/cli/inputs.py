@@ -168,17 +168,6 @@ def replacing(path: Path | None, flag: str) -> Iterator[Path | None]:
         yield temporary
 
 
-def check_writable(path: Path | None, flag: str = "--out") -> None:
-    """Raises UserError for a place where no file can be written, before anything is measured."""
-    if path is None:
-        return
-    from dsv32_jax.experiments.command_line import writable
-
-    writable(path)
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a directory; give the name of a file")
-
-
 def save_ids(path: Path, tokens: "Sequence[Sequence[int]] | np.ndarray") -> None:
     """Writes token ids as int32, .npy."""
     import numpy as np

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv32_jax.cli.inputs import check_writable, print_json, read_text, say
+from dsv32_jax.cli.inputs import print_json, read_text, say
 from dsv32_jax.cli.options import Backends, Json, NoMtp, PartFlag, TextFile
 from dsv32_jax.errors import UserError
 
@@ -231,3 +231,14 @@ def texts_of(
     if needles and not texts.needles:
         say(f"note: windows of {tokens} tokens are too short for needles; see --window")
     return texts
+
+
+def check_writable(path: Path | None, flag: str = "--out") -> None:
+    """Raises UserError for a place where no file can be written, before anything is measured."""
+    if path is None:
+        return
+    from dsv32_jax.experiments.command_line import writable
+
+    writable(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory; give the name of a file")
