@@ -3,26 +3,23 @@
 import contextlib
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dsv32_jax.cli.inputs import print_json
 from dsv32_jax.cli.options import Json
-from dsv32_jax.cli.workbench import check_writable
+from dsv32_jax.cli.workbench import ModelOrRandom, Out, check_writable
 
 
 def before_after(
-    model: Annotated[
-        str, typer.Option("--model", help='A checkpoint, "demo", or full-width:N: random weights in N layers.')
-    ] = "demo",
+    model: ModelOrRandom = "demo",
     at_a_time: Annotated[int | None, typer.Option("--at-a-time", min=1, help="Requests that run at a time.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Requests for each of those.")] = None,
     repeats: Annotated[
         int | None, typer.Option("--repeats", min=2, help="Of the request that is served alone.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the results here, as JSON.")] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Compare the model before every optimisation with itself after them all, end to end, in one run.

@@ -7,17 +7,12 @@ import typer
 
 from dsv32_jax.cli.inputs import name_of, print_json, say
 from dsv32_jax.cli.options import Backends, CheckFlag, Json, PartFlag
-from dsv32_jax.cli.workbench import SetFlag, check_writable
+from dsv32_jax.cli.workbench import ModelOrRandom, Out, SetFlag, check_writable
 from dsv32_jax.errors import UserError
 
 
 def diagnose(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", help='A checkpoint, "demo", or "full-width:N": random weights at the real widths, N layers.'
-        ),
-    ] = "demo",
+    model: ModelOrRandom = "demo",
     context: Annotated[
         str, typer.Option("--context", metavar="N,...", help="Tokens of a sequence, for instance 1k,4k,32k.")
     ] = "1k",
@@ -35,7 +30,7 @@ def diagnose(
     part: PartFlag = None,
     backend: Backends = None,
     check: CheckFlag = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result here as JSON.")] = None,
+    out: Out = None,
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Draw the parts into this PNG (needs matplotlib).")
     ] = None,

@@ -72,7 +72,7 @@ def fidelity(
             _check_comparable(first, m.config, second)
         if text is not None and not traces:
             rows = _pieces(m, text, window, windows)
-        traces.append([m.trace(row) for row in rows])
+        traces.append(m.trace(rows))
         chosen = max(chosen, m.options.index_topk or m.config.index_topk)
         del m
     try:

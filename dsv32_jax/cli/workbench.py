@@ -12,6 +12,9 @@ from dsv32_jax.errors import UserError
 if TYPE_CHECKING:
     from dsv32_jax.generate.language_model import LanguageModel
 
+ModelOrRandom = Annotated[
+    str, typer.Option("--model", help='A checkpoint, "demo", or "full-width:N": random weights in N layers.')
+]
 SetFlag = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="An option of the run: index_topk=64, scheme=int8; repeat it."),
@@ -106,9 +109,7 @@ def ablate(
     groups: Annotated[
         list[str] | None, typer.Argument(metavar="[GROUP]...", help="What to price; see --list. Default: what fits.")
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", help='A checkpoint, "demo", or "full-width:N": random weights in N layers.')
-    ] = "demo",
+    model: ModelOrRandom = "demo",
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A row with this option; repeat it.")
     ] = None,

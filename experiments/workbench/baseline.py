@@ -6,7 +6,6 @@ the longest of a batch, static batches, prompts read whole. (`jax.lax.ragged_dot
 full width: XLA's GPU backend multiplies every row by every expert, in more memory than a GPU has.)
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.experiments.studies.serving import Work
+from dsv32_jax.experiments.workbench.settings import Setting
 from dsv32_jax.generate.batching import batch_of, padded, prompt_batch
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.flat_model import FlatModel, flat_step
 from dsv32_jax.generate.language_model import LanguageModel
+from dsv32_jax.generate.sampling import sample
 from dsv32_jax.model import variants
 from dsv32_jax.model.cache import BLOCK_SIZE, KVCache
 from dsv32_jax.model.model import Batch
@@ -30,11 +32,15 @@ __all__ = ["StaticBatches", "baseline"]
 
 def baseline(lm: LanguageModel) -> LanguageModel:
     """The model before every optimisation, with the same stored weights."""
-    options = dataclasses.replace(
-        lm.options, attention="dense", act_quant=False, backend="reference", cache_dtype=None, index_topk_freq=1
-    )
-    plain = LanguageModel(lm.model, lm.config, lm.tokenizer, options, lm.generation_config)
-    return plain.with_parts(dense_mla=variants.materialised, experts=variants.tile_by_tile)
+    options = {
+        "attention": "dense",
+        "act_quant": False,
+        "backend": "reference",
+        "cache_dtype": None,
+        "index_topk_freq": 1,
+    }
+    parts: dict[str, Any] = {"dense_mla": variants.materialised, "experts": variants.tile_by_tile}
+    return Setting(options=options, parts=parts).apply(lm)
 
 
 class BatchResult(NamedTuple):
@@ -65,7 +71,7 @@ class StaticBatches:
         self.tables = np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks)
         self._sizes = sorted({padded(length, BLOCK_SIZE) for length in prompts})
         cache = jax.eval_shape(self.new_cache)
-        self.cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        self.cache_bytes = nbytes(cache)
 
         def compile_step(batch: Batch) -> Any:
             flat = self._flat
@@ -101,7 +107,7 @@ class StaticBatches:
             logits, cache = self._programs[len(batch.ids)](leaves, batch, cache)
             last.append(logits)
         absent = len(self.tables) - len(work)
-        ids = _likeliest(jnp.concatenate(last + absent * last[:1]))
+        ids: Any = _likeliest(jnp.concatenate(last + absent * last[:1]))
         lengths = np.array([len(item.prompt) for item in work] + absent * [1])
         new, tokens, times = max(item.new for item in work), [], []
         for step in range(new):
@@ -115,6 +121,5 @@ class StaticBatches:
         return BatchResult(np.stack(tokens, 1), times)
 
 
-@jax.jit
 def _likeliest(logits: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, -1).astype(jnp.int32)
+    return sample(logits, None, 0.0, 1.0, greedy=True)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from dsv32_jax.common.units import human
+from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.engine.engine import Engine
 from dsv32_jax.engine.metrics import percentiles
 from dsv32_jax.engine.request import SamplingParams
@@ -25,6 +26,7 @@ from dsv32_jax.errors import UserError
 from dsv32_jax.experiments.results import environment, write_json
 from dsv32_jax.experiments.studies.serving import Prompts, Sizes, Work, served, workload
 from dsv32_jax.experiments.workbench.baseline import StaticBatches, baseline
+from dsv32_jax.experiments.workbench.settings import Setting
 from dsv32_jax.experiments.workbench.steps import Step, StepShape
 from dsv32_jax.generate.compiling import all_at_once
 from dsv32_jax.generate.language_model import LanguageModel
@@ -93,8 +95,7 @@ class Plan:
 def optimised(lm: LanguageModel) -> LanguageModel:
     """The model with every optimisation: its own settings, and the FP8 cache where kernels read it."""
     cache_dtype = "fp8" if lm.options.runs_kernels and lm.options.act_quant else lm.options.cache_dtype
-    options = dataclasses.replace(lm.options, cache_dtype=cache_dtype)
-    return LanguageModel(lm.model, lm.config, lm.tokenizer, options, lm.generation_config)
+    return Setting(options={"cache_dtype": cache_dtype}).apply(lm)
 
 
 # ---- one request alone ----
@@ -140,7 +141,7 @@ def read_bytes(lm: LanguageModel, context: int) -> int:
     """Bytes of the cache that one token of a sequence of this length reads, in all layers."""
     config, options = lm.config, lm.options
     shapes = KVCache.shapes(config, 1, options.cache_form, options.act_quant, layers=1)
-    latent, index = (leaf.size * leaf.dtype.itemsize // BLOCK_SIZE for leaf in (shapes.kv, shapes.index))
+    latent, index = nbytes(shapes.kv) // BLOCK_SIZE, nbytes(shapes.index) // BLOCK_SIZE
     if options.attention == "dense":
         return config.num_hidden_layers * context * latent
     chosen = min(context, options.index_topk or config.index_topk)
@@ -193,7 +194,7 @@ def measure(lm: LanguageModel, plan: Plan, out: Path | None, say: Callable[[str]
     gc.collect()
     content["sides"]["optimised"] = measure_optimised(sides["optimised"], plan, longest, singles, loads, done)
     gc.collect()
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.model))
+    weights = nbytes(lm.model)
     content["capacity_bytes"] = capacity + weights
     jobs = [
         partial(memory_at, side, context, context if name == "baseline" else plan.piece)
@@ -225,7 +226,7 @@ def measure_baseline(
     batches.run(singles[:1])
     side["single"] = spread([batches.run([item]).times for item in singles])
     done(f"baseline, one request at a time: {side['single']['latency_seconds']['p50']:.3f} s")
-    weights = sum(leaf.nbytes for leaf in lm.flat_model()[0])
+    weights = nbytes(lm.flat_model()[0])
     for name, work in loads.items():
         sizes = plan.loads[name]
         batches = StaticBatches(lm, plan.at_a_time, sizes.longest, [len(item.prompt) for item in work])
@@ -259,7 +260,7 @@ def measure_optimised(
     alone(engine, singles[0])
     side["single"] = spread([alone(engine, item) for item in singles])
     done(f"engine, one request at a time: {side['single']['latency_seconds']['p50']:.3f} s")
-    weights = sum(leaf.nbytes for leaf in within.flat_model()[0])
+    weights = nbytes(within.flat_model()[0])
     token = KVCache.bytes_per_token(lm.config, lm.options.cache_form, lm.options.act_quant)
     each = max(1, plan.piece // plan.at_a_time)
     step = StepShape(phase="prefill", sequences=plan.at_a_time, context=rows, tokens=each)
@@ -337,16 +338,19 @@ def comparison(content: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def label_and_sides(row: dict[str, Any]) -> list[str]:
+    """A row's name with its unit, and both sides' numbers."""
+    unit = f", {row['unit']}" if row["unit"] not in ("", "B") else ""
+    return [row["name"] + unit, *(human(row[name]) if row["unit"] == "B" else f"{row[name]:.4g}" for name in SIDES)]
+
+
 def table_of(content: dict[str, Any]) -> str:
     """The comparison as text."""
     lines = [f"{'':<44} {'baseline':>12} {'optimised':>12} {'times':>7} {'target':>7}"]
     for row in content["comparison"]:
-        numbers = [human(row[name]) if row["unit"] == "B" else f"{row[name]:.4g}" for name in SIDES]
+        label, before, after = label_and_sides(row)
         goal = "" if row["target"] is None else f"{row['target']:.2f}{' ' if row['reached'] else ' missed'}"
-        unit = f", {row['unit']}" if row["unit"] not in ("", "B") else ""
-        lines.append(
-            f"{row['name'] + unit:<44} {numbers[0]:>12} {numbers[1]:>12} {row['times']:>6.2f}x {goal:>7}".rstrip()
-        )
+        lines.append(f"{label:<44} {before:>12} {after:>12} {row['times']:>6.2f}x {goal:>7}".rstrip())
     p99 = content["sides"]["optimised"]["single"]["latency_seconds"]
     lines.append(
         f"P99 of the latency is {p99['p99'] / p99['p50']:.2f} of its median; at most {P99_OVER_MEDIAN} is aimed at"

@@ -155,10 +155,8 @@ def before_and_after() -> str:
     content = read_result("before_after")
     rows = []
     for row in content["comparison"]:
-        sides = [human(row[name]) if row["unit"] == "B" else f"{row[name]:.4g}" for name in before_after.SIDES]
         target = "" if row["target"] is None else f"{row['target']:.2f}x, {'reached' if row['reached'] else 'missed'}"
-        unit = f", {row['unit']}" if row["unit"] not in ("", "B") else ""
-        rows.append([row["name"] + unit, *sides, f"{row['times']:.2f}x", target])
+        rows.append([*before_after.label_and_sides(row), f"{row['times']:.2f}x", target])
     place = f"{content['device']}, JAX {content['versions']['jax']}, {content['date']}; {content['layers']} layers"
     return f"{place}.\n\n{table(['', 'baseline', 'optimised', 'times', 'target'], rows)}"
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv32_jax.config import ModelConfig
+from dsv32_jax.convert.conversion import nbytes
 from dsv32_jax.errors import UserError
-from dsv32_jax.experiments.bench import timer as timing
 from dsv32_jax.experiments.bench.cases import LAYERS, index_cache, latent_cache, normal
 from dsv32_jax.generate.batching import batch_of
 from dsv32_jax.generate.flat_model import user_errors
@@ -126,8 +126,8 @@ class Step:
         self.kernels = "mosaic_gpu" in lowered.as_text()
         analysis: Any = self.compiled.memory_analysis()
         self.memory = {
-            "weights": sum(leaf.nbytes for leaf in self._leaves),
-            "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)),
+            "weights": nbytes(self._leaves),
+            "cache": nbytes(abstract_cache),
             "temporary": analysis.temp_size_in_bytes,
         }
         self.values: dict[str, Any] = {}
@@ -140,11 +140,6 @@ class Step:
             self._cache = self._new_cache()
         tokens, self.values, self._cache = self.compiled(self._leaves, self._batch, self._cache)
         return tokens
-
-    def seconds(self, timer: timing.Timer, repetitions: int = 20) -> dict[str, Any]:
-        """Median and spread of the step's time, see `timing.summary`."""
-        jax.block_until_ready(self())
-        return timing.summary(timing.seconds(timer, self, repetitions))
 
 
 def _sampled_step(

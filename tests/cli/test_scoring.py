@@ -109,7 +109,7 @@ def test_fidelity_refuses_other_sizes_before_it_runs(refused, tiny, text_file, t
 
 
 def test_fidelity_says_where_every_token_is_chosen(dsv32, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(LanguageModel, "trace", lambda _, row: len(row))
+    monkeypatch.setattr(LanguageModel, "trace", lambda _, rows: [len(row) for row in rows])
     monkeypatch.setattr(fidelity, "compare", lambda a, b: {"tokens": a, "layers": []})
     topk = loading.load(tiny).config.index_topk
     np.save(tmp_path / "ids.npy", np.arange(topk + 1, dtype=np.int32)[None])
